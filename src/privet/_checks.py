@@ -1,0 +1,50 @@
+"""Checks of public numbers, with one wording for all errors: what was found, what was expected."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+from privet.errors import ConfigurationError
+
+__all__ = ["check_at_least", "check_count", "check_positive", "check_probability"]
+
+
+def _number(name: str, value: object, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise ConfigurationError(f"{name} must be {expected}, got {value!r}.")
+    return float(value)
+
+
+def check_probability(name: str, value: object) -> float:
+    """Returns `value` as a float if it is a number in [0, 1]."""
+    expected = "a number in [0, 1]"
+    number = _number(name, value, expected)
+    if not 0.0 <= number <= 1.0:
+        raise ConfigurationError(f"{name} must be {expected}, got {value!r}.")
+    return number
+
+
+def check_positive(name: str, value: object, *, finite: bool = True) -> float:
+    """Returns `value` as a float if it is a number above 0, and below infinity where `finite`."""
+    expected = "a finite number above 0" if finite else "a number above 0"
+    number = _number(name, value, expected)
+    if number <= 0.0 or (finite and math.isinf(number)):
+        raise ConfigurationError(f"{name} must be {expected}, got {value!r}.")
+    return number
+
+
+def check_at_least(name: str, value: object, least: float = 0.0) -> float:
+    """Returns `value` as a float if it is a finite number, `least` or more."""
+    expected = f"a finite number of at least {least:g}"
+    number = _number(name, value, expected)
+    if number < least or math.isinf(number):
+        raise ConfigurationError(f"{name} must be {expected}, got {value!r}.")
+    return number
+
+
+def check_count(name: str, value: object, least: int = 0) -> int:
+    """Returns `value` as an int if it is a whole number, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigurationError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    return int(value)
