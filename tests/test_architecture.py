@@ -1,0 +1,244 @@
+"""The laws of the tree, checked over the source itself; and each check is shown to see a planted violation."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "privet"
+
+# One line a layer, lowest first (docs/design.md, section 3): a module imports only from lines above its own, or from
+# its own package. A name is the first component below `privet`.
+LAYERS = (
+    ("errors", "_checks"),
+    ("accounting",),
+    ("clipping",),
+    ("gradients",),
+    ("noise",),
+    ("sampling", "parallel"),
+    ("mechanism",),
+    ("validation", "layers"),
+    ("schedules", "checkpoint"),
+    ("step",),
+    ("engine",),
+    ("audit", "report"),
+    ("integrations", "opacus", "cli"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FORBIDDEN = {
+    ("accounting", "torch"): "accounting/ is usable without torch",
+    ("gradients", "privet.accounting"): "gradients/ knows nothing of accounting",
+    ("clipping", "privet.accounting"): "clipping/ knows nothing of accounting",
+}
+
+# One writer per privilege: what is matched in the code, and the paths that may.
+INTERCEPTION = {
+    "__torch_function__",
+    "__torch_dispatch__",
+    "TorchFunctionMode",
+    "TorchDispatchMode",
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_hook",
+    "register_multi_grad_hook",
+    "register_module_forward_hook",
+    "register_post_accumulate_grad_hook",
+    "saved_tensors_hooks",
+}
+DRAWING = {
+    "SystemRandom",
+    "bernoulli",
+    "bernoulli_",
+    "cauchy_",
+    "default_rng",
+    "exponential_",
+    "geometric_",
+    "getrandbits",
+    "log_normal_",
+    "multinomial",
+    "normal_",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "random_",
+    "randperm",
+    "token_bytes",
+    "uniform_",
+    "urandom",
+}
+PRIVILEGES = {
+    "intercepts operations, modules or gradients": (INTERCEPTION, ("gradients/capture.py",)),
+    "talks to other ranks": ({"torch.distributed", "distributed"}, ("parallel/",)),
+    "draws randomness": (DRAWING, ("noise/", "sampling/")),
+    "prints": ({"print", "rich", "pprint", "stdout"}, ("cli/",)),
+}
+LONGEST = 400
+
+
+def component(path: str) -> str:
+    """Returns the first name below `privet` of a path relative to it."""
+    return path.split("/", maxsplit=1)[0].removesuffix(".py")
+
+
+def imports(tree: ast.Module, path: str) -> list[tuple[str, int]]:
+    """Returns (absolute dotted name, line) of everything imported, those for the type checker alone included."""
+    package = ["privet", *path.split("/")[:-1]]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            found += [(f"{module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def direction(tree: ast.Module, path: str) -> list[str]:
+    """Returns the imports that run against the layers."""
+    own = component(path)
+    if own == "__init__":
+        return []
+    if own not in LEVEL:
+        return [f"{path}: {own} has no layer; give it a line in LAYERS and in docs/design.md, section 3"]
+    broken = []
+    for name, line in imports(tree, path):
+        for (who, what), reason in FORBIDDEN.items():
+            if own == who and (name == what or name.startswith(what + ".")):
+                broken.append(f"{path}:{line}: imports {name}; {reason}")
+        parts = name.split(".")
+        if parts[0] != "privet" or len(parts) < 2 or parts[1] == own:
+            continue
+        if parts[1] not in LEVEL:
+            broken.append(f"{path}:{line}: imports {name} through the package's front; import it from its home")
+        elif LEVEL[parts[1]] >= LEVEL[own]:
+            broken.append(f"{path}:{line}: imports {name}, which is not above {own}")
+    return broken
+
+
+def names(tree: ast.Module, path: str) -> list[tuple[str, int]]:
+    """Returns every name that the code uses, defines or imports, with its line. Strings and comments do not count."""
+    found = imports(tree, path)
+    found += [(part, line) for name, line in found for part in name.split(".")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found.append((node.id, node.lineno))
+        elif isinstance(node, ast.Attribute):
+            found.append((node.attr, node.lineno))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.append((node.name, node.lineno))
+    return found
+
+
+def privileges(tree: ast.Module, path: str) -> list[str]:
+    """Returns the uses of a privilege by someone who does not hold it."""
+    broken = []
+    for what, (marks, holders) in PRIVILEGES.items():
+        if not path.startswith(holders):
+            broken += [
+                f"{path}:{line}: `{name}`: only {' and '.join(holders)} {what}"
+                for name, line in sorted(set(names(tree, path)), key=lambda found: found[1])
+                if name in marks
+            ]
+    return broken
+
+
+def length(source: str, path: str) -> list[str]:
+    """Returns the file if it is too long for one idea."""
+    lines = source.count("\n")
+    return [f"{path}: {lines} lines; one idea is at most {LONGEST}"] if lines > LONGEST else []
+
+
+def violations(source: str, path: str) -> list[str]:
+    """Returns everything that one file, given by its path below `privet`, breaks."""
+    tree = ast.parse(source)
+    return direction(tree, path) + privileges(tree, path) + length(source, path)
+
+
+def test_the_source_keeps_every_law():
+    files = sorted(SOURCE.rglob("*.py"))
+    assert len(files) > 5, "the check found next to nothing to look at"
+    broken = [line for file in files for line in violations(file.read_text(), file.relative_to(SOURCE).as_posix())]
+    assert not broken, "\n".join(["", *broken])
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("gradients/use.py", "from privet.accounting import ledger"),
+        ("gradients/use.py", "from privet.noise.gaussian import Gaussian"),
+        ("gradients/rules/linear.py", "from ...engine import PrivacyEngine"),
+        ("gradients/use.py", "def late():\n    import privet.engine"),
+        ("clipping/flat.py", "from privet import Poisson"),
+        ("accounting/pld.py", "import torch"),
+        ("accounting/pld.py", "from torch import Tensor"),
+        ("accounting/pld.py", "if TYPE_CHECKING:\n    import torch.nn"),
+        ("noise/source.py", "from ..step import PrivateStep"),
+        ("invented/new.py", "x = 1"),
+        ("engine.py", "model.register_forward_hook(f)"),
+        ("gradients/rules/linear.py", "p.register_post_accumulate_grad_hook(f)"),
+        ("step.py", "class Mode:\n    def __torch_function__(self): ..."),
+        ("step.py", "import torch.distributed as dist"),
+        ("noise/gaussian.py", "from torch import distributed"),
+        ("engine.py", "torch.distributed.all_reduce(x)"),
+        ("gradients/clipped_sum.py", "x = torch.randn(3)"),
+        ("engine.py", "p.normal_()"),
+        ("clipping/adaptive.py", "import os\nkey = os.urandom(16)"),
+        ("engine.py", "print('epsilon')"),
+        ("mechanism.py", "from rich import progress"),
+        ("step.py", "import sys\nsys.stdout.write('x')"),
+        ("step.py", "x = 1\n" * (LONGEST + 1)),
+    ],
+)
+def test_a_planted_violation_is_seen(path, source):
+    assert violations(source, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("step.py", "from privet.gradients.capture import Capture\nfrom privet.errors import ProtocolError"),
+        ("gradients/rules/linear.py", "from ..use import Use\nfrom privet.gradients.registry import rule"),
+        ("gradients/capture.py", "parameter.register_post_accumulate_grad_hook(f)"),
+        ("noise/secure.py", "key = os.urandom(32)"),
+        ("sampling/poisson.py", "torch.rand(3)"),
+        ("parallel/replicated.py", "import torch.distributed"),
+        ("cli/main.py", "print('epsilon')"),
+        ("engine.py", "'''Never print, never torch.randn.'''\noptimizer.register_step_pre_hook(f)"),
+        ("accounting/pld.py", "import numpy\nfrom scipy import special"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(path, source):
+    assert violations(source, path) == []
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Returns the modules that a fresh interpreter has loaded after a statement."""
+    code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
+    environment = {"PYTHONPATH": str(SOURCE.parent), "PATH": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return set(run.stdout.split())
+
+
+def test_accounting_loads_neither_torch_nor_the_heavy_parts_of_scipy():
+    loaded = loaded_after("import privet.accounting")
+    assert "privet.accounting" in loaded
+    heavy = {"torch", "scipy.optimize", "scipy.signal", "scipy.stats", "scipy.sparse", "matplotlib", "rich"}
+    assert not heavy & loaded
+
+
+def test_the_package_itself_loads_nothing_heavy_until_a_name_is_used():
+    assert not {"torch", "numpy", "scipy"} & loaded_after("import privet; dir(privet)")
+
+
+def test_the_check_of_loaded_modules_can_fail():
+    assert "torch" in loaded_after("import privet.errors, torch")
