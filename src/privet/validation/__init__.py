@@ -1,0 +1,17 @@
+"""What a model may not do under differential privacy, why, and what takes its place."""
+
+from __future__ import annotations
+
+from privet.validation.fix import FixedNorm, get_compatible_module
+from privet.validation.probe import find_mixing
+from privet.validation.rules import Issue, is_compatible, require_valid, validate
+
+__all__ = [
+    "FixedNorm",
+    "Issue",
+    "find_mixing",
+    "get_compatible_module",
+    "is_compatible",
+    "require_valid",
+    "validate",
+]

@@ -1,0 +1,105 @@
+"""Does the output for one example depend on the others? Asked of the model itself, by running it.
+
+The classes of a model's parts do not show a forward that mixes examples (`h - h.mean(0)`), and a comparison of gradient
+sums cannot: the captured rows then still add up to the whole gradient, only no row belongs to one example. So the probe
+runs the model twice on the first example, once beside the others and once beside copies of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map
+
+from privet.errors import ConfigurationError
+
+__all__ = ["find_mixing"]
+
+T = TypeVar("T")
+
+
+def _first_rows_only(value: T, batch: int) -> T:
+    """Returns the value with every tensor over the batch made of copies of its first row."""
+
+    def repeat(leaf: object) -> object:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch:
+            return leaf[:1].expand_as(leaf).clone()
+        return leaf
+
+    repeated: T = tree_map(repeat, value)
+    return repeated
+
+
+def _first_rows(value: object, batch: int) -> Iterator[tuple[str, Tensor]]:
+    for path, leaf in tree_flatten_with_path(value)[0]:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch:
+            yield f"output{keystr(path)}", leaf[0].detach()
+
+
+def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return True
+    if not a.is_floating_point():
+        return not torch.equal(a, b)
+    a, b = a.double(), b.double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return not torch.equal(a.isfinite(), b.isfinite())
+    return bool((a - b).abs().max() > tolerance * (1e-30 + a.abs().max())) if a.numel() else False
+
+
+def find_mixing(
+    module: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    tolerance: float | None = None,
+) -> list[str]:
+    """Returns the outputs whose first row depends on the other rows, and the buffers that learn from the data.
+
+    The batch is the first axis of every tensor whose first axis is as long as that of the first tensor argument. It
+    needs two examples that differ. Both runs use the same random numbers (dropout), take place in the module's own mode
+    without gradients, and leave its buffers and torch's global generators as they were.
+
+    Guarantees: none that nothing mixes. What it names does mix; a model that mixes only for some inputs, or by less
+    than `tolerance` (relative; by default 1e-3 for half precision, 1e-4 otherwise), goes unseen.
+    """
+    kwargs = dict(kwargs or {})
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
+        raise ConfigurationError("find_mixing needs a tensor argument whose first axis is the batch, and found none.")
+    batch = tensors[0].shape[0]
+    if batch < 2:
+        raise ConfigurationError(f"find_mixing compares examples and needs a batch of at least 2, got {batch}.")
+    if tolerance is None:
+        half = any(p.dtype in {torch.float16, torch.bfloat16} for p in module.parameters())
+        tolerance = 1e-3 if half else 1e-4
+
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    outputs: list[object] = []
+    buffers: list[dict[str, Tensor]] = []
+    alone = (_first_rows_only(args, batch), _first_rows_only(kwargs, batch))
+    for positional, named in ((args, kwargs), alone):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            try:
+                outputs.append(module(*positional, **named))
+                buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})
+            finally:
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(saved[name])
+    mixed = [
+        f"{name}: its row for one example depends on the other examples of the batch"
+        for (name, beside_others), (_, beside_itself) in zip(
+            _first_rows(outputs[0], batch), _first_rows(outputs[1], batch), strict=True
+        )
+        if _differ(beside_others, beside_itself, tolerance)
+    ]
+    learned = [
+        f"buffer {name}: it is written from the data, without noise"
+        for name in buffers[0]
+        if name not in buffers[1] or _differ(buffers[0][name], buffers[1][name], 0.0)
+    ]
+    return mixed + learned
