@@ -1,0 +1,366 @@
+"""The only interception: every operation in which a parameter of the private model takes part, seen as it happens.
+
+While a private forward or its backward runs, the parameters are instances of a subclass that answers for torch
+functions (`__torch_function__`). It works for modules and for functional calls alike, in whatever thread runs them,
+so that the recomputation of checkpointed activations is seen too. An operation then falls into one of three cases:
+
+* parameters and constants only: the result is a derived parameter (`derived.py`);
+* data and parameters, an operation with a rule: it runs inside one autograd Function that gives the data their
+  gradient and the parameters none, and records a `Use` when the gradient comes back;
+* anything else: the same, with the vmap fallback as its rule.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from privet.errors import ProtocolError, UnsupportedModelError
+from privet.gradients.derived import Derivation, is_isometry
+from privet.gradients.layout import Layout, Layouts, Site
+from privet.gradients.rules.free import EXPANSIONS, expansion
+from privet.gradients.rules.functional import fallback
+from privet.gradients.rules.registry import Operation, handler_of
+from privet.gradients.use import Use
+
+__all__ = ["Capture", "Recorded"]
+
+_TENSOR_GETTERS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yields the tensors in nested lists, tuples and dicts of arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
+        elif isinstance(value, dict):
+            yield from _tensors_in(value.values())
+
+
+@dataclass(eq=False)
+class Recorded:
+    """What one backward brought: the uses by parameter name, and by derivation, and how many examples there were."""
+
+    examples: int | None = None
+    direct: dict[str, list[Use]] = field(default_factory=dict)
+    derived: dict[Derivation, list[Use]] = field(default_factory=dict)
+
+
+class _Watched:
+    """Answers for torch functions on behalf of a tensor. Each capture makes subclasses of its own that point to it."""
+
+    capture: ClassVar[Capture]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if cls.capture.watching and torch.is_grad_enabled():
+                return cls.capture.intercept(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+
+class _WatchedParameter(_Watched, nn.Parameter):
+    """A parameter while it is watched. A copy of it is an ordinary parameter."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        memo[id(self)] = copy = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+class _DerivedTensor(_Watched, Tensor):
+    """A tensor computed from watched parameters alone."""
+
+    derivation: Derivation
+
+
+@dataclass(eq=False)
+class _Call:
+    """All of one captured operation that is not a tensor."""
+
+    capture: Capture
+    operation: Operation
+    layout: Layout
+    examples: int
+    roles: tuple[str, ...]  # of the values, in order
+    targets: dict[str, str | Derivation]  # role -> what is to be given a gradient
+    data_count: int
+
+
+class _Captured(torch.autograd.Function):
+    """Runs an operation without autograd, gives the data their gradients, and hands the rest to the capture.
+
+    The last argument is a parameter of the model. It gets no gradient; it makes the output a part of the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
+        data, values = tensors[: call.data_count], tensors[call.data_count : -1]
+        ctx.call = call
+        ctx.save_for_backward(*data, *values)
+        return call.operation.forward(data, dict(zip(call.roles, values, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        call: _Call = ctx.call
+        with torch._C.DisableTorchFunctionSubclass():
+            saved = ctx.saved_tensors
+            data, values = saved[: call.data_count], saved[call.data_count :]
+            call.capture.record(call, data, values, gradients)
+            needed = ctx.needs_input_grad[1 : 1 + call.data_count]
+            results: Sequence[Tensor | None] = (None,) * call.data_count
+            if any(needed):
+                by_role = dict(zip(call.roles, values, strict=True))
+                gradient = gradients[0] if len(gradients) == 1 else gradients
+                results = call.operation.data_gradients(data, by_role, gradient, needed)
+        return (None, *results, *(None for _ in values), None)
+
+
+class Capture:
+    """Watches a module's parameters during a forward and its backward, and gathers their uses.
+
+    Args:
+        parameters: the trainable parameters by canonical name.
+        batch_first: whether axes merged with the batch have the batch outside.
+        on_backward: called at the end of every backward that reached a watched parameter, with what was recorded.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        batch_first: bool = True,
+        on_backward: Callable[[Recorded], None],
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.batch_first = batch_first
+        self.layouts = Layouts()
+        self.on_backward = on_backward
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._parameter_class = type("WatchedParameter", (_WatchedParameter,), {"capture": self})
+        self._derived_class = type("DerivedTensor", (_DerivedTensor,), {"capture": self})
+        self._derivations = itertools.count()
+        self._release()
+
+    # -- when it watches ---------------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        self._depth = 0
+        self._examples: int | None = None
+        self._recorded = Recorded()
+        self._queued = False
+        self._met: dict[int, Layout] = {}
+
+    @property
+    def watching(self) -> bool:
+        """Returns whether operations are looked at: inside a private forward, or a backward that may recompute it."""
+        return self._depth > 0 or (self._examples is not None and torch._C._current_graph_task_id() != -1)
+
+    @property
+    def pending(self) -> bool:
+        """Returns whether a forward has been run whose backward has not."""
+        return self._examples is not None
+
+    def begin(self, examples: int) -> None:
+        """Begins a forward of `examples` examples. Several forwards may share a backward if they have as many each."""
+        if self._queued:  # a backward that broke off
+            self.release()
+        if self._examples is not None and self._examples != examples:
+            earlier = self._examples
+            self.release()
+            raise ProtocolError(
+                f"a forward of {examples} examples follows one of {earlier} that had no backward. Expected forwards "
+                "that share a backward to be of the same examples. Run backward after each forward; use eval() or "
+                "no_grad() for a forward that is not trained on."
+            )
+        self._examples = examples
+        self._depth += 1
+        for parameter in self.parameters.values():
+            if parameter.requires_grad and type(parameter) is nn.Parameter:
+                parameter.__class__ = self._parameter_class
+
+    def end(self, outputs: Iterable[Tensor] = ()) -> None:
+        """Ends the forward. The parameters stay watched until the backward, which may recompute parts of it."""
+        self._depth = max(self._depth - 1, 0)
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._queue())
+
+    def release(self) -> None:
+        """Stops watching: the parameters are ordinary again, and what was recorded is forgotten."""
+        for parameter in self.parameters.values():
+            if isinstance(parameter, _WatchedParameter):
+                parameter.__class__ = nn.Parameter
+        self._release()
+
+    # -- one operation -----------------------------------------------------------------------------------------------
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the result of `func`, in which watched parameters take part."""
+        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _TENSOR_GETTERS:  # type: ignore[attr-defined]
+            return func(*args, **kwargs)
+        tensors = list(_tensors_in(itertools.chain(args, kwargs.values())))
+        roots = [t for t in tensors if self.is_root(t)]
+        if not roots:
+            return func(*args, **kwargs)
+        met, self._met = self._met, {}
+        try:
+            labels = tuple(self.label(root) for root in roots)
+            for place, t in enumerate(tensors):
+                if t.dim() and not self.is_root(t):
+                    self._met[id(t)] = self._layout(Site(func, labels, place, t.dim()), t)
+            if func in EXPANSIONS:
+                result = expansion(self, func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+            if any(layout is not Layout.CONSTANT for layout in self._met.values()):
+                handler = handler_of(func)
+                result = NotImplemented if handler is None else handler(self, func, args, kwargs)
+                return fallback(self, func, args, kwargs) if result is NotImplemented else result
+            return self._derive(func, args, kwargs, roots)
+        finally:
+            self._met = met
+
+    def again(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns `func(...)` with capture looking at it, for handlers that take an operation apart."""
+        return self.intercept(func, args, kwargs)
+
+    def is_root(self, value: object) -> bool:
+        """Returns whether `value` is a watched parameter, or derived from watched parameters alone."""
+        return isinstance(value, self._parameter_class | self._derived_class) and (
+            id(value) in self._names or isinstance(value, self._derived_class)
+        )
+
+    def label(self, root: Tensor) -> str:
+        """Returns a parameter's name, or a derived tensor's label."""
+        return root.derivation.label if isinstance(root, _DerivedTensor) else self._names[id(root)]
+
+    def layout(self, t: Tensor) -> Layout:
+        """Returns how the examples lie in `t`, a tensor argument of the operation being handled."""
+        return self._met.get(id(t), Layout.CONSTANT)
+
+    def layout_of_result(self, func: Callable[..., Any], root: Tensor, result: Tensor) -> Layout:
+        """Returns how the examples lie in a result made from `root` alone, as by `expand`."""
+        return self._layout(Site(func, (self.label(root),), 0, result.dim()), result)
+
+    def _layout(self, site: Site, t: Tensor) -> Layout:
+        assert self._examples is not None
+        return self.layouts.of(site, t, self._examples)
+
+    def _derive(self, func: Callable[..., Any], args: Any, kwargs: Any, roots: Sequence[Tensor]) -> Any:
+        result = func(*args, **kwargs)
+        sources = tuple(dict.fromkeys(s for root in roots for s in self._sources(root)))
+        label = f"{getattr(func, '__name__', func)}({', '.join(map(self.label, roots))})"
+        isometric = len(roots) == 1 and is_isometry(func, args) and self._isometric(roots[0])
+        call = next(self._derivations)
+        pieces = result if isinstance(result, list | tuple) else (result,)
+
+        def wrapped(t: Any, part: tuple[int, int] | None) -> Any:
+            if not isinstance(t, Tensor) or not t.requires_grad:
+                return t
+            if isinstance(t, _DerivedTensor | _WatchedParameter):  # in place, or itself
+                if isinstance(t, _DerivedTensor):
+                    t.derivation = Derivation(label, t.as_subclass(Tensor), sources, isometric=False)
+                return t
+            derived = t.as_subclass(self._derived_class)
+            derived.derivation = Derivation(label, t, sources, isometric, part)
+            return derived
+
+        if pieces is not result:
+            return wrapped(result, None)
+        whole = isinstance(roots[0], _WatchedParameter)  # pieces of pieces are not told apart
+        return type(result)(wrapped(t, (call, i) if whole else None) for i, t in enumerate(pieces))
+
+    def _sources(self, root: Tensor) -> tuple[str, ...]:
+        return root.derivation.sources if isinstance(root, _DerivedTensor) else (self._names[id(root)],)
+
+    def _isometric(self, root: Tensor) -> bool:
+        return root.derivation.isometric if isinstance(root, _DerivedTensor) else True
+
+    # -- uses --------------------------------------------------------------------------------------------------------
+
+    def apply(
+        self,
+        operation: Operation,
+        data: Sequence[Tensor],
+        roots: Mapping[str, Tensor | None],
+        *,
+        layout: Layout | None = None,
+    ) -> Any:
+        """Returns the operation's output; its uses are recorded when the gradient comes back.
+
+        Args:
+            data: what varies with the examples.
+            roots: the parameters by role; frozen and absent ones may be among them.
+            layout: how the examples lie in data and output, if not as in the first of the data.
+        """
+        assert self._examples is not None
+        layout = self.layout(data[0]) if layout is None else layout
+        if layout is Layout.SECOND and not operation.positionwise:
+            raise UnsupportedModelError(
+                f"{type(operation).__name__} of {', '.join(self._described(roots))} met a batch on axis 1. Expected "
+                "axis 0 there. Move the batch to axis 0."
+            )
+        values = {role: root for role, root in roots.items() if root is not None}
+        targets: dict[str, str | Derivation] = {}
+        for role, root in values.items():
+            if self.is_root(root):
+                targets[role] = root.derivation if isinstance(root, _DerivedTensor) else self._names[id(root)]
+        plain = [self._plain(value) for value in values.values()]
+        edge = self.parameters[next(s for r in values.values() if self.is_root(r) for s in self._sources(r))]
+        call = _Call(self, operation, layout, self._examples, tuple(values), targets, len(data))
+        return _Captured.apply(call, *data, *plain, edge)
+
+    def _plain(self, value: Tensor) -> Tensor:
+        if isinstance(value, _DerivedTensor):
+            return value.as_subclass(Tensor).detach()
+        return value.detach() if self.is_root(value) else value
+
+    def _described(self, roots: Mapping[str, Tensor | None]) -> list[str]:
+        return [self.label(root) for root in roots.values() if root is not None and self.is_root(root)]
+
+    def record(self, call: _Call, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Records the uses of one operation, when the gradient of its output has come."""
+        self._queue()
+        recorded = self._recorded
+        recorded.examples = call.examples
+        operation = call.operation
+
+        def examples_first(t: Tensor) -> Tensor:
+            if not operation.positionwise:
+                return t
+            return call.layout.examples_first(t, call.examples, batch_first=self.batch_first)
+
+        kept = [None if t is None else examples_first(t) for t in operation.saved(data)]
+        gradient = examples_first(gradients[0].detach())
+        kept.extend(examples_first(g.detach()) for g in gradients[1:])
+        shapes = dict(zip(call.roles, (tuple(v.shape) for v in values), strict=True))
+        for role, target in call.targets.items():
+            use = Use(operation, role, tuple(kept), gradient, shapes[role])
+            if isinstance(target, str):
+                recorded.direct.setdefault(target, []).append(use)
+            else:
+                recorded.derived.setdefault(target, []).append(use)
+
+    def _queue(self) -> None:
+        """Asks autograd to call back at the end of this backward, once."""
+        if not self._queued and self._examples is not None:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+
+    def _finish(self) -> None:
+        recorded = self._recorded
+        self.release()
+        with torch.no_grad():
+            self.on_backward(recorded)

@@ -1,0 +1,156 @@
+"""Where the examples are in a tensor that met a parameter: the batch axis, told and not guessed.
+
+A shape alone is ambiguous: in a batch of 64, `torch.arange(64)` of positions looks like 64 examples. So a site (this
+operation on this parameter) is looked at twice before training, with B rows and with B + 1: the axis that grew is the
+batch axis, and an axis that did not is none. What was learned is kept and held to for the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor
+
+from privet.errors import UnsupportedModelError
+
+__all__ = ["Layout", "Layouts", "Site"]
+
+
+class Layout(Enum):
+    """How the examples lie in a tensor of R rows for B examples."""
+
+    CONSTANT = "no axis of it is the batch"
+    ROWS = "axis 0 is the batch"
+    MERGED = "axis 0 is batch and positions, batch first"
+    SECOND = "axis 1 is the batch"
+
+    def examples_first(self, t: Tensor, examples: int, *, batch_first: bool) -> Tensor:  # -> (B, ...)
+        """Returns a view of `t` with the examples on axis 0 and all else behind."""
+        match self:
+            case Layout.ROWS:
+                return t
+            case Layout.SECOND:
+                return t.movedim(1, 0)
+            case Layout.MERGED if batch_first:
+                return t.unflatten(0, (examples, -1))
+            case Layout.MERGED:
+                return t.unflatten(0, (-1, examples)).movedim(1, 0)
+            case Layout.CONSTANT:
+                raise AssertionError("a constant has no examples")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor argument of one operation on one parameter."""
+
+    operation: Hashable
+    roots: tuple[str, ...]
+    argument: int
+    axes: int
+
+    def __str__(self) -> str:
+        name = getattr(self.operation, "__name__", str(self.operation))
+        return f"argument {self.argument} of {name} with parameter {', '.join(self.roots)}"
+
+
+def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: int, large: int) -> Layout:
+    """Returns the layout that explains both shapes, of the same site seen with `small` and `large` examples."""
+    grew = [axis for axis, (n, m) in enumerate(zip(first, second, strict=True)) if n != m]
+    if not grew:
+        return Layout.CONSTANT
+    if grew == [0]:
+        if (first[0], second[0]) == (small, large):
+            return Layout.ROWS
+        if first[0] % small == 0 and first[0] // small * large == second[0]:
+            return Layout.MERGED
+    if grew == [1] and (first[1], second[1]) == (small, large):
+        return Layout.SECOND
+    raise UnsupportedModelError(
+        f"cannot tell which rows belong to which example in {site}: its shape is {tuple(first)} for {small} examples "
+        f"and {tuple(second)} for {large}. Expected one axis that grows with the batch: axis 0 (alone, or merged with "
+        "positions) or axis 1. Keep the batch on axis 0 there."
+    )
+
+
+@dataclass
+class Layouts:
+    """What has been learned of every site, and the trace of the sites met while learning."""
+
+    known: dict[Site, set[Layout]] = field(default_factory=dict)
+    trace: list[tuple[Site, tuple[int, ...], Layout]] | None = None
+
+    def of(self, site: Site, t: Tensor, examples: int) -> Layout:
+        """Returns the layout of `t` at `site`, in a batch of `examples`.
+
+        Raises:
+            UnsupportedModelError: if it cannot be told, or contradicts what was learned.
+        """
+        layout = self._decided(site, t, examples)
+        if self.trace is not None:
+            self.trace.append((site, tuple(t.shape), layout))
+        return layout
+
+    def _decided(self, site: Site, t: Tensor, examples: int) -> Layout:
+        fits = [layout for layout in self.known.get(site, ()) if _fits(layout, t, examples)]
+        if len(fits) == 1:
+            return fits[0]
+        if site not in self.known:
+            return self._guessed(site, t, examples)
+        if Layout.CONSTANT in fits and examples == 1 and len(fits) == 2:
+            return next(layout for layout in fits if layout is not Layout.CONSTANT)  # one example owns all rows
+        raise UnsupportedModelError(
+            f"{site} has shape {tuple(t.shape)} in a batch of {examples}. On the first batch it was seen as: "
+            f"{', '.join(sorted(layout.value for layout in self.known[site]))}. That "
+            f"{'leaves it open which rows are whose' if fits else 'does not fit'}; keep one layout of the batch."
+        )
+
+    def _guessed(self, site: Site, t: Tensor, examples: int) -> Layout:
+        """Returns what the shape alone says, of a site that was not met while learning."""
+        if t.dim() and t.shape[0] == examples:
+            return Layout.ROWS
+        if t.dim() == 0 or (not t.requires_grad and t.shape[0] % examples):
+            return Layout.CONSTANT
+        if self.trace is not None:  # while learning, a wrong guess is found out and mended
+            if t.dim() > 1 and t.shape[1] == examples:
+                return Layout.SECOND
+            return Layout.CONSTANT if t.shape[0] % examples else Layout.MERGED
+        raise UnsupportedModelError(
+            f"cannot tell which rows belong to which example in {site}: its shape is {tuple(t.shape)} in a batch of "
+            f"{examples}, and it was not met on the first batch. Keep the batch on axis 0, and use the same operations "
+            "on every batch."
+        )
+
+    def learn(
+        self,
+        first: Sequence[tuple[Site, tuple[int, ...], Layout]],
+        second: Sequence[tuple[Site, tuple[int, ...], Layout]],
+        small: int,
+        large: int,
+    ) -> bool:
+        """Learns from two traces of the same model with `small` and `large` examples.
+
+        Returns whether both traces had decided everything as it turned out: if not, trace again, because a wrong
+        decision changes what is met after it.
+        """
+        settled = True
+        for (site, shape, decided), (other, other_shape, other_decided) in zip(first, second, strict=False):
+            if site != other or len(shape) != len(other_shape):
+                return False
+            layout = _compared(site, shape, other_shape, small, large)
+            self.known.setdefault(site, set()).add(layout)
+            settled = settled and decided is layout and other_decided is layout
+        return settled and len(first) == len(second)
+
+
+def _fits(layout: Layout, t: Tensor, examples: int) -> bool:
+    match layout:
+        case Layout.CONSTANT:
+            return True
+        case Layout.ROWS:
+            return t.dim() > 0 and t.shape[0] == examples
+        case Layout.MERGED:
+            return t.dim() > 0 and t.shape[0] % examples == 0
+        case Layout.SECOND:
+            return t.dim() > 1 and t.shape[1] == examples

@@ -1,0 +1,165 @@
+"""The fallback: any operation, by a vmap of its vector-Jacobian product with all its inputs.
+
+Slow, general, exact. It asks two things of an operation: that the examples are on axis 0 of every tensor that varies
+with them, outputs included, and that it is not random. Where either fails it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from privet.errors import UnsupportedModelError
+from privet.gradients.layout import Layout
+from privet.gradients.rules.registry import Call, Operation, Rule
+from privet.gradients.strategy import row_chunks
+from privet.gradients.use import Uses
+
+__all__ = ["Mapped", "fallback"]
+
+
+class Mapped(Operation):
+    """Any function of data (examples on axis 0) and parameters, by its leaves in order."""
+
+    def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], tree: Any, name: str) -> None:
+        self._function = function
+        self._leaves = tuple(leaves)  # ("data", k), ("value", role) or a constant in a tuple of one
+        self._tree = tree
+        self.name = name
+        self.rules = {part[1]: _MappedRule(self, part[1]) for part in leaves if part[0] == "value"}
+        self._values: Mapping[str, Tensor] = {}
+
+    def run(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
+        """Returns the function's output."""
+        filled = []
+        for part in self._leaves:
+            match part:
+                case ("data", int(k)):
+                    filled.append(data[k])
+                case ("value", str(role)):
+                    filled.append(values[role])
+                case ("constant", constant):
+                    filled.append(constant)
+        args, kwargs = tree_unflatten(filled, self._tree)
+        return self._function(*args, **kwargs)
+
+    def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
+        self._values = dict(values)
+        output = self.run(data, values)
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        rows = data[0].shape[0]
+        for o in outputs:
+            if not isinstance(o, Tensor) or o.dim() == 0 or o.shape[0] != rows:
+                found = tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__
+                raise UnsupportedModelError(
+                    f"{self.name} returned {found} for a batch of {rows}. Expected a tensor with the batch on axis 0. "
+                    "Register a rule of your own for it (privet.register_rule)."
+                )
+        return output if isinstance(output, Tensor) else tuple(outputs)
+
+    def data_gradients(
+        self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Any, needed: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        wanted = [k for k, need in enumerate(needed) if need]
+        gradients = gradient if isinstance(gradient, tuple) else (gradient,)
+        with torch.enable_grad():
+            inputs = [d.detach().requires_grad_(k in wanted) for k, d in enumerate(data)]
+            output = self.run(inputs, values)
+            outputs = output if isinstance(output, tuple | list) else (output,)
+            pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [inputs[k] for k in wanted], [g for _, g in pairs], allow_unused=True
+            )
+        by_place = dict(zip(wanted, found, strict=True))
+        return [by_place.get(k) for k in range(len(data))]
+
+    def row_gradients(self, role: str, data: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """Returns the gradient of one parameter for each row, (R, *shape)."""
+
+        def one(row: Sequence[Tensor], row_gradients: Sequence[Tensor]) -> Tensor:
+            def of_value(value: Tensor) -> Any:
+                output = self.run([d.unsqueeze(0) for d in row], {**self._values, role: value})
+                return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+            _, pullback = torch.func.vjp(of_value, self._values[role])
+            (result,) = pullback(tuple(g.unsqueeze(0) for g in row_gradients))
+            return result  # type: ignore[no-any-return]
+
+        try:
+            return torch.vmap(one)(list(data), list(gradients))
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"{self.name} could not be mapped over the examples: {error} Register a rule of your own for it "
+                "(privet.register_rule)."
+            ) from error
+
+
+class _MappedRule(Rule):
+    """One parameter of a mapped operation."""
+
+    def __init__(self, operation: Mapped, role: str) -> None:
+        self._operation = operation
+        self._role = role
+
+    def per_example(self, uses: Uses) -> Tensor:
+        total: Tensor | None = None
+        for use in uses:
+            operation = use.operation
+            assert isinstance(operation, Mapped)
+            count = sum(1 for part in operation._leaves if part[0] == "data")
+            data = [d for d in use.data[:count] if d is not None]
+            gradients = [use.gradient, *(d for d in use.data[count:] if d is not None)]
+            size = 4 * max(1, use.gradient[:1].numel() + sum(d[:1].numel() for d in data))
+            rows = torch.cat(
+                [
+                    operation.row_gradients(use.role, [d[c] for d in data], [g[c] for g in gradients])
+                    for c in row_chunks(use.rows, size)
+                ]
+            )
+            total = rows if total is None else total + rows
+        assert total is not None
+        return total
+
+
+def fallback(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns `func(*args, **kwargs)` with its parameters captured, whatever it is.
+
+    Raises:
+        UnsupportedModelError: if the batch is not on axis 0 of an argument, or an argument without a batch axis was
+            computed from parameters in a way that was not captured.
+    """
+    leaves, tree = tree_flatten((args, kwargs))
+    name = getattr(func, "__name__", str(func))
+    data: list[Tensor] = []
+    roots: dict[str, Tensor | None] = {}
+    parts: list[tuple[str, Any]] = []
+    for leaf in leaves:
+        if call.is_root(leaf):
+            role = f"parameter {len(roots)}"
+            parts.append(("value", role))
+            roots[role] = leaf
+        elif isinstance(leaf, Tensor) and call.layout(leaf) is not Layout.CONSTANT:
+            if call.layout(leaf) is not Layout.ROWS:
+                raise UnsupportedModelError(
+                    f"{name} of {_named(call, leaves)} met data of shape {tuple(leaf.shape)} in which "
+                    f"{call.layout(leaf).value}. Expected the batch on axis 0 there. Move it, or register a rule of your "
+                    "own (privet.register_rule)."
+                )
+            parts.append(("data", len(data)))
+            data.append(leaf)
+        elif isinstance(leaf, Tensor) and leaf.requires_grad:
+            raise UnsupportedModelError(
+                f"{name} of {_named(call, leaves)} met a tensor of shape {tuple(leaf.shape)} that needs a gradient and "
+                "has no batch axis: it mixes examples, or comes from a parameter in a way that is not captured."
+            )
+        else:
+            parts.append(("constant", leaf))
+    return call.apply(Mapped(func, parts, tree, f"{name} of {_named(call, leaves)}"), data, roots, layout=Layout.ROWS)
+
+
+def _named(call: Call, leaves: Sequence[Any]) -> str:
+    return ", ".join(call.label(leaf) for leaf in leaves if call.is_root(leaf))

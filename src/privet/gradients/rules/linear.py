@@ -1,0 +1,164 @@
+"""Linear operations: `x @ W.T + b` and `x @ W + b` for a matrix W and any number of axes before the last.
+
+Axes: B examples, T positions (all axes between first and last), I input features, O output features. The gradient of
+example i is `sum_t g_it a_it^T`; a matrix used several times met one longer sequence, so uses are joined along T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
+from privet.gradients.strategy import Strategy, gram_padding, linear_strategy, row_chunks
+from privet.gradients.use import Use, Uses, wide
+
+__all__ = ["Linear"]
+
+
+def _sequence(t: Tensor) -> Tensor:  # (B, ..., F) -> (B, T, F)
+    return t.reshape(t.shape[0], -1, t.shape[-1]) if t.dim() != 3 else t
+
+
+def _joined(uses: Uses) -> tuple[Tensor, Tensor]:  # -> a (B, T, I), g (B, T, O)
+    """Returns activations and gradients of all uses, one after the other along T."""
+    pairs = [(_sequence(wide(_data(use))), _sequence(wide(use.gradient))) for use in uses]
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([a for a, _ in pairs], dim=1), torch.cat([g for _, g in pairs], dim=1)
+
+
+def _data(use: Use) -> Tensor:
+    data = use.data[0]
+    assert data is not None
+    return data
+
+
+class _Weight(Rule):
+    """The matrix: `g^T a` per example, (O, I), or its transpose where the operation was `x @ W`."""
+
+    def __init__(self, *, transposed: bool) -> None:
+        self._transposed = transposed
+
+    def _oriented(self, uses: Uses) -> tuple[Tensor, Tensor]:
+        """Returns (left, right) such that example i's gradient is `left_i^T right_i`."""
+        a, g = _joined(uses)
+        return (a, g) if self._transposed else (g, a)
+
+    def per_example(self, uses: Uses) -> Tensor:
+        left, right = self._oriented(uses)
+        return torch.bmm(left.mT, right)
+
+    def squared_norms(self, uses: Uses) -> Tensor:
+        left, right = self._oriented(uses)
+        if left.shape[1] == 1:
+            return row_norms(left) * row_norms(right)
+        strategy = linear_strategy(left, right)
+        if strategy is Strategy.GRAM:
+            norms = _gram_norms(left, right)
+            if norms is not None:
+                return norms
+            strategy = Strategy.TILES
+        if strategy is Strategy.ROWS:
+            return row_norms(uses.remembered(lambda: torch.bmm(left.mT, right)))
+        chunks = row_chunks(left.shape[0], left.shape[2] * right.shape[2] * left.element_size())
+        return torch.cat([row_norms(torch.bmm(left[c].mT, right[c])) for c in chunks])
+
+    def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
+        if uses.rows_memo is not None:
+            return weighted_rows(uses.rows_memo, weights)
+        left, right = self._oriented(uses)
+        weights = weights.to(left.dtype).view(-1, 1, 1)
+        # The smaller factor takes the weights: it is the one that is copied.
+        if left.shape[2] <= right.shape[2]:
+            left = left * weights
+        else:
+            right = right * weights
+        return left.flatten(0, 1).mT @ right.flatten(0, 1)
+
+
+def _gram_norms(left: Tensor, right: Tensor) -> Tensor | None:  # (B, T, O), (B, T, I) -> (B,)
+    """Returns `sum_ts (l_t . l_s)(r_t . r_s)` (Li et al., arXiv 2110.05679) plus a bound on its rounding error.
+
+    Returns None where the bound is more than 2e-4 of some norm: then a sum of squares has to be taken instead.
+    """
+    gram = (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).flatten(1).sum(1)
+    scale = (torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)).sum(1).square()
+    padding = scale * gram_padding(max(left.shape[2], right.shape[2]), left.dtype)
+    # Rows that are not finite are dropped later, whatever their norm; zero rows have zero padding.
+    if bool(((padding > 2e-4 * gram) & (scale > 0) & gram.isfinite() & scale.isfinite()).any()):
+        return None
+    return gram.clamp(min=0) + padding
+
+
+class _Bias(Rule):
+    """A vector added to every position: the sum of the gradient over the positions."""
+
+    def per_example(self, uses: Uses) -> Tensor:
+        sums = [_sequence(wide(use.gradient)).sum(1) for use in uses]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+class Linear(Operation):
+    """`x @ W.T + b`, or `x @ W + b` where `transposed`."""
+
+    positionwise = True
+    _RULES = {kind: {"weight": _Weight(transposed=kind), "bias": _Bias()} for kind in (False, True)}
+
+    def __init__(self, *, transposed: bool = False) -> None:
+        self.transposed = transposed
+        self.rules = self._RULES[transposed]
+
+    def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        weight, bias = values["weight"], values.get("bias")
+        return F.linear(data[0], weight.t() if self.transposed else weight, bias)
+
+    def data_gradients(
+        self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Tensor, needed: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        weight = values["weight"].to(gradient.dtype)
+        return [(gradient @ (weight.t() if self.transposed else weight)).to(data[0].dtype)]
+
+
+@handles(F.linear)
+def _linear(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
+        return _applied(call, input, weight, bias, transposed=False)
+
+    return bound(*args, **kwargs)
+
+
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _matmul(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    return _applied(call, args[0], args[1], None, transposed=True)
+
+
+@handles(Tensor.__rmatmul__)
+def _rmatmul(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _applied(call, args[1], args[0], None, transposed=True)
+
+
+@handles(torch.addmm, Tensor.addmm)
+def _addmm(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 3 or kwargs or args[0].dim() != 1:
+        return NotImplemented
+    return _applied(call, args[1], args[2], args[0], transposed=True)
+
+
+def _applied(call: Call, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Any:
+    """Returns the captured linear operation, or NotImplemented if it is not one."""
+    constant_bias = bias is not None and not call.is_root(bias)
+    if call.is_root(x) or not isinstance(x, Tensor) or weight.dim() != 2 or x.dim() < 2:
+        return NotImplemented
+    if not call.is_root(weight):
+        if weight.requires_grad or bias is None or constant_bias:
+            return NotImplemented
+    if constant_bias and bias.requires_grad:
+        return NotImplemented
+    return call.apply(Linear(transposed=transposed), (x,), {"weight": weight, "bias": bias})

@@ -1,0 +1,59 @@
+"""Which formula is cheapest here: counts of operations and bytes, with constants that were measured.
+
+Several formulas give the same norm, and which is fastest depends on shape and machine by more than a factor of ten.
+Nothing here changes a result beyond rounding, so nothing here can change a guarantee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+__all__ = ["ROWS_BYTES", "Strategy", "gram_padding", "linear_strategy", "row_chunks"]
+
+ROWS_BYTES = 160 * 2**20
+"""Per-example gradients of one parameter above this many bytes are not kept from the norm to the weighted sum."""
+
+_CHUNK_BYTES = 32 * 2**20
+
+
+class Strategy(Enum):
+    """How the norms of per-example gradients `left^T right` are found."""
+
+    GRAM = "Gram matrices over positions"
+    ROWS = "gradients instantiated once, kept for the weighted sum"
+    TILES = "gradients instantiated a few examples at a time, for the norm alone"
+
+
+def gram_padding(length: int, dtype: torch.dtype) -> float:
+    """Returns the relative rounding error of a product of two inner products of at most `length` terms, doubled.
+
+    An inner product errs by more than `2 sqrt(n) u` times the product of the vectors' norms with negligible probability
+    (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, Theorem 2.4); 16 stands in for short vectors, where the bound is not
+    asymptotic.
+    """
+    return 2.0 * (length**0.5 + 16.0) * torch.finfo(dtype).eps / 2
+
+
+def linear_strategy(left: Tensor, right: Tensor) -> Strategy:  # (B, T, O), (B, T, I)
+    """Returns the cheapest way to the norms of `left_i^T right_i`."""
+    examples, positions, outputs = left.shape
+    inputs = right.shape[2]
+    size = examples * outputs * inputs * left.element_size()
+    wide_enough = 16.0 if size < 32 * 2**20 else 60.0
+    if left.is_cuda:
+        wide_enough = float(positions)  # T < dp / (d + p): both are compute-bound there
+    precise = gram_padding(max(outputs, inputs), left.dtype) * positions < 2e-4
+    if precise and positions**2 * (outputs + inputs) < wide_enough * outputs * inputs:
+        return Strategy.GRAM
+    return Strategy.ROWS if size <= ROWS_BYTES else Strategy.TILES
+
+
+def row_chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
+    """Yields slices of the rows that hold about 32 MiB each, at least one row."""
+    step = max(1, _CHUNK_BYTES // max(bytes_per_row, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
