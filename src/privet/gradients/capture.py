@@ -109,7 +109,10 @@ class _Captured(torch.autograd.Function):
         data, values = tensors[: call.data_count], tensors[call.data_count : -1]
         ctx.call = call
         ctx.save_for_backward(*data, *values)
-        return call.operation.forward(data, dict(zip(call.roles, values, strict=True)))
+        output = call.operation.forward(data, dict(zip(call.roles, values, strict=True)))
+        # A fresh result that is a view of another fresh one (as linear's is) must allow in-place activations.
+        fresh_view = call.data_count and isinstance(output, Tensor) and output._is_view()
+        return output.data if fresh_view else output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

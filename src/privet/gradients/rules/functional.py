@@ -6,6 +6,7 @@ with them, outputs included, and that it is not random. Where either fails it ra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,9 @@ class Mapped(Operation):
             return result  # type: ignore[no-any-return]
 
         try:
-            return torch.vmap(one)(list(data), list(gradients))
+            with warnings.catch_warnings():  # an operation without a batching rule is slow, which is expected here
+                warnings.filterwarnings("ignore", message=".*performance drop.*")
+                return torch.vmap(one)(list(data), list(gradients))
         except RuntimeError as error:
             raise UnsupportedModelError(
                 f"{self.name} could not be mapped over the examples: {error} Register a rule of your own for it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -21,7 +22,7 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
 
     One long float32 reduction errs by up to 3e-3 on rows of 3 million entries; chunks stay at about 1e-7.
     """
-    flat = rows.reshape(rows.shape[0], -1)
+    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     length = flat.shape[1]
@@ -37,7 +38,7 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
 
 def weighted_rows(rows: Tensor, weights: Tensor) -> Tensor:  # (R, *shape), (R,) -> shape
     """Returns the weighted sum of rows."""
-    flat = rows.reshape(rows.shape[0], -1)
+    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
     return torch.mv(flat.t(), weights.to(flat.dtype)).view(rows.shape[1:])
 
 

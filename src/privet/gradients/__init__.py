@@ -1,0 +1,8 @@
+"""From losses to a clipped sum."""
+
+from privet.gradients import rules
+from privet.gradients.capture import Capture, Recorded
+from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.summation import clipped_sum, per_example_gradients
+
+__all__ = ["Capture", "ClippedSum", "Recorded", "clipped_sum", "per_example_gradients", "rules"]

@@ -1,0 +1,264 @@
+"""From the uses that one backward recorded to the clipped sum: norms, then weights, then weighted sums.
+
+Axes: B units of privacy (examples, or their owners), R rows of a use, K clipping groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from privet.gradients.capture import Recorded
+from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
+from privet.gradients.rules.registry import row_norms
+from privet.gradients.strategy import row_chunks
+from privet.gradients.use import Owner, Use, Uses
+
+__all__ = ["DictSink", "LocalNorms", "NormReducer", "Policy", "SumSink", "clipped_sum", "per_example_gradients"]
+
+
+class Policy(Protocol):
+    """What the sum needs of a clipping policy (`privet.clipping.ClippingPolicy`)."""
+
+    @property
+    def sensitivity(self) -> float:
+        """Returns how far one example can move the sum."""
+
+    def groups(self, names: Sequence[str]) -> Sequence[int]:
+        """Returns the clipping group of each parameter."""
+
+    def weights(self, squared_norms: Tensor) -> Tensor:
+        """Returns every example's weight in each group."""
+
+
+class NormReducer(Protocol):
+    """Adds up the squared norms of a model that is split over ranks, before any weight is taken from them."""
+
+    def sum(self, squared_norms: Tensor) -> Tensor:  # (K, B) -> (K, B)
+        """Returns the squared norms over the whole model."""
+
+
+class SumSink(Protocol):
+    """Takes each parameter's sum as soon as it is formed; a whole-model sum need never exist."""
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Takes the sum of one parameter."""
+
+    def values(self) -> Mapping[str, Tensor]:
+        """Returns what is to be released from here, by parameter name."""
+
+
+class LocalNorms:
+    """The whole model is here."""
+
+    def sum(self, squared_norms: Tensor) -> Tensor:
+        """Returns its argument."""
+        return squared_norms
+
+
+class DictSink:
+    """Keeps all sums, in a dict."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Tensor] = {}
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Keeps the sum of one parameter."""
+        self._values[name] = value
+
+    def values(self) -> Mapping[str, Tensor]:
+        """Returns all sums."""
+        return self._values
+
+
+@dataclass(eq=False)
+class _Gathered:
+    """All that one backward recorded of one parameter."""
+
+    parameter: Tensor
+    direct: list[Uses]
+    derived: list[tuple[Derivation, list[Uses]]]
+    owner: Owner
+
+    @property
+    def _sole(self) -> Uses | None:
+        """Returns the uses if one rule knows them all."""
+        return self.direct[0] if len(self.direct) == 1 and not self.derived else None
+
+    @property
+    def _moved(self) -> list[tuple[Derivation, Uses]] | None:
+        """Returns the derived uses if the norms of their parts are the parameter's."""
+        if self.direct or any(len(groups) != 1 for _, groups in self.derived):
+            return None
+        derivations = [d for d, _ in self.derived]
+        if not all(d.isometric for d in derivations) or not disjoint(derivations):
+            return None
+        return [(d, groups[0]) for d, groups in self.derived]
+
+    def _one_row_each(self, uses: Uses) -> bool:
+        return self.owner.index is None and all(use.rows == self.owner.units for use in uses)
+
+    def squared_norms(self) -> Tensor:  # (B,)
+        """Returns the squared norm of each unit's gradient."""
+        if (sole := self._sole) is not None and self._one_row_each(sole):
+            return sole.rule.squared_norms(sole)
+        if (moved := self._moved) is not None and all(self._one_row_each(uses) for _, uses in moved):
+            return torch.stack([uses.rule.squared_norms(uses) for _, uses in moved]).sum(0)
+        if self.owner.index is not None:
+            return row_norms(self.per_unit(slice(0, self.owner.units)))
+        size = 4 * self.parameter.numel()
+        return torch.cat([row_norms(self.per_unit(chunk)) for chunk in row_chunks(self.owner.units, size)])
+
+    def per_unit(self, units: slice) -> Tensor:  # (B', *shape)
+        """Returns the gradients of some units, instantiated. With a given owner, of all."""
+        total: Tensor | None = None
+        for uses in self.direct:
+            rows = self._unit_rows(uses, units)
+            total = rows if total is None else total + rows
+        for derivation, groups in self.derived:
+            for uses in groups:
+                rows = pull_back_rows(derivation, self.parameter, self._unit_rows(uses, units))
+                total = rows if total is None else total + rows
+        assert total is not None
+        return total
+
+    def _unit_rows(self, uses: Uses, units: slice) -> Tensor:
+        if self.owner.index is not None:
+            rows = uses.rule.per_example(uses)
+            return self.owner_of(uses).scatter_sum(rows)
+        repeat = uses.rows // self.owner.units
+        part = uses.narrowed(units.start * repeat, units.stop * repeat)
+        rows = uses.rule.per_example(part)
+        return rows if repeat == 1 else rows.unflatten(0, (-1, repeat)).sum(1)
+
+    def owner_of(self, uses: Uses) -> Owner:
+        """Returns the owner of each row of the uses: several rows of one example lie together."""
+        examples = self.owner.units if self.owner.index is None else len(self.owner.index)
+        repeat = uses.rows // examples
+        if repeat == 1:
+            return self.owner
+        index = torch.arange(examples, device=uses[0].gradient.device) if self.owner.index is None else self.owner.index
+        return Owner(self.owner.units, index.repeat_interleave(repeat))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # (B,) -> shape
+        """Returns the weighted sum of the units' gradients."""
+        total: Tensor | None = None
+        for uses in self.direct:
+            value = uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights))
+            total = value if total is None else total + value
+        for derivation, groups in self.derived:
+            for uses in groups:
+                value = uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights))
+                value = pull_back(derivation, self.parameter, value)
+                total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def masked(self, dropped: Tensor) -> _Gathered:  # (B,) bool
+        """Returns the same without any value of the dropped units."""
+
+        def without(uses: Uses) -> Uses:
+            return uses.masked(self.owner_of(uses).gather(dropped))
+
+        derived = [(d, [without(uses) for uses in groups]) for d, groups in self.derived]
+        return _Gathered(self.parameter, [without(uses) for uses in self.direct], derived, self.owner)
+
+
+def _by_rule(uses: Sequence[Use]) -> list[Uses]:
+    groups: dict[tuple[int, tuple[int, ...]], list[Use]] = {}
+    for use in uses:
+        groups.setdefault((id(use.rule), (use.rows,)), []).append(use)
+    return [Uses(tuple(group)) for group in groups.values()]
+
+
+def _gathered(recorded: Recorded, parameters: Mapping[str, nn.Parameter], owner: Owner) -> dict[str, _Gathered]:
+    found: dict[str, _Gathered] = {}
+    derived: dict[str, list[tuple[Derivation, list[Uses]]]] = {}
+    for derivation, uses in recorded.derived.items():
+        for source in derivation.sources:
+            derived.setdefault(source, []).append((derivation, _by_rule(uses)))
+    for name, parameter in parameters.items():
+        direct = _by_rule(recorded.direct.get(name, ()))
+        if direct or name in derived:
+            found[name] = _Gathered(parameter, direct, derived.get(name, []), owner)
+    return found
+
+
+@torch.no_grad()
+def clipped_sum(
+    recorded: Recorded,
+    parameters: Mapping[str, nn.Parameter],
+    policy: Policy,
+    *,
+    scale: float = 1.0,
+    owner: Owner | None = None,
+    reducer: NormReducer | None = None,
+    sink: SumSink | None = None,
+) -> ClippedSum:
+    """Returns the sum of the clipped per-example gradients that one backward recorded.
+
+    Args:
+        recorded: the uses. Their gradients are those of `sum_i loss_i / scale`.
+        parameters: the trainable parameters, by name. One without a use gets a sum of zero.
+        policy: the clipping policy.
+        scale: what the loss was divided by: B for a mean.
+        owner: the unit of privacy of each example; by default each example is one.
+        reducer: adds up norms over ranks that hold parts of the model; by default all of it is here.
+        sink: takes the sums as they are formed; by default a dict.
+
+    Guarantees:
+        One unit, added or removed, moves the sum by at most `policy.sensitivity`, up to rounding: each weighted sum of
+        B terms in float32 errs by about `B u` of the terms' sizes, u = 6e-8. A unit whose norm is not finite weighs
+        nothing, and is counted in `statistics["dropped"]`. Norms too small for the number format count as the smallest
+        that it has.
+    """
+    examples = recorded.examples or 0
+    owner = Owner(examples) if owner is None else owner
+    reducer = LocalNorms() if reducer is None else reducer
+    sink = DictSink() if sink is None else sink
+    names = list(parameters)
+    groups = policy.groups(names)
+    gathered = _gathered(recorded, parameters, owner)
+    device = next(iter(parameters.values())).device
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+    squared = torch.zeros(max(groups) + 1, owner.units, device=device, dtype=dtype)
+    for name, group in zip(names, groups, strict=True):
+        if name in gathered:
+            squared[group] += gathered[name].squared_norms()
+            squared[group] += parameters[name].numel() * torch.finfo(dtype).tiny  # squares that underflowed
+    squared = reducer.sum(squared * scale**2)
+    weights, dropped = _weights(policy, squared)
+    if device.type != "cpu" or bool(dropped.any()):
+        gathered = {name: g.masked(dropped) for name, g in gathered.items()}
+    weights = weights * scale
+    for name, group in zip(names, groups, strict=True):
+        parameter = parameters[name]
+        if name in gathered:
+            value = gathered.pop(name).weighted_sum(weights[group]).view(parameter.shape)
+        else:
+            value = torch.zeros(parameter.shape, device=device, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        sink.put(name, value)
+    return ClippedSum(sink.values(), policy.sensitivity, {"dropped": dropped.sum(), "norms": squared.detach()})
+
+
+def _weights(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K, B) -> (K, B), (B,) bool
+    """Returns the weights, zero for units to be dropped, and which these are."""
+    dropped = ~squared.isfinite().all(0)
+    weights = policy.weights(squared.masked_fill(dropped, 0.0))
+    return weights.masked_fill(dropped, 0.0), dropped
+
+
+@torch.no_grad()
+def per_example_gradients(
+    recorded: Recorded, parameters: Mapping[str, nn.Parameter], *, scale: float = 1.0
+) -> dict[str, Tensor]:  # name -> (B, *shape)
+    """Returns every example's gradient, unclipped: for checks, and for modes that promise them."""
+    owner = Owner(recorded.examples or 0)
+    everything = slice(0, owner.units)
+    found = _gathered(recorded, parameters, owner)
+    return {name: gathered.per_unit(everything) * scale for name, gathered in found.items()}
