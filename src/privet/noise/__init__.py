@@ -1,0 +1,23 @@
+"""Noise: the only place that draws it, and the only one where a clipped sum becomes a private gradient."""
+
+from privet.noise.counter import CounterNoise
+from privet.noise.device import DeviceNoise
+from privet.noise.gaussian import ClippedSumLike, GaussianNoise, NoiseMechanism, PrivateGradient
+from privet.noise.key import NoiseKey
+from privet.noise.keystream import Keystream
+from privet.noise.secure import SecureNoise
+from privet.noise.source import NoiseSource, noise_for
+
+__all__ = [
+    "ClippedSumLike",
+    "CounterNoise",
+    "DeviceNoise",
+    "GaussianNoise",
+    "Keystream",
+    "NoiseKey",
+    "NoiseMechanism",
+    "NoiseSource",
+    "PrivateGradient",
+    "SecureNoise",
+    "noise_for",
+]

@@ -1,0 +1,203 @@
+"""Noise as a function of (key, step, parameter name, index): what every addressed source shares.
+
+Guarantees
+----------
+Element j of a parameter gets one and the same value whatever the order, chunking or sharding of the calls; a shard gives the index
+of its first element as `offset`. Elements 2b and 2b+1 come from block b, the first its cosine, the second its sine.
+
+    input                                 result
+    std = 0                               `add_` leaves every bit as it was; nothing is drawn
+    std NaN, infinite or negative         refused
+    dtype below float32, complex, int     refused: noise is never drawn or added in half precision
+    an empty tensor                       nothing happens
+    any memory layout                     the index is the row-major one of the tensor's shape
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from privet._checks import check_at_least, check_count
+from privet.errors import ConfigurationError
+from privet.noise.boxmuller import CHUNK
+from privet.noise.key import NoiseKey
+
+__all__ = ["CounterNoise", "Span"]
+
+_ACCUMULATORS = (torch.float32, torch.float64)
+_LAST_INDEX = 2**63
+
+
+class Span(NamedTuple):
+    """A run of elements of one parameter, and where their noise goes."""
+
+    target: Tensor  # a view of the tensor, any shape
+    name: str
+    offset: int  # index of its first element within the parameter
+    count: int
+
+    @property
+    def blocks(self) -> int:
+        """Returns how many blocks of two elements the run touches."""
+        return (self.offset + self.count + 1) // 2 - self.offset // 2
+
+
+class CounterNoise(ABC):
+    """A noise source that draws from a counter. A subclass gives the values of spans; all else is done here, once."""
+
+    def __init__(self, key: NoiseKey, *, purpose: str = "noise") -> None:
+        key.claim(purpose)
+        self._key = key
+
+    @property
+    @abstractmethod
+    def secure(self) -> bool:
+        """Returns whether the values are cryptographically unpredictable to who does not hold the key."""
+
+    @abstractmethod
+    def _normals(self, spans: list[Span], *, step: int, std: float) -> Tensor:
+        """Returns float64 N(0, std**2) for all blocks of the spans, one span after another; valid until the next call."""
+
+    @final
+    @property
+    def key(self) -> NoiseKey:
+        """Returns the key, which shows nothing of its secret."""
+        return self._key
+
+    @final
+    @property
+    def predictable(self) -> bool:
+        """Returns whether the run is reproducible, and so not private."""
+        return self._key.predictable
+
+    @final
+    def add_(self, out: Tensor, *, std: float, name: str, step: int, offset: int = 0) -> Tensor:
+        """Returns `out`, to which N(0, std**2) was added: the elements of `name` from index `offset` on."""
+        self.add_many([(name, out)], std=std, step=step, offsets={name: offset})
+        return out
+
+    @final
+    def fill_(self, out: Tensor, *, std: float, name: str, step: int, offset: int = 0) -> Tensor:
+        """Returns `out`, overwritten with N(0, std**2): the elements of `name` from index `offset` on."""
+        self.fill_many([(name, out)], std=std, step=step, offsets={name: offset})
+        return out
+
+    @final
+    def add_many(
+        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Mapping[str, int] | None = None
+    ) -> None:
+        """Adds N(0, std**2) to every tensor, each named; small ones share their arithmetic. Equal to `add_` of each."""
+        std, spans = self._prepared(tensors, std=std, step=step, offsets=offsets)
+        if std > 0.0:
+            for span, values in self._drawn(spans, step=step, std=std):
+                span.target.add_(values)
+
+    @final
+    def fill_many(
+        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Mapping[str, int] | None = None
+    ) -> None:
+        """Overwrites every tensor, each named, with N(0, std**2). Equal to `fill_` of each."""
+        std, spans = self._prepared(tensors, std=std, step=step, offsets=offsets)
+        if std > 0.0:
+            for span, values in self._drawn(spans, step=step, std=std):
+                span.target.copy_(values)
+        else:
+            for span in spans:
+                span.target.zero_()
+
+    @final
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs: never the key, only the fingerprint of a reproducible one."""
+        return {"fingerprint": self._key.fingerprint(), "secure": self.secure}
+
+    @final
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes: draws a fresh key, unless the run is reproducible, whose key must be the one of the state."""
+        found = self._key.fingerprint()
+        if state["fingerprint"] != found:
+            raise ConfigurationError(
+                "The state was saved by a run with "
+                + ("another noise_generator" if state["fingerprint"] and found else "a different kind of key")
+                + ": a reproducible run resumes with a generator seeded as the first was, any other without one."
+            )
+        self._key.renew()
+
+    def _prepared(
+        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Mapping[str, int] | None
+    ) -> tuple[float, list[Span]]:
+        """Returns the checked std and the spans, checked before the first tensor is touched."""
+        check_count("step", step)
+        spans = []
+        seen = set()
+        for name, tensor in tensors:
+            if tensor.dtype not in _ACCUMULATORS:
+                raise ConfigurationError(
+                    f"Noise for {name!r} must be added to float32 or float64, got {tensor.dtype}: "
+                    "accumulate the clipped sum in float32, and round after the noise."
+                )
+            if name in seen:
+                raise ConfigurationError(f"{name!r} is named twice: both tensors would get the same noise.")
+            seen.add(name)
+            offset = check_count(f"offset of {name!r}", offsets.get(name, 0) if offsets else 0)
+            if offset + tensor.numel() > _LAST_INDEX:
+                raise ConfigurationError(f"{name!r} reaches beyond index 2**63; give the offset of its shard.")
+            spans += _chunks(tensor.detach(), name, offset)
+        return check_at_least("std", std), spans
+
+    def _drawn(self, spans: Iterable[Span], *, step: int, std: float) -> Iterator[tuple[Span, Tensor]]:
+        """Yields every span with its values, in the shape and on the device of its target."""
+        for group in _grouped(spans):
+            normals = self._normals(group, step=step, std=std)
+            start = 0
+            for span in group:
+                first = start + span.offset % 2
+                values = normals[first : first + span.count]
+                if values.device != span.target.device:  # MPS has no float64
+                    wide = torch.float32 if span.target.device.type == "mps" else torch.float64
+                    values = values.to(span.target.device, wide)
+                yield span, values.view(span.target.shape)
+                start += 2 * span.blocks
+
+
+def _chunks(tensor: Tensor, name: str, offset: int) -> Iterator[Span]:
+    """Yields the tensor as runs of at most `CHUNK` elements that are consecutive in row-major order."""
+    count = tensor.numel()
+    if count == 0:
+        return
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        if count <= CHUNK:
+            yield Span(flat, name, offset, count)
+            return
+        for start in range(0, count, CHUNK):
+            part = flat[start : start + CHUNK]
+            yield Span(part, name, offset + start, part.numel())
+    elif count <= CHUNK:
+        yield Span(tensor, name, offset, count)
+    else:
+        rows = tensor.shape[0]
+        inner = count // rows
+        taken = max(1, CHUNK // inner)
+        for start in range(0, rows, taken):
+            part = tensor[start : start + taken] if inner <= CHUNK else tensor[start]
+            yield from _chunks(part, name, offset + start * inner)
+
+
+def _grouped(spans: Iterable[Span]) -> Iterator[list[Span]]:
+    """Yields the spans in groups of one device that fill about one chunk."""
+    group: list[Span] = []
+    size = 0
+    for span in spans:
+        grown = size + 2 * span.blocks
+        if group and (grown > CHUNK + 2 or span.target.device != group[0].target.device):
+            yield group
+            group, grown = [], 2 * span.blocks
+        group.append(span)
+        size = grown
+    if group:
+        yield group

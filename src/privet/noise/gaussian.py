@@ -1,0 +1,178 @@
+"""The Gaussian mechanism: the one place where a clipped sum becomes a private gradient.
+
+Guarantees
+----------
+A `PrivateGradient` is made here only, from a clipped sum that is consumed by it, with noise of standard deviation
+multiplier x the sum's own sensitivity, once per logical step, at a step number that was never used before.
+
+    case                                         result
+    an empty batch                               the sum is zero, and gets noise like any other
+    multiplier = 0                               the sum is released as it is; the caller's ledger says epsilon = infinity
+    sensitivity NaN, or infinite with noise      refused before anything is touched
+    the same sum, or an earlier step, again      refused
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from privet._checks import check_at_least, check_count
+from privet.errors import ConfigurationError, ProtocolError
+from privet.noise.source import NoiseSource
+
+__all__ = ["ClippedSumLike", "GaussianNoise", "NoiseMechanism", "PrivateGradient"]
+
+_SEAL = object()
+
+
+class ClippedSumLike(Protocol):
+    """What the mechanism needs of a clipped sum: the secret values, and how far one example can move them."""
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Returns the sums, by parameter name."""
+
+    @property
+    def sensitivity(self) -> float:
+        """Returns the largest L2 distance, over all parameters, that one example more or less can make."""
+
+
+@final
+class PrivateGradient:
+    """A noisy sum of clipped gradients: safe to show, to divide and to hand to an optimizer. Made by `GaussianNoise`."""
+
+    __slots__ = ("__weakref__", "_std", "_step", "_values")
+
+    def __init__(self, values: Mapping[str, Tensor], *, std: float, step: int, seal: object) -> None:
+        if seal is not _SEAL:
+            raise ProtocolError(
+                "A PrivateGradient is made by the noise mechanism only: pass a clipped sum to GaussianNoise.release()."
+            )
+        self._values = dict(values)
+        self._std = std
+        self._step = step
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Returns the noisy sums, by parameter name; not yet divided by the expected batch size."""
+        return self._values
+
+    @property
+    def std(self) -> float:
+        """Returns the standard deviation of the noise in every element."""
+        return self._std
+
+    @property
+    def step(self) -> int:
+        """Returns the number of the logical step."""
+        return self._step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise ProtocolError("A PrivateGradient is not copied or pickled: use its values.")
+
+    def __repr__(self) -> str:
+        return f"PrivateGradient(step={self._step}, std={self._std:g}, parameters={len(self._values)})"
+
+
+class NoiseMechanism(Protocol):
+    """Whoever turns clipped sums into private gradients, one logical step after another; it may remember earlier ones."""
+
+    def release(
+        self, clipped_sum: ClippedSumLike, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
+    ) -> PrivateGradient:
+        """Returns the private gradient of a logical step, and consumes the sum."""
+
+
+@final
+class GaussianNoise:
+    """The Gaussian mechanism over one noise source, which no other mechanism may share."""
+
+    def __init__(self, source: NoiseSource) -> None:
+        if source in _TAKEN:
+            raise ProtocolError(
+                "This noise source already serves a mechanism; two would add the same noise to two sums."
+            )
+        _TAKEN.add(source)
+        self._source = source
+        self._last_step = -1
+
+    @property
+    def source(self) -> NoiseSource:
+        """Returns the noise source."""
+        return self._source
+
+    def release(
+        self, clipped_sum: ClippedSumLike, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
+    ) -> PrivateGradient:
+        """Returns the private gradient of a logical step: the sum's own tensors, to which noise was added in place.
+
+        `offsets` gives the index of the first element of each parameter of which this process holds a shard.
+        """
+        std = self._std(clipped_sum, multiplier)
+        check_count("step", step)
+        if step <= self._last_step:
+            raise ProtocolError(
+                f"Step {step} comes after step {self._last_step}: its noise may have been used already."
+            )
+        if _is_released(clipped_sum):
+            raise ProtocolError("This clipped sum was released before: its values hold noise already. Form a new one.")
+        self._last_step = step
+        _mark_released(clipped_sum)
+        self._source.add_many(clipped_sum.values.items(), std=std, step=step, offsets=offsets)
+        return PrivateGradient(clipped_sum.values, std=std, step=step, seal=_SEAL)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, without any key."""
+        return {"last_step": self._last_step, "source": self._source.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes after the saved step: with a fresh key, unless the run is reproducible."""
+        last_step = check_count("last_step", state["last_step"], least=-1)
+        self._source.load_state_dict(state["source"])
+        self._last_step = last_step
+
+    @staticmethod
+    def _std(clipped_sum: ClippedSumLike, multiplier: float) -> float:
+        multiplier = check_at_least("noise multiplier", multiplier)
+        sensitivity = clipped_sum.sensitivity
+        if math.isnan(sensitivity) or sensitivity < 0.0:
+            raise ConfigurationError(f"The sensitivity of a clipped sum must be 0 or more, got {sensitivity!r}.")
+        if multiplier == 0.0:
+            return 0.0
+        std = multiplier * sensitivity
+        for dtype in {value.dtype for value in clipped_sum.values.values()}:
+            least, most = _representable(dtype)
+            if not least <= std <= most and sensitivity > 0.0:
+                raise ConfigurationError(
+                    f"Noise of multiplier {multiplier:g} on a sensitivity of {sensitivity:g} has standard deviation "
+                    f"{std:g}, which {dtype} cannot hold (it must lie in [{least:.1e}, {most:.1e}]): "
+                    "choose a max_grad_norm that is finite and does not vanish."
+                )
+        return std
+
+
+_TAKEN: weakref.WeakSet[Any] = weakref.WeakSet()
+_RELEASED: dict[int, weakref.ref[Any]] = {}
+
+
+def _representable(dtype: torch.dtype) -> tuple[float, float]:
+    """Returns the standard deviations whose noise keeps its precision near zero and its tails below overflow."""
+    limits = torch.finfo(dtype)
+    return limits.tiny / limits.eps, limits.max / 64
+
+
+def _is_released(clipped_sum: object) -> bool:
+    known = _RELEASED.get(id(clipped_sum))
+    return known is not None and known() is clipped_sum
+
+
+def _mark_released(clipped_sum: object) -> None:
+    # By identity: a frozen dataclass that holds a dict has no hash.
+    place = id(clipped_sum)
+    _RELEASED[place] = weakref.ref(clipped_sum, lambda _: _RELEASED.pop(place, None))

@@ -1,0 +1,107 @@
+"""The secret words that noise and batches are made of: AES-256 in counter mode, addressed, never met twice.
+
+Address of a word: (purpose, step, name, index).
+
+    purpose -> a key of the master key
+    step    -> a key of the purpose's key
+    name    -> the upper 64 bits of the counter, the first 8 bytes of SHA-256(name)
+    index   -> the lower 64 bits of the counter count blocks of 16 bytes, two words each
+
+One step under one purpose has a key of its own, and different blocks of it have different counters as long as no two
+names share 64 bits of SHA-256; `TagBook` keeps the names seen and refuses two that do.
+AES-256: FIPS 197; counter mode: NIST SP 800-38A, section 6.5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+
+from privet._checks import check_count
+from privet.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from privet.noise.key import NoiseKey
+
+__all__ = ["BLOCK_BYTES", "Keystream", "StepKey", "TagBook", "keystream_into"]
+
+BLOCK_BYTES = 16
+LAST_STEP = 2**64 - 1
+_ZEROS = bytes(1 << 20)
+
+
+class TagBook:
+    """The 64-bit tags of names, and the refusal of two names with one tag."""
+
+    def __init__(self) -> None:
+        self._tags: dict[str, int] = {}
+        self._names: dict[int, str] = {}
+
+    def tag(self, name: str) -> int:
+        """Returns the tag of a name, the same in every process."""
+        known = self._tags.get(name)
+        if known is not None:
+            return known
+        tag = self.hashed(name)
+        other = self._names.setdefault(tag, name)
+        if other != name:
+            raise ConfigurationError(f"The names {other!r} and {name!r} share one 64-bit hash: rename one of them.")
+        self._tags[name] = tag
+        return tag
+
+    @staticmethod
+    def hashed(name: str) -> int:
+        """Returns the first 64 bits of the name's SHA-256."""
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+class StepKey:
+    """The key of one step under one purpose; the newest is kept, and made anew when the master key changed."""
+
+    def __init__(self, key: NoiseKey, *, purpose: str) -> None:
+        self._key = key
+        self._purpose = purpose
+        self._known: tuple[int, int] | None = None
+        self._bytes = b""
+
+    def at(self, step: int) -> bytes:
+        """Returns the 32-byte key of a step."""
+        wanted = (self._key.generation, step)
+        if wanted != self._known:
+            if not 0 <= check_count("step", step) <= LAST_STEP:
+                raise ConfigurationError(f"step must be below 2**64, got {step}.")
+            self._bytes = hmac.digest(self._key.derive(self._purpose), step.to_bytes(8, "big"), "sha256")
+            self._known = wanted
+        return self._bytes
+
+
+def keystream_into(out: memoryview, *, key: bytes, tag: int, block: int, size: int) -> None:
+    """Writes `size` bytes of keystream from `block` on into `out`, which has `BLOCK_BYTES` to spare behind them."""
+    encryptor = Cipher(AES(key), CTR((tag << 64 | block).to_bytes(BLOCK_BYTES, "big"))).encryptor()
+    for start in range(0, size, len(_ZEROS)):  # counter mode XORs: of zeros it leaves the keystream itself
+        part = min(len(_ZEROS), size - start)
+        zeros = _ZEROS if part == len(_ZEROS) else memoryview(_ZEROS)[:part]
+        encryptor.update_into(zeros, out[start : start + part + BLOCK_BYTES])
+
+
+class Keystream:
+    """Secret uniform 64-bit words as a function of (key, purpose, step, name, index)."""
+
+    def __init__(self, key: NoiseKey, *, purpose: str) -> None:
+        self._keys = StepKey(key, purpose=purpose)
+        self._tags = TagBook()
+
+    def words(self, count: int, *, step: int, name: str, start: int = 0) -> npt.NDArray[np.uint64]:
+        """Returns `count` uniform words from index `start` on: shape (count,)."""
+        block, skipped = divmod(start, 2)
+        size = -(-(count + skipped) // 2) * BLOCK_BYTES
+        raw = bytearray(size + BLOCK_BYTES)
+        keystream_into(memoryview(raw), key=self._keys.at(step), tag=self._tags.tag(name), block=block, size=size)
+        return np.frombuffer(raw, dtype="<u8", count=count + skipped)[skipped:]

@@ -1,0 +1,49 @@
+"""Which examples make a batch, drawn from secret words: the law of each sampling, without any loader."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from privet.noise.keystream import Keystream
+
+__all__ = ["poisson_indices", "shuffled_indices"]
+
+_BELOW_ONE = 1.0 - 2.0**-53
+
+
+def poisson_indices(
+    stream: Keystream, *, rate: float, size: int, step: int, name: str
+) -> npt.NDArray[np.int64]:  # (m,), ascending
+    """Returns the examples of one batch: each of `size` examples independently with probability `rate`.
+
+    The gaps between chosen examples are geometric, P(gap >= k) = (1 - rate)**k, and are drawn by inversion, so that a
+    batch costs what it holds and not what the dataset holds. Uniforms have a grain of 2**-64 where a gap of 0 is decided.
+    (Devroye, Non-Uniform Random Variate Generation, 1986, chapter X, section 2.)
+    """
+    if rate == 0.0 or size == 0:
+        return np.empty(0, dtype=np.int64)
+    if rate == 1.0:
+        return np.arange(size, dtype=np.int64)
+    mean = rate * size
+    count = math.ceil(mean + 6.0 * math.sqrt(mean)) + 8
+    scale = math.log1p(-rate)
+    parts = []
+    start, position = 0, -1
+    while position < size:
+        uniform = (stream.words(count, step=step, name=name, start=start) + 0.5) * 2.0**-64
+        gaps = np.log1p(-np.minimum(uniform, _BELOW_ONE)) / scale
+        chosen = position + np.cumsum(np.minimum(gaps, size).astype(np.int64) + 1)
+        parts.append(chosen)
+        position = int(chosen[-1])
+        start += count
+    drawn = np.concatenate(parts)
+    return drawn[drawn < size]
+
+
+def shuffled_indices(stream: Keystream, *, size: int, step: int, name: str) -> npt.NDArray[np.int64]:  # (size,)
+    """Returns a uniformly random order of `size` examples: the order of as many secret words."""
+    # Two equal words, which would be ordered by index, are met with probability size**2 / 2**65.
+    return np.argsort(stream.words(size, step=step, name=name), kind="stable").astype(np.int64)

@@ -1,0 +1,136 @@
+"""The batch sampler: which examples make each batch of a pass, and the tickets that follow them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+from torch.utils.data import Sampler
+
+from privet._checks import check_count
+from privet.errors import ConfigurationError
+from privet.noise.key import NoiseKey
+from privet.noise.keystream import Keystream
+from privet.sampling.base import Partition, Poisson
+from privet.sampling.draw import poisson_indices, shuffled_indices
+
+__all__ = ["LogicalBatches", "Pass"]
+
+
+class Pass:
+    """One pass over the data: the batches that were drawn and not yet handed over."""
+
+    def __init__(self, batches: LogicalBatches, *, number: int, first: int) -> None:
+        self._batches = batches
+        self.number = number
+        self.sizes: deque[tuple[int, int]] = deque()  # (index, size) of the drawn batches, empty ones included
+        self._next = first
+
+    def draw(self) -> Iterator[list[int]]:
+        """Yields the examples of every batch that has some; `sizes` also learns of those that have none."""
+        while self._next < len(self._batches):
+            index = self._next
+            self._next += 1
+            examples = self._batches.examples(self.number, index)
+            self.sizes.append((index, len(examples)))
+            if examples:
+                yield examples
+
+
+@final
+class LogicalBatches(Sampler[list[int]]):
+    """Logical batches as a function of (key, pass, index), so that prefetching changes nothing.
+
+    Each iteration is a pass with a number of its own: two at once draw different batches.
+    """
+
+    def __init__(
+        self,
+        sampling: Poisson | Partition,
+        *,
+        key: NoiseKey,
+        size: int,  # examples to draw from
+        steps: int,  # batches in a pass
+        batch_size: int | None = None,  # of a partition
+    ) -> None:
+        key.claim("sampling")
+        self._key = key
+        self._stream = Keystream(key, purpose="sampling")
+        self._size = check_count("number of examples", size, least=1)
+        self._batch_size = check_count("batch_size", steps if batch_size is None else batch_size, least=1)
+        self._steps = check_count("steps", steps, least=1)
+        self.sampling = sampling
+        self.passes = 0  # begun
+        self._pending: Pass | None = None
+        self._resumed_at = 0
+        self._order: tuple[tuple[int, int], list[int]] | None = None
+
+    @property
+    def predictable(self) -> bool:
+        """Returns whether the batches are reproducible, and so not secret."""
+        return self._key.predictable
+
+    def begin(self) -> Pass:
+        """Returns the next pass, which the next iteration draws from."""
+        first, self._resumed_at = self._resumed_at, 0
+        if first == 0:
+            self.passes += 1
+        self._pending = Pass(self, number=self.passes, first=first)
+        return self._pending
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A torch loader may ask twice before it draws: both get the pass that was begun.
+        pending = self._pending
+        if pending is None or pending.sizes:
+            pending = self.begin()
+        return pending.draw()
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def examples(self, number: int, index: int) -> list[int]:
+        """Returns the examples of one batch of one pass."""
+        if isinstance(self.sampling, Poisson):
+            drawn = poisson_indices(
+                self._stream, rate=self.sampling.rate, size=self._size, step=number << 32 | index, name="poisson"
+            )
+            return drawn.tolist()  # type: ignore[no-any-return]
+        start = index * self._batch_size
+        stop = min(start + self._batch_size, self._size)
+        return self._ordered(number)[start:stop] if self.sampling.shuffled else list(range(start, stop))
+
+    def _ordered(self, number: int) -> list[int]:
+        wanted = (self._key.generation, number)
+        if self._order is None or self._order[0] != wanted:
+            drawn = shuffled_indices(self._stream, size=self._size, step=number << 32, name="shuffle")
+            self._order = (wanted, drawn.tolist())
+        return self._order[1]
+
+    def state_dict(self, *, handed_over: int) -> dict[str, Any]:
+        """Returns what a resumed run needs, never the key; `handed_over` batches of the current pass are done."""
+        return {
+            "passes": self.passes,
+            "handed_over": handed_over,
+            "fingerprint": self._key.fingerprint(),
+            "size": self._size,
+            "batch_size": self._batch_size,
+            "steps": self._steps,
+            "sampling": repr(self.sampling),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes: the reproducible run exactly; any other with a fresh key, and with a new pass if its order is lost."""
+        for name, own in self.state_dict(handed_over=0).items():
+            if name not in {"passes", "handed_over"} and state[name] != own:
+                raise ConfigurationError(
+                    f"The state of this loader was saved with {name} = {state[name]!r}, and the loader has {own!r}: "
+                    "build it with the same dataset, batch size and sampling, and the same kind of key."
+                )
+        self.passes = check_count("passes", state["passes"])
+        handed_over = check_count("handed_over", state["handed_over"])
+        self._key.renew()
+        # In a new order, examples of the first part of the pass could come again: only a new pass is billed for that.
+        order_lost = isinstance(self.sampling, Partition) and self.sampling.shuffled and not self._key.predictable
+        self._resumed_at = 0 if order_lost or handed_over >= self._steps else handed_over
+        self._pending = None
