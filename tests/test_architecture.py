@@ -14,7 +14,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "privet"
 # One line a layer, lowest first (docs/design.md, section 3): a module imports only from lines above its own, or from
 # its own package. A name is the first component below `privet`.
 LAYERS = (
-    ("errors", "_checks"),
+    ("errors",),
+    ("_checks",),
     ("accounting",),
     ("clipping",),
     ("gradients",),
