@@ -2,14 +2,13 @@
 
 from privet.noise.counter import CounterNoise
 from privet.noise.device import DeviceNoise
-from privet.noise.gaussian import ClippedSumLike, GaussianNoise, NoiseMechanism, PrivateGradient
+from privet.noise.gaussian import GaussianNoise, NoiseMechanism, PrivateGradient
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import Keystream
 from privet.noise.secure import SecureNoise
 from privet.noise.source import NoiseSource, noise_for
 
 __all__ = [
-    "ClippedSumLike",
     "CounterNoise",
     "DeviceNoise",
     "GaussianNoise",

@@ -25,7 +25,7 @@ _local = threading.local()
 
 
 def scratch(role: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns `count` elements of a buffer that one thread keeps for a role: fresh memory costs more than arithmetic."""
+    """Returns `count` elements of a buffer that a thread keeps for a role: fresh memory costs more than arithmetic."""
     kept: dict[tuple[str, torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
     buffer = kept.get((role, device))
     if buffer is None or buffer.numel() < count:

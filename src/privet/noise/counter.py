@@ -2,8 +2,9 @@
 
 Guarantees
 ----------
-Element j of a parameter gets one and the same value whatever the order, chunking or sharding of the calls; a shard gives the index
-of its first element as `offset`. Elements 2b and 2b+1 come from block b, the first its cosine, the second its sine.
+Element j of a parameter gets one and the same value whatever the order, chunking or sharding of the calls; a shard
+gives the index of its first element as `offset`. Elements 2b and 2b+1 come from block b, the first its cosine, the
+second its sine.
 
     input                                 result
     std = 0                               `add_` leaves every bit as it was; nothing is drawn
@@ -39,12 +40,12 @@ class Span(NamedTuple):
     target: Tensor  # a view of the tensor, any shape
     name: str
     offset: int  # index of its first element within the parameter
-    count: int
+    size: int
 
     @property
     def blocks(self) -> int:
         """Returns how many blocks of two elements the run touches."""
-        return (self.offset + self.count + 1) // 2 - self.offset // 2
+        return (self.offset + self.size + 1) // 2 - self.offset // 2
 
 
 class CounterNoise(ABC):
@@ -61,7 +62,7 @@ class CounterNoise(ABC):
 
     @abstractmethod
     def _normals(self, spans: list[Span], *, step: int, std: float) -> Tensor:
-        """Returns float64 N(0, std**2) for all blocks of the spans, one span after another; valid until the next call."""
+        """Returns float64 N(0, std**2) for all blocks of the spans, in their order; valid until the next call."""
 
     @final
     @property
@@ -132,7 +133,7 @@ class CounterNoise(ABC):
     ) -> tuple[float, list[Span]]:
         """Returns the checked std and the spans, checked before the first tensor is touched."""
         check_count("step", step)
-        spans = []
+        spans: list[Span] = []
         seen = set()
         for name, tensor in tensors:
             if tensor.dtype not in _ACCUMULATORS:
@@ -156,7 +157,7 @@ class CounterNoise(ABC):
             start = 0
             for span in group:
                 first = start + span.offset % 2
-                values = normals[first : first + span.count]
+                values = normals[first : first + span.size]
                 if values.device != span.target.device:  # MPS has no float64
                     wide = torch.float32 if span.target.device.type == "mps" else torch.float64
                     values = values.to(span.target.device, wide)

@@ -20,10 +20,10 @@ __all__ = ["DeviceNoise"]
 class DeviceNoise(CounterNoise):
     """The default source on accelerators with float64. See `CounterNoise` for what it guarantees.
 
-    The values have the law, the precision (53-bit uniforms, float64 arithmetic) and the addresses of `SecureNoise`, and are drawn on the
-    device of the tensor they are added to; the CPU is such a device, on which tests run. The generator, Philox4x32-10,
-    is not cryptographic: against someone who sees many exact outputs and computes the key from them, use
-    `secure_mode=True`, which draws on the host.
+    The values have the law, the precision (53-bit uniforms, float64 arithmetic) and the addresses of `SecureNoise`, and
+    are drawn on the device of the tensor they are added to; the CPU is such a device, on which tests run.
+    The generator, Philox4x32-10, is not cryptographic: against someone who sees many exact outputs and computes the key
+    from them, use `secure_mode=True`, which draws on the host.
     """
 
     def __init__(self, key: NoiseKey, *, purpose: str = "noise") -> None:

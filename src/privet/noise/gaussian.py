@@ -7,7 +7,7 @@ multiplier x the sum's own sensitivity, once per logical step, at a step number 
 
     case                                         result
     an empty batch                               the sum is zero, and gets noise like any other
-    multiplier = 0                               the sum is released as it is; the caller's ledger says epsilon = infinity
+    multiplier = 0                               the sum is released as it is: epsilon is infinite
     sensitivity NaN, or infinite with noise      refused before anything is touched
     the same sum, or an earlier step, again      refused
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -26,26 +26,17 @@ from privet._checks import check_at_least, check_count
 from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.source import NoiseSource
 
-__all__ = ["ClippedSumLike", "GaussianNoise", "NoiseMechanism", "PrivateGradient"]
+if TYPE_CHECKING:
+    from privet.gradients.clipped_sum import ClippedSum
+
+__all__ = ["GaussianNoise", "NoiseMechanism", "PrivateGradient"]
 
 _SEAL = object()
 
 
-class ClippedSumLike(Protocol):
-    """What the mechanism needs of a clipped sum: the secret values, and how far one example can move them."""
-
-    @property
-    def values(self) -> Mapping[str, Tensor]:
-        """Returns the sums, by parameter name."""
-
-    @property
-    def sensitivity(self) -> float:
-        """Returns the largest L2 distance, over all parameters, that one example more or less can make."""
-
-
 @final
 class PrivateGradient:
-    """A noisy sum of clipped gradients: safe to show, to divide and to hand to an optimizer. Made by `GaussianNoise`."""
+    """A noisy sum of clipped gradients: may be shown, divided, handed to an optimizer. Made by `GaussianNoise`."""
 
     __slots__ = ("__weakref__", "_std", "_step", "_values")
 
@@ -81,10 +72,10 @@ class PrivateGradient:
 
 
 class NoiseMechanism(Protocol):
-    """Whoever turns clipped sums into private gradients, one logical step after another; it may remember earlier ones."""
+    """Whoever turns clipped sums into private gradients, one logical step after another; it may remember steps."""
 
     def release(
-        self, clipped_sum: ClippedSumLike, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
+        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
     ) -> PrivateGradient:
         """Returns the private gradient of a logical step, and consumes the sum."""
 
@@ -108,7 +99,7 @@ class GaussianNoise:
         return self._source
 
     def release(
-        self, clipped_sum: ClippedSumLike, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
+        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
     ) -> PrivateGradient:
         """Returns the private gradient of a logical step: the sum's own tensors, to which noise was added in place.
 
@@ -120,12 +111,10 @@ class GaussianNoise:
             raise ProtocolError(
                 f"Step {step} comes after step {self._last_step}: its noise may have been used already."
             )
-        if _is_released(clipped_sum):
-            raise ProtocolError("This clipped sum was released before: its values hold noise already. Form a new one.")
-        self._last_step = step
-        _mark_released(clipped_sum)
-        self._source.add_many(clipped_sum.values.items(), std=std, step=step, offsets=offsets)
-        return PrivateGradient(clipped_sum.values, std=std, step=step, seal=_SEAL)
+        values = clipped_sum.take()  # raises if it was taken before
+        self._last_step = step  # before anything is drawn: whatever fails now, this step's noise is never drawn again
+        self._source.add_many(values.items(), std=std, step=step, offsets=offsets)
+        return PrivateGradient(values, std=std, step=step, seal=_SEAL)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, without any key."""
@@ -138,7 +127,7 @@ class GaussianNoise:
         self._last_step = last_step
 
     @staticmethod
-    def _std(clipped_sum: ClippedSumLike, multiplier: float) -> float:
+    def _std(clipped_sum: ClippedSum, multiplier: float) -> float:
         multiplier = check_at_least("noise multiplier", multiplier)
         sensitivity = clipped_sum.sensitivity
         if math.isnan(sensitivity) or sensitivity < 0.0:
@@ -158,21 +147,9 @@ class GaussianNoise:
 
 
 _TAKEN: weakref.WeakSet[Any] = weakref.WeakSet()
-_RELEASED: dict[int, weakref.ref[Any]] = {}
 
 
 def _representable(dtype: torch.dtype) -> tuple[float, float]:
     """Returns the standard deviations whose noise keeps its precision near zero and its tails below overflow."""
     limits = torch.finfo(dtype)
     return limits.tiny / limits.eps, limits.max / 64
-
-
-def _is_released(clipped_sum: object) -> bool:
-    known = _RELEASED.get(id(clipped_sum))
-    return known is not None and known() is clipped_sum
-
-
-def _mark_released(clipped_sum: object) -> None:
-    # By identity: a frozen dataclass that holds a dict has no hash.
-    place = id(clipped_sum)
-    _RELEASED[place] = weakref.ref(clipped_sum, lambda _: _RELEASED.pop(place, None))

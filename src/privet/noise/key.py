@@ -22,6 +22,7 @@ from __future__ import annotations
 import hmac
 import os
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from privet.errors import ConfigurationError, ProtocolError
@@ -38,14 +39,14 @@ _LIVE: weakref.WeakSet[NoiseKey] = weakref.WeakSet()
 class NoiseKey:
     """A 256-bit master key. Build one with `fresh`, `from_generator` (reproducible) or `from_secret`."""
 
-    def __init__(self, secret: bytes, *, predictable: bool) -> None:
+    def __init__(self, secret: bytes, *, predictable: bool, claimed: Iterable[str] = ()) -> None:
         if len(secret) != KEY_BYTES:
             raise ConfigurationError(f"A noise key has {KEY_BYTES} bytes, got {len(secret)}.")
         self._secret = bytes(secret)
         self._predictable = predictable
         self._process = os.getpid()
         self._generation = 0
-        self._claimed: set[str] = set()
+        self._claimed = set(claimed)
         _LIVE.add(self)
 
     @classmethod
@@ -55,7 +56,7 @@ class NoiseKey:
 
     @classmethod
     def from_generator(cls, generator: torch.Generator) -> NoiseKey:
-        """Returns a reproducible key, read once from a torch generator. Who knows the seed knows the noise: for tests."""
+        """Returns a reproducible key, read once from a generator. Who knows the seed knows the noise: for tests."""
         import torch
 
         if not isinstance(generator, torch.Generator):
@@ -80,7 +81,7 @@ class NoiseKey:
     def generation(self) -> int:
         """Returns a number that changes whenever the secret does: what was derived before is then out of date."""
         if os.getpid() != self._process:  # a fork that Python's own hooks did not see
-            self._forked()
+            self.after_fork()
         return self._generation
 
     def derive(self, purpose: str) -> bytes:
@@ -110,18 +111,18 @@ class NoiseKey:
         """Returns a short hash by which a reproducible key is recognised; None for a fresh one, never met again."""
         return self.derive("fingerprint").hex()[:32] if self._predictable else None
 
-    def _forked(self) -> None:
+    def after_fork(self) -> None:
+        """Renews the key in a forked process: called by Python's own hook, or by the first use under another pid."""
         self._process = os.getpid()
         self.renew()
 
     def __copy__(self) -> NoiseKey:
-        return NoiseKey(self._secret, predictable=True) if self._predictable else NoiseKey.fresh()
+        # Claims are kept: what shared a key before shares the new one after a deepcopy of both.
+        secret = self._secret if self._predictable else os.urandom(KEY_BYTES)
+        return NoiseKey(secret, predictable=self._predictable, claimed=self._claimed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoiseKey:
-        # One copy a graph: what shared a key before shares the new one after, and its claims with it.
-        copied = self.__copy__()
-        copied._claimed = set(self._claimed)
-        memo[id(self)] = copied
+        copied = memo[id(self)] = self.__copy__()
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,7 +140,7 @@ def _reproduced(secret: bytes) -> NoiseKey:
 
 def _after_fork() -> None:
     for key in list(_LIVE):
-        key._forked()
+        key.after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # POSIX; elsewhere there is no fork

@@ -35,7 +35,7 @@ class SecureNoise(CounterNoise):
         key = self._keys.at(step)
         size = sum(span.blocks for span in spans) * BLOCK_BYTES
         raw = scratch("keystream", size + BLOCK_BYTES, torch.uint8, _HOST)
-        view = memoryview(raw.numpy())
+        view: memoryview = raw.numpy().data
         start = 0
         for span in spans:  # in order: each call may spill one block into its successor's place
             part = span.blocks * BLOCK_BYTES

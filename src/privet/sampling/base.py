@@ -36,7 +36,7 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class Poisson:
-    """Every example joins every batch independently with probability `rate`: batches of random size, sometimes empty."""
+    """Every example joins every batch independently with probability `rate`: batches of random size, maybe empty."""
 
     rate: float
 
@@ -45,7 +45,7 @@ class Poisson:
 
     @classmethod
     def of(cls, batch_size: int, dataset_size: int) -> Poisson:
-        """Returns the sampling whose expected batch size is `batch_size`, with the rate never rounded to a fraction 1/k."""
+        """Returns the sampling whose expected batch size is `batch_size`: the rate is never rounded to some 1/k."""
         if batch_size > dataset_size:
             raise ConfigurationError(
                 f"A batch of {batch_size} from {dataset_size} examples needs a sampling rate above 1: "
@@ -79,7 +79,7 @@ class Poisson:
 
 @dataclass(frozen=True)
 class Partition:
-    """The batches of a pass share no example: a sequential or a shuffled loader. Order hides nothing: no amplification."""
+    """The batches of a pass share no example: a sequential or shuffled loader. Order hides nothing: not amplified."""
 
     shuffled: bool = False
 

@@ -20,7 +20,7 @@ def poisson_indices(
     """Returns the examples of one batch: each of `size` examples independently with probability `rate`.
 
     The gaps between chosen examples are geometric, P(gap >= k) = (1 - rate)**k, and are drawn by inversion, so that a
-    batch costs what it holds and not what the dataset holds. Uniforms have a grain of 2**-64 where a gap of 0 is decided.
+    batch costs what it holds and not what the dataset holds. Uniforms have a grain of 2**-64 where a gap is 0.
     (Devroye, Non-Uniform Random Variate Generation, 1986, chapter X, section 2.)
     """
     if rate == 0.0 or size == 0:

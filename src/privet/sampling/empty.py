@@ -55,7 +55,7 @@ class EmptyBatch:
 
     def _collated(self) -> tuple[Any, Any]:
         if self._pair is None:
-            numpy_state, python_state = np.random.get_state(), random.getstate()
+            numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - what users seed
             try:
                 with torch.random.fork_rng(devices=[]):  # an augmentation must not notice that it was asked once more
                     example = self._dataset[0]
@@ -66,7 +66,7 @@ class EmptyBatch:
                     f"collating that in the main process raised {type(failure).__name__}: {failure}"
                 ) from failure
             finally:
-                np.random.set_state(numpy_state)
+                np.random.set_state(numpy_state)  # noqa: NPY002
                 random.setstate(python_state)
             self._pair = _hollow(pair[0]), _hollow(pair[1])
         return self._pair

@@ -12,7 +12,7 @@ prefetch; and its number of examples is checked against the one that was drawn.
     prefetch_factor, persistent_workers,
     multiprocessing_context
     batch_size                              the expected size under Poisson sampling; the exact one in a partition
-    drop_last                               no meaning under Poisson sampling, where no batch is left over; kept in a partition
+    drop_last                               kept in a partition; under Poisson sampling no batch is left over to drop
     shuffle                                 implied by Poisson sampling; kept in a partition, drawn from the key
     sampler, batch_sampler of one's own     refused: their batches have no known law, so no honest epsilon
     batch_size=None, IterableDataset        refused: examples cannot be drawn at random from a stream
@@ -57,7 +57,7 @@ class _Counted:
 
 @final
 class PrivateLoader(DataLoader[Any]):
-    """A DataLoader whose batches are drawn and announced for privacy. Build it with `privatize_loader` or `loader_for`."""
+    """A DataLoader whose batches are drawn and announced for privacy. Built by `privatize_loader` and `loader_for`."""
 
     def __init__(
         self,
@@ -157,8 +157,8 @@ def privatize_loader(
 ) -> PrivateLoader:
     """Returns a private loader with the options of the user's own.
 
-    `poisson=False` keeps its order, sequential or shuffled, without amplification. `dataset_size` declares the number of
-    examples instead of the dataset's length: then the length itself stays secret, and may differ by one.
+    `poisson=False` keeps its order, sequential or shuffled, without amplification. `dataset_size` declares the number
+    of examples instead of the dataset's length: then the length itself stays secret, and may differ by one.
     """
     if isinstance(loader, PrivateLoader):
         raise ConfigurationError("This loader is private already: pass the loader that it was made from.")
@@ -203,8 +203,8 @@ def loader_for(
 ) -> PrivateLoader:
     """Returns a private loader of a dataset. A partition needs `batch_size`; Poisson sampling has its rate.
 
-    `steps` is the number of batches in a pass, by default ceil(1 / rate) under Poisson sampling; a partition has as many
-    as it needs.
+    `steps` is the number of batches in a pass, by default ceil(1 / rate) under Poisson sampling; a partition has as
+    many as it needs.
     """
     size = _length(dataset)
     options = {"num_workers": num_workers}
@@ -314,20 +314,21 @@ def _order(loader: DataLoader[Any], *, poisson: bool) -> bool:
         )
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise ConfigurationError(
-            f"The batch_sampler {type(loader.batch_sampler).__name__} forms batches by a law of its own, whose privacy is "
-            "not known: give the loader batch_size= instead, and the batches are drawn for you."
+            f"The batch_sampler {type(loader.batch_sampler).__name__} forms batches by a law of its own, whose privacy "
+            "is not known: give the loader batch_size= instead, and the batches are drawn for you."
         )
-    sampler = loader.sampler
-    if type(sampler) is SequentialSampler and sampler.data_source is loader.dataset:
+    sampler: Any = loader.sampler
+    dataset: Any = loader.dataset
+    if type(sampler) is SequentialSampler and sampler.data_source is dataset:
         return False
-    if type(sampler) is RandomSampler and sampler.data_source is loader.dataset:
-        if not sampler.replacement and sampler.num_samples == _length(loader.dataset):
+    if type(sampler) is RandomSampler and sampler.data_source is dataset:
+        if not sampler.replacement and sampler.num_samples == _length(dataset):
             return True
         found = "RandomSampler with replacement or num_samples"
     else:
         found = type(sampler).__name__
     law = "joins every batch with the same probability" if poisson else "is met at most once in a pass"
     raise ConfigurationError(
-        f"The sampler {found} chooses examples by a law of its own; the accounting needs one under which each example {law}. "
-        "Remove sampler=, and use shuffle=True or False. Weigh the examples in the loss instead."
+        f"The sampler {found} chooses examples by a law of its own; the accounting needs one under which each "
+        f"example {law}. Remove sampler=, and use shuffle=True or False. Weigh the examples in the loss instead."
     )

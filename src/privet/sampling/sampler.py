@@ -120,7 +120,7 @@ class LogicalBatches(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes: the reproducible run exactly; any other with a fresh key, and with a new pass if its order is lost."""
+        """Resumes: the reproducible run exactly; any other with a fresh key, and a new pass where its order is lost."""
         for name, own in self.state_dict(handed_over=0).items():
             if name not in {"passes", "handed_over"} and state[name] != own:
                 raise ConfigurationError(
