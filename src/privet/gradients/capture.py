@@ -171,9 +171,9 @@ class Capture:
         return self._depth > 0 or (self._examples is not None and torch._C._current_graph_task_id() != -1)
 
     @property
-    def pending(self) -> bool:
-        """Returns whether a forward has been run whose backward has not."""
-        return self._examples is not None
+    def examples(self) -> int | None:
+        """Returns the number of examples of the forwards whose backward is still to come, or None."""
+        return self._examples
 
     def begin(self, examples: int) -> None:
         """Begins a forward of `examples` examples. Several forwards may share a backward if they have as many each."""

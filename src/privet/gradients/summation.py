@@ -19,7 +19,16 @@ from privet.gradients.rules.registry import row_norms
 from privet.gradients.strategy import row_chunks
 from privet.gradients.use import Owner, Use, Uses
 
-__all__ = ["DictSink", "LocalNorms", "NormReducer", "Policy", "SumSink", "clipped_sum", "per_example_gradients"]
+__all__ = [
+    "DictSink",
+    "LocalNorms",
+    "NormReducer",
+    "Policy",
+    "SumSink",
+    "clipped_sum",
+    "per_example_gradients",
+    "weighted_sums",
+]
 
 
 class Policy(Protocol):
@@ -262,3 +271,18 @@ def per_example_gradients(
     everything = slice(0, owner.units)
     found = _gathered(recorded, parameters, owner)
     return {name: gathered.per_unit(everything) * scale for name, gathered in found.items()}
+
+
+@torch.no_grad()
+def weighted_sums(
+    recorded: Recorded,
+    parameters: Mapping[str, nn.Parameter],
+    weights: Sequence[Tensor],  # (B,) each
+) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+    """Returns the sums of examples' gradients under each of several weightings, and the size of each parameter's part.
+
+    Not clipped, and so for checks alone. The size is the root of the sum of the examples' squared norms.
+    """
+    found = _gathered(recorded, parameters, Owner(recorded.examples or 0))
+    sizes = {name: float(g.squared_norms().sum().sqrt()) for name, g in found.items()}
+    return [{name: g.weighted_sum(w) for name, g in found.items()} for w in weights], sizes

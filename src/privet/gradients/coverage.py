@@ -1,0 +1,238 @@
+"""The check on the first batch: where the examples are, and that what was captured is all there is.
+
+It runs the model a few more times, once in a run: twice to learn the layouts (B and B + 1 examples), once under capture
+and once without, and three backwards. Two claims are tested on random output gradients, for a random half S of the
+batch and for the rest: the captured gradients of S add up to autograd's own gradient of the outputs of S. A use that was
+missed, rows given to the wrong example, and examples that meet in the backward all make the two differ.
+
+Its gradients are compared and dropped: nothing is stored in `p.grad`, and nothing is released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from privet.errors import CoverageError, UnsupportedModelError
+from privet.gradients.capture import Capture, Recorded
+from privet.gradients.summation import weighted_sums
+
+__all__ = ["check_coverage", "undisturbed"]
+
+_ATTEMPTS = 8
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Yields a function that puts random generators and buffers back as they were; they are put back at the end too."""
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    cpu = torch.get_rng_state()
+    cuda = [torch.cuda.get_rng_state(device) for device in devices]
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in zip(devices, cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+
+    try:
+        yield restore
+    finally:
+        restore()
+        torch.clear_autocast_cache()
+
+
+def _grown(inputs: Any, examples: int, axis: int) -> Any:
+    """Returns the inputs with one more example, a copy of the first, wherever the batch axis shows."""
+
+    def grow(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
+            return torch.cat([leaf, leaf.narrow(axis, 0, 1)], dim=axis)
+        return leaf
+
+    return tree_map(grow, inputs)
+
+
+def _detached(inputs: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def check_coverage(
+    module: nn.Module,
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    *,
+    examples: int,
+    batch_axis: int = 0,
+) -> None:
+    """Learns the layouts, and checks that capture covers the model.
+
+    Args:
+        module: the model, whose buffers and random numbers are put back after each run.
+        capture: learns the layouts; it must not be in use.
+        run: the model's differentiable outputs for some inputs, examples on `batch_axis`.
+        inputs: those of the first batch; no gradient reaches them.
+        examples: how many they are, at least 1.
+
+    Raises:
+        UnsupportedModelError: if the batch axis cannot be told somewhere.
+        CoverageError: if what was captured is not what autograd finds, with the parameters by name.
+    """
+    inputs = _detached(inputs)
+    with undisturbed(module) as restore, torch.enable_grad():
+        try:
+            _learn(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
+            _compare(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
+        finally:
+            capture.release()
+            capture.layouts.trace = None
+
+
+def _learn(
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    *,
+    examples: int,
+    batch_axis: int,
+    restore: Callable[[], None],
+) -> None:
+    grown = _grown(inputs, examples, batch_axis)
+    for _ in range(_ATTEMPTS):
+        traces = []
+        for some, count in ((inputs, examples), (grown, examples + 1)):
+            capture.layouts.trace = []
+            restore()
+            capture.begin(count)
+            try:
+                run(some)
+            except RuntimeError as error:
+                if count == examples:
+                    raise
+                raise UnsupportedModelError(
+                    f"the model runs on {examples} examples and not on {examples + 1}: {error} To find the batch axis, the "
+                    f"first batch is run with one example more, in every input with {examples} on axis {batch_axis}. Give "
+                    "the model inputs whose batch axis is there, and no other input of that size there."
+                ) from error
+            finally:
+                capture.release()
+            traces.append(capture.layouts.trace)
+        capture.layouts.trace = None
+        if capture.layouts.learn(traces[0], traces[1], examples, examples + 1):
+            return
+    raise UnsupportedModelError(
+        f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "
+        "axis cannot be told. Expected the same operations whatever the size of the batch."
+    )
+
+
+def _compare(
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    *,
+    examples: int,
+    batch_axis: int,
+    restore: Callable[[], None],
+) -> None:
+    generator = torch.Generator().manual_seed(0)  # no secret: which rows are checked against which
+    restore()
+    half = torch.zeros(examples)
+    half[torch.randperm(examples, generator=generator)[: (examples + 1) // 2]] = 1.0
+    parameters = {name: p for name, p in capture.parameters.items() if p.requires_grad}
+
+    outputs = _differentiable(run(inputs))
+    draws = [_cotangent(o, generator) for o in outputs]
+    found = []
+    for weights in (half, 1.0 - half):
+        rows = [_weighted(d, weights, batch_axis) for d in draws]
+        found.append(torch.autograd.grad(outputs, list(parameters.values()), rows, retain_graph=True, allow_unused=True))
+    del outputs
+
+    recorded = _captured(capture, run, inputs, draws, examples=examples, restore=restore)
+    device = next(iter(parameters.values())).device
+    sums, sizes = weighted_sums(recorded, parameters, [half.to(device), (1.0 - half).to(device)])
+    _report(parameters, found, sums, sizes)
+
+
+def _captured(
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    draws: Sequence[Tensor],
+    *,
+    examples: int,
+    restore: Callable[[], None],
+) -> Recorded:
+    kept: list[Recorded] = []
+    listener, capture.on_backward = capture.on_backward, kept.append
+    restore()
+    try:
+        capture.begin(examples)
+        outputs = _differentiable(run(inputs))
+        capture.end(outputs)
+        torch.autograd.backward(outputs, list(draws))
+    finally:
+        capture.on_backward = listener
+    return kept[0] if kept else Recorded(examples=examples)
+
+
+def _differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
+    found = [o for o in outputs if o.requires_grad]
+    if not found:
+        raise UnsupportedModelError(
+            "no output of the model depends on its trainable parameters. Expected a tensor that needs a gradient, in a "
+            "tuple, list, dict or dataclass."
+        )
+    return found
+
+
+def _cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(output.shape, generator=generator).to(output)
+
+
+def _weighted(draw: Tensor, weights: Tensor, axis: int) -> Tensor:
+    axis = min(axis, draw.dim() - 1)
+    shape = [1] * draw.dim()
+    shape[axis] = -1
+    return draw * weights.view(shape).to(draw)
+
+
+def _report(
+    parameters: Mapping[str, nn.Parameter],
+    found: Sequence[Sequence[Tensor | None]],
+    sums: Sequence[Mapping[str, Tensor]],
+    sizes: Mapping[str, float],
+) -> None:
+    coarse = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values()) or torch.is_autocast_enabled()
+    tolerance = 5e-2 if coarse else 2e-3
+    overall = max(sizes.values(), default=0.0)
+    wrong = []
+    for place, (name, p) in enumerate(parameters.items()):
+        for gradients, captured in zip(found, sums, strict=True):
+            expected, got = gradients[place], captured.get(name)
+            expected = torch.zeros_like(p) if expected is None else expected
+            got = torch.zeros_like(p) if got is None else got.view(p.shape)
+            scale = max(sizes.get(name, 0.0), float(expected.float().norm()), 1e-5 * overall)
+            error = float((expected.to(got.dtype) - got).float().norm())
+            if not error <= tolerance * scale and bool(expected.isfinite().all()):
+                wrong.append(f"{name}: expected a gradient of norm {float(expected.norm()):.3g}, captured "
+                             f"{float(got.norm()):.3g}, difference {error:.3g}")  # fmt: skip
+                break
+    if wrong:
+        raise CoverageError(
+            "on the first batch, the per-example gradients of half of the examples do not add up to the gradient of these "
+            "examples' outputs:\n  " + "\n  ".join(wrong) + "\nEither examples are mixed (a mean over the batch, a batch "
+            "axis that is not where it seems), or a parameter is used in a way that was not captured (a custom autograd "
+            "Function). Keep examples apart, or register a rule for the operation (privet.register_rule)."
+        )

@@ -1,0 +1,240 @@
+"""A module under watch: hooks that begin and end a capture with each training forward, and the tripwires.
+
+The module stays the user's own object, with the same class, attributes and `state_dict`. It carries two hooks, and each
+trainable parameter one: a gradient that reaches a parameter came by a way that was not captured, and raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from privet.errors import ConfigurationError, CoverageError, ProtocolError, UnsupportedModelError
+from privet.gradients.capture import Capture, Recorded
+from privet.gradients.coverage import check_coverage
+
+__all__ = ["Instrument", "Tripwires", "examples_in", "tensors_in"]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Returns the tensors in nested containers, dataclasses included."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]))
+    return found
+
+
+def examples_in(inputs: Any, batch_axis: int = 0) -> int:
+    """Returns the number of examples: the size of the first tensor along the batch axis.
+
+    Raises:
+        UnsupportedModelError: if there is no tensor that has that axis.
+    """
+    for t in tensors_in(inputs):
+        if t.dim() > batch_axis:
+            return t.shape[batch_axis]
+    raise UnsupportedModelError(
+        f"no input of the model is a tensor with an axis {batch_axis}, so that the examples cannot be counted. Expected "
+        "tensors as arguments, or in tuples, lists and dicts."
+    )
+
+
+class Tripwires:
+    """A hook on each trainable parameter that raises if a gradient arrives there."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], on_gradient: Callable[[], None]) -> None:
+        self._parameters = dict(parameters)
+        self._on_gradient = on_gradient
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))  # type: ignore[misc]
+            for name, p in parameters.items()
+        ]
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is None:  # an undefined gradient is none
+            return
+        for p in self._parameters.values():
+            p.grad = None
+        self._on_gradient()
+        raise CoverageError(
+            f"a gradient reached {name} by a way that was not captured per example: a penalty on the parameter added to "
+            "the loss, a use outside of the private module's forward or in eval mode, or a custom autograd Function. It was "
+            "discarded, and nothing was released. Use weight_decay in the optimizer for a penalty; run the parameter's "
+            "layer inside the private module's forward; freeze it (requires_grad_(False)) before make_private; or "
+            "register a rule (privet.register_rule)."
+        )
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Hook:
+    """A hook of one instrument. A copy of the module carries a copy of the hook, which refuses to train."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(_refuse_copy)
+
+    def __reduce__(self) -> Any:
+        return (_Hook, (_refuse_copy,))
+
+
+def _refuse_copy(module: nn.Module, *rest: Any) -> None:
+    if module.training and torch.is_grad_enabled():
+        raise ProtocolError(
+            "this is a copy of a private model, and trains without privacy. Expected eval() or no_grad() of a copy. Copy "
+            "the model before make_private, and make each copy private that is to be trained."
+        )
+
+
+class Instrument:
+    """Watches one module.
+
+    Args:
+        module: the user's module.
+        parameters: its trainable parameters by canonical name.
+        batch_first: whether the inputs have the batch on axis 0, else on axis 1.
+        on_backward: gets what each backward recorded.
+        on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        batch_first: bool = True,
+        on_backward: Callable[[Recorded], None],
+        on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.capture = Capture(parameters, batch_first=batch_first, on_backward=on_backward)
+        self._module = module
+        self._axis = 0 if batch_first else 1
+        self._on_check = on_check
+        self._checked = 0  # the most examples that a check has seen, up to 2
+        self._suspended = False
+        self._begun = False
+        self._empty = False
+        self._tripwires = Tripwires(parameters, self.capture.release)
+        self._handles = [
+            module.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
+            module.register_forward_hook(_Hook(self._after), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Makes the module an ordinary one again."""
+        self.capture.release()
+        self._tripwires.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    # -- the two hooks -----------------------------------------------------------------------------------------------
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._suspended or not module.training or not torch.is_grad_enabled() or self.capture.watching:
+            return None
+        self._refuse_thawed()
+        examples = examples_in((args, kwargs), self._axis)
+        replaced = None
+        self._empty = examples == 0
+        if self._empty:
+            examples = 1
+            args, kwargs = replaced = tree_map(self._one_zero, args), tree_map(self._one_zero, kwargs)
+        elif self._checked < min(examples, 2):
+            self._check(args, kwargs, examples)
+        self.capture.begin(examples)
+        self._begun = True
+        return replaced
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._begun:
+            return None
+        self._begun = False
+        outputs = self._outputs(output)
+        if output is None:
+            self._fail(None)
+        self.capture.end(outputs)
+        if not self._empty:
+            self._check_outputs(outputs)
+            return None
+        return tree_map(lambda leaf: leaf.narrow(self._axis, 0, 0) if isinstance(leaf, Tensor) else leaf, output)
+
+    def _fail(self, error: Exception | None) -> None:
+        """Leaves nothing of a forward that broke off."""
+        self.capture.release()
+        if error is not None:
+            raise error
+
+    # -- what is asked of the model ----------------------------------------------------------------------------------
+
+    def _refuse_thawed(self) -> None:
+        known = self.capture.parameters
+        for name, p in self._module.named_parameters():
+            if p.requires_grad and name not in known and not any(p is k for k in known.values()):
+                raise ConfigurationError(
+                    f"{name} is trainable now and was frozen, or absent, at make_private: nothing would clip its "
+                    "gradients. Expected the same trainable parameters. Freeze it again, or call make_private anew."
+                )
+
+    def _one_zero(self, leaf: Any) -> Any:
+        """Returns one all-zero example in place of none."""
+        if not isinstance(leaf, Tensor) or leaf.dim() <= self._axis or leaf.shape[self._axis] != 0:
+            return leaf
+        shape = list(leaf.shape)
+        shape[self._axis] = 1
+        return leaf.new_zeros(shape)
+
+    def _outputs(self, output: Any) -> list[Tensor]:
+        return [t for t in tensors_in(output) if t.requires_grad]
+
+    def _check_outputs(self, outputs: list[Tensor]) -> None:
+        examples = self.capture.examples
+        for o in outputs:
+            if o.dim() == 0:
+                self._fail(UnsupportedModelError(
+                    "the model returned a scalar that needs a gradient, such as a loss of its own: it hides how the "
+                    "examples were put together, and so what one example can do. Return outputs with one row for each "
+                    "example, and compute the loss from them (do not pass labels to a model that then reduces a loss), "
+                    "or use PrivateStep with a loss per example."
+                ))  # fmt: skip
+            elif o.dim() <= self._axis or o.shape[self._axis] != examples:
+                self._fail(UnsupportedModelError(
+                    f"the model returned a tensor of shape {tuple(o.shape)} for {examples} examples. Expected the batch on "
+                    f"axis {self._axis}. Return one row for each example."
+                ))  # fmt: skip
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any], examples: int) -> None:
+        def run(inputs: Any) -> list[Tensor]:
+            positional, keyword = inputs
+            outputs = self._outputs(self._module(*positional, **keyword))
+            for o in outputs:
+                if o.dim() == 0:
+                    self._check_outputs([o])
+            return outputs
+
+        self._suspended = True
+        try:
+            check_coverage(
+                self._module, self.capture, run, (args, kwargs), examples=examples, batch_axis=self._axis
+            )
+            if self._on_check is not None and examples > 1:
+                self._on_check(args, kwargs)
+        finally:
+            self._suspended = False
+        self._checked = min(examples, 2)
+
