@@ -1,0 +1,81 @@
+"""A private training run as a frozen description: sampling, clipping, noise and steps, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from privet._checks import check_at_least, check_count
+from privet.accounting.event import Event, GaussianEvent
+from privet.clipping import ClippingPolicy
+from privet.errors import ConfigurationError
+from privet.sampling import Partition, Poisson
+
+if TYPE_CHECKING:
+    from privet.accounting.accountant import Accountant
+
+__all__ = ["Gaussian", "Mechanism"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Gaussian noise of standard deviation `multiplier` times the sensitivity of the clipped sum."""
+
+    multiplier: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multiplier", check_at_least("noise multiplier", self.multiplier))
+
+    @property
+    def event(self) -> GaussianEvent:
+        """Returns the event of one release, before any amplification by sampling."""
+        return GaussianEvent(self.multiplier)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What a run releases. Everything in it is public.
+
+    Attributes:
+        sampling: how batches are formed.
+        clipping: how much one example may weigh; it carries the sensitivity.
+        noise: what is added, relative to the sensitivity.
+        steps: how many logical steps are planned; passes over the data, where the sampling is billed by the pass.
+    """
+
+    sampling: Poisson | Partition
+    clipping: ClippingPolicy
+    noise: Gaussian
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name, kind in (("sampling", Poisson | Partition), ("clipping", ClippingPolicy), ("noise", Gaussian)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigurationError(
+                    f"{name} of a Mechanism must be a description such as Poisson(0.01), Flat(1.0) or Gaussian(1.1), got "
+                    f"{getattr(self, name)!r}."
+                )
+        object.__setattr__(self, "steps", check_count("steps", self.steps))
+
+    def event(self, count: int | None = None) -> Event:
+        """Returns the event of the planned steps (or passes), or of `count` of them."""
+        return self.sampling.event_for(self.noise.event, self.steps if count is None else count)
+
+    def epsilon(self, delta: float, *, accountant: str | Accountant = "pld") -> float:
+        """Returns ε at `delta` of the planned steps, under add-or-remove-one (zero-out, where n is public)."""
+        from privet.accounting import get_accountant
+
+        return float(get_accountant(accountant).epsilon(self.event(), delta))
+
+    def calibrated(self, *, epsilon: float, delta: float, accountant: str | Accountant = "pld") -> Mechanism:
+        """Returns the same mechanism with the least noise whose planned steps cost at most `epsilon` at `delta`.
+
+        Raises:
+            ConfigurationError: if no noise reaches the target.
+        """
+        from privet.accounting import calibrate_noise_multiplier
+
+        certificate = calibrate_noise_multiplier(
+            epsilon, delta, lambda sigma: replace(self, noise=Gaussian(sigma)).event(), accountant=accountant
+        )
+        return replace(self, noise=Gaussian(certificate.value))

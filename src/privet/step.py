@@ -1,0 +1,218 @@
+"""The explicit door: a step that owns the backward, over a loss for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privet._checks import check_positive
+from privet.accounting.ledger import Budget, Ledger
+from privet.errors import ConfigurationError
+from privet.gradients.capture import Capture, Recorded
+from privet.gradients.coverage import check_coverage
+from privet.gradients.instrument import Tripwires, examples_in
+from privet.gradients.summation import clipped_sum
+from privet.mechanism import Mechanism
+from privet.noise import GaussianNoise, NoiseKey, noise_for
+from privet.parameters import private_parameters
+from privet.sampling import Poisson, PrivateLoader, loader_for
+from privet.update import PrivateUpdate, refuse_optimizer
+from privet.validation import find_mixing, require_valid
+
+__all__ = ["PrivateStep"]
+
+LossPerExample = Callable[[nn.Module, Any], Tensor]
+
+
+class _Loss(nn.Module):
+    """The model and its loss as one module of the batch."""
+
+    def __init__(self, model: nn.Module, loss: LossPerExample) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+class PrivateStep:
+    """Trains `model` on one logical batch a call.
+
+    Args:
+        model: any module; it is left as it is but for a hook on each trainable parameter.
+        optimizer: over exactly the model's trainable parameters; any that reads dense gradients once a step.
+        mechanism: what each step releases.
+        loss_per_example: `loss(model, batch)` returns the loss of each example, `(B,)`, B being axis 0 of the batch's
+            first tensor.
+        expected_batch_size: the public constant that the noisy sum is divided by.
+        budget: refuses the step that would exceed it.
+        secure_mode: whether noise must be cryptographically secure on every device.
+        noise_generator: makes the run reproducible, and says so in the ledger; for tests.
+
+    Guarantees:
+        One example, added or removed, moves the sum of one step by at most the clipping's sensitivity, whatever the model
+        and the loss, as long as each example's loss depends on that example alone, which is checked on the first batch.
+        Every step is written to the ledger before its noise is drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        mechanism: Mechanism,
+        loss_per_example: LossPerExample,
+        expected_batch_size: float,
+        budget: Budget | None = None,
+        secure_mode: bool = False,
+        noise_generator: torch.Generator | None = None,
+    ) -> None:
+        divisor = check_positive("expected_batch_size", expected_batch_size)
+        refuse_optimizer(optimizer)
+        require_valid(model)
+        if not isinstance(mechanism, Mechanism):
+            raise ConfigurationError(f"mechanism must be a privet.Mechanism, got {type(mechanism).__name__}.")
+        parameters = private_parameters(model, optimizer)
+        mechanism.clipping.groups(list(parameters))
+        key = _key(secure_mode, noise_generator)
+        device = next(iter(parameters.values())).device
+        self.model = model
+        self.optimizer = optimizer
+        self.ledger = Ledger(budget=budget)
+        if key.predictable:
+            self.ledger.mark("reproducible key")
+        noise = GaussianNoise(noise_for(device, secure_mode=secure_mode, key=key))
+        self._update = PrivateUpdate(parameters, mechanism=mechanism, noise=noise, ledger=self.ledger, divisor=divisor)
+        self._loss = _Loss(model, loss_per_example)
+        self._key = key
+        self._expected = divisor
+        self._checked = 0
+        self._capture = Capture(parameters, on_backward=self._received)
+        self._tripwires = Tripwires(parameters, self._capture.release)
+        optimizer.register_step_pre_hook(self._update.before_step)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Returns what the next step releases."""
+        return self._update.mechanism
+
+    def epsilon(self, delta: float, *, accountant: str = "pld") -> float:
+        """Returns ε at `delta` of the steps taken so far."""
+        return float(self.ledger.epsilon(delta, accountant=accountant))
+
+    def batches(
+        self,
+        dataset: Any,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+    ) -> PrivateLoader:
+        """Returns a loader of the planned batches, sampled as the mechanism says, whose steps are billed as such."""
+        sampling = self.mechanism.sampling
+        poisson = isinstance(sampling, Poisson)
+        loader = loader_for(
+            dataset,
+            sampling=sampling,
+            key=self._key,
+            steps=self.mechanism.steps if poisson else None,
+            batch_size=None if poisson else round(self._expected),
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+        )
+        loader.on_batch(self._update.announce)
+        return loader
+
+    def __call__(self, batch: Any) -> Tensor:  # (B,)
+        """Takes one step, and returns the examples' losses, detached. They are not private: look, and do not publish.
+
+        Raises:
+            ConfigurationError: if the loss is not one number for each example.
+            BudgetExceededError: if the step would exceed the budget. It was not taken.
+        """
+        examples = examples_in(batch)
+        if examples == 0:
+            self._received(Recorded(examples=0))
+            losses = torch.zeros(0)
+        else:
+            if self._checked < min(examples, 2):
+                self._check(batch, examples)
+            losses = self._backward(batch, examples)
+        try:
+            self.optimizer.step()
+        except BaseException:
+            self._update.discard()
+            raise
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def _backward(self, batch: Any, examples: int) -> Tensor:
+        try:
+            with torch.enable_grad():
+                self._capture.begin(examples)
+                losses = self._losses(batch, examples)
+                self._capture.end([losses])
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._capture.release()
+            raise
+        return losses.detach()
+
+    def _losses(self, batch: Any, examples: int) -> Tensor:
+        losses = self._loss(batch)
+        if not isinstance(losses, Tensor) or losses.shape != (examples,):
+            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ConfigurationError(
+                f"loss_per_example returned {found} for a batch of {examples}. Expected one loss for each example, of shape "
+                f"({examples},): use reduction='none', and take the mean or sum over all axes but the first."
+            )
+        if not losses.requires_grad:
+            raise ConfigurationError(
+                "loss_per_example returned losses that need no gradient. Expected them to depend on the model's trainable "
+                "parameters. Do not detach them, and do not compute them under no_grad()."
+            )
+        return losses
+
+    def _check(self, batch: Any, examples: int) -> None:
+        check_coverage(
+            self.model,
+            self._capture,
+            lambda inputs: [self._losses(inputs, examples_in(inputs))],
+            batch,
+            examples=examples,
+        )
+        if examples > 1:
+            refuse_mixing(self._loss, (batch,), {})
+        self._checked = min(examples, 2)
+
+    def _received(self, recorded: Recorded) -> None:
+        trainable = {name: p for name, p in self._update.parameters.items() if p.requires_grad}
+        clipped = clipped_sum(recorded, trainable, self.mechanism.clipping)
+        self._update.receive(clipped, examples=recorded.examples or 0)
+
+
+def refuse_mixing(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises if an example's output depends on the other examples of its batch."""
+    mixed = find_mixing(module, args, kwargs)
+    if mixed:
+        from privet.errors import UnsupportedModelError
+
+        raise UnsupportedModelError(
+            "examples are mixed inside the model: " + "; ".join(mixed) + ". Expected each row to depend on its own example "
+            "alone. Take statistics over each example, not over the batch, and keep none in buffers."
+        )
+
+
+def _key(secure_mode: bool, generator: torch.Generator | None) -> NoiseKey:
+    if generator is None:
+        return NoiseKey.fresh()
+    if secure_mode:
+        raise ConfigurationError(
+            "noise_generator makes the noise reproducible, and secure_mode demands noise that nobody can reproduce. Give one "
+            "of the two."
+        )
+    return NoiseKey.from_generator(generator)
+
