@@ -22,7 +22,7 @@ from privet.sampling import Poisson, PrivateLoader, loader_for
 from privet.update import PrivateUpdate, refuse_optimizer
 from privet.validation import find_mixing, require_valid
 
-__all__ = ["PrivateStep"]
+__all__ = ["PrivateStep", "noise_key", "refuse_mixing"]
 
 LossPerExample = Callable[[nn.Module, Any], Tensor]
 
@@ -78,7 +78,7 @@ class PrivateStep:
             raise ConfigurationError(f"mechanism must be a privet.Mechanism, got {type(mechanism).__name__}.")
         parameters = private_parameters(model, optimizer)
         mechanism.clipping.groups(list(parameters))
-        key = _key(secure_mode, noise_generator)
+        key = noise_key(secure_mode=secure_mode, generator=noise_generator)
         device = next(iter(parameters.values())).device
         self.model = model
         self.optimizer = optimizer
@@ -206,7 +206,8 @@ def refuse_mixing(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         )
 
 
-def _key(secure_mode: bool, generator: torch.Generator | None) -> NoiseKey:
+def noise_key(*, secure_mode: bool, generator: torch.Generator | None) -> NoiseKey:
+    """Returns a fresh key, or a reproducible one from a generator."""
     if generator is None:
         return NoiseKey.fresh()
     if secure_mode:

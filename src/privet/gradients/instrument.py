@@ -136,6 +136,17 @@ class Instrument:
             module.register_forward_hook(_Hook(self._after), always_call=True),
         ]
 
+    @property
+    def examples(self) -> int | None:
+        """Returns the number of examples of the forward that is being trained on, or None."""
+        examples = self.capture.examples
+        return 0 if self._empty and examples is not None else examples
+
+    @property
+    def empty(self) -> bool:
+        """Returns whether the last training forward had no examples."""
+        return self._empty
+
     def remove(self) -> None:
         """Makes the module an ordinary one again."""
         self.capture.release()

@@ -148,7 +148,7 @@ class _Gathered:
     def owner_of(self, uses: Uses) -> Owner:
         """Returns the owner of each row of the uses: several rows of one example lie together."""
         examples = self.owner.units if self.owner.index is None else len(self.owner.index)
-        repeat = uses.rows // examples
+        repeat = uses.rows // examples if examples else 1
         if repeat == 1:
             return self.owner
         index = torch.arange(examples, device=uses[0].gradient.device) if self.owner.index is None else self.owner.index

@@ -27,7 +27,7 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
         flat = flat.float()
     length = flat.shape[1]
     whole = length - length % 1024
-    if whole == 0:
+    if whole == 0 or flat.shape[0] == 0:
         return torch.linalg.vector_norm(flat, dim=1).square()
     chunks = flat[:, :whole].unflatten(1, (-1, 1024)) if whole == length else flat[:, :whole].reshape(len(flat), -1, 1024)
     squares = torch.linalg.vector_norm(chunks, dim=2).square().sum(1)

@@ -1,0 +1,90 @@
+"""Checkpoints: everything a resumed run needs but keys, loaded without running code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from privet.accounting.ledger import Ledger
+from privet.errors import ConfigurationError
+from privet.update import PrivateUpdate
+
+__all__ = ["load", "save"]
+
+_FORMAT = 1
+
+
+def _settings(update: PrivateUpdate) -> dict[str, Any]:
+    """Returns what must be the same on resuming."""
+    return {"mechanism": repr(update.mechanism), "divisor": update.divisor, "parameters": list(update.parameters)}
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ledger: Ledger,
+    updates: Sequence[PrivateUpdate],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint; the file is complete or not there at all."""
+    state = {
+        "format": _FORMAT,
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ledger": ledger.state_dict(),
+        "updates": [{"settings": _settings(u), "state": u.state_dict()} for u in updates],
+        "extra": dict(extra or {}),
+    }
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ledger: Ledger,
+    updates: Sequence[PrivateUpdate],
+) -> dict[str, Any]:
+    """Resumes from a checkpoint, and returns its `extra`.
+
+    Raises:
+        ConfigurationError: if the file is of another format, or its settings differ. Nothing is changed then.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ConfigurationError(f"{path} is not a checkpoint of this version. Expected format {_FORMAT}.")
+    found = [saved["settings"] for saved in state["updates"]]
+    expected = [_settings(update) for update in updates]
+    if found != expected:
+        differences = [
+            f"{key}: saved {a.get(key)!r}, now {b.get(key)!r}"
+            for a, b in zip(found, expected, strict=False)
+            for key in b
+            if a.get(key) != b.get(key)
+        ]
+        raise ConfigurationError(
+            f"{path} was saved under other settings: {'; '.join(differences) or 'another number of private modules'}. Expected "
+            "the same. Call make_private with the saved run's settings before loading."
+        )
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    ledger.resume(state["ledger"])
+    for update, saved in zip(updates, state["updates"], strict=True):
+        update.load_state_dict(saved["state"])
+    extra = state["extra"]
+    assert isinstance(extra, dict)
+    return extra

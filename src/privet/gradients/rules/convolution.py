@@ -1,0 +1,277 @@
+"""Convolutions in one, two and three dimensions, and their transposes.
+
+Axes as in `patches.py`. One example's gradient is a sum over the places of the output; a weight used several times has
+the sum of the uses as its gradient, which is formed before any norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from privet.errors import UnsupportedModelError
+from privet.gradients.convolution_strategy import ConvolutionStrategy, convolution_strategy
+from privet.gradients.pool import scratch
+from privet.gradients.rules.patches import Pairing
+from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
+from privet.gradients.strategy import ROWS_BYTES, gram_padding, row_chunks
+from privet.gradients.use import Use, Uses, wide
+
+__all__ = ["Convolution", "Geometry"]
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The constants of a convolution, one number for each spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    output_padding: tuple[int, ...] | None = None  # None where the convolution is not a transposed one
+
+    @property
+    def transposed(self) -> bool:
+        """Returns whether the convolution is a transposed one."""
+        return self.output_padding is not None
+
+    def arguments(self, *, groups: int | None = None) -> tuple[Any, ...]:
+        """Returns the constants in the order of `torch.convolution`."""
+        extra = self.output_padding or (0,) * len(self.stride)
+        return (self.stride, self.padding, self.dilation, self.transposed, extra, groups or self.groups)
+
+
+def _geometry(use: Use) -> Geometry:
+    assert isinstance(use.operation, Convolution)
+    return use.operation.geometry
+
+
+def _pairing(use: Use) -> Pairing:
+    (data,) = use.data
+    assert data is not None
+    geometry = _geometry(use)
+    pair = (wide(use.gradient), wide(data)) if geometry.transposed else (wide(data), wide(use.gradient))
+    kernel = use.shape[2:]
+    return Pairing(*pair, kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+
+
+def _grouped(use: Use) -> Tensor:  # (R, *shape)
+    """Returns the rows by one weight-gradient call in which each row is a group of its own."""
+    (data,) = use.data
+    assert data is not None
+    data, gradient, geometry = wide(data), wide(use.gradient), _geometry(use)
+    rows = use.rows
+    weight = scratch((rows * use.shape[0], *use.shape[1:]), data)  # only its shape is read
+    result = _backward(
+        gradient.reshape(1, rows * gradient.shape[1], *gradient.shape[2:]),
+        data.reshape(1, rows * data.shape[1], *data.shape[2:]),
+        weight,
+        None,
+        *geometry.arguments(groups=rows * geometry.groups),
+        (False, True, False),
+    )[1]
+    return result.view(rows, *use.shape)  # type: ignore[no-any-return]
+
+
+def _flat(rows: Tensor) -> Tensor:  # (R, O, C, *kernel) -> (R, ...), in the order of memory
+    return rows if rows.is_contiguous() else rows.movedim(2, -1)
+
+
+class _Weight(Rule):
+    """The kernel: `sum_t field_t patch_t^T` for each row."""
+
+    def per_example(self, uses: Uses) -> Tensor:
+        return _summed([_pairing(use).instantiated() for use in uses])
+
+    def squared_norms(self, uses: Uses) -> Tensor:
+        if len(uses) > 1:
+            size = uses.rows * uses[0].gradient.element_size()
+            for n in uses.shape:
+                size *= n
+            strategy = ConvolutionStrategy.ROWS if size <= ROWS_BYTES else ConvolutionStrategy.TILES
+        else:
+            strategy = convolution_strategy(_pairing(uses[0]))
+        return self.norms_by(strategy, uses)
+
+    def norms_by(self, strategy: ConvolutionStrategy, uses: Uses) -> Tensor:  # (R,)
+        """Returns the squared norms, found in a given way."""
+        match strategy:
+            case ConvolutionStrategy.ROWS:
+                return row_norms(_flat(uses.remembered(lambda: self.per_example(uses))))
+            case ConvolutionStrategy.GROUPED:
+                return row_norms(uses.remembered(lambda: _summed([_grouped(use) for use in uses])))
+            case ConvolutionStrategy.PIXELS:
+                norms = _gram_norms(_pairing(uses[0])) if len(uses) == 1 else None
+                return self.norms_by(ConvolutionStrategy.TILES, uses) if norms is None else norms
+            case ConvolutionStrategy.TILES:
+                chunks = row_chunks(uses.rows, uses[0].gradient.element_size() * _entries(uses.shape))
+                norms = [row_norms(_flat(self.per_example(uses.narrowed(c.start, c.stop)))) for c in chunks]
+                return torch.cat(norms) if norms else row_norms(self.per_example(uses))
+
+    def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
+        if uses.rows_memo is not None:
+            rows = _flat(uses.rows_memo)
+            total = weighted_rows(rows, weights)
+            return total if rows is uses.rows_memo else total.movedim(-1, 1).contiguous()
+        return _summed([_weighted(use, weights) for use in uses])
+
+
+def _entries(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _summed(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _weighted(use: Use, weights: Tensor) -> Tensor:  # (R,) -> shape
+    """Returns the weighted sum of the rows by one ordinary weight-gradient call."""
+    (data,) = use.data
+    assert data is not None
+    data, gradient = wide(data), wide(use.gradient)
+    if not gradient.numel() or not data.numel():
+        return gradient.new_zeros(use.shape)
+    gradient = gradient * weights.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+    weight = gradient.new_empty(use.shape)  # only its shape is read
+    arguments = _geometry(use).arguments()
+    return _backward(gradient, data, weight, None, *arguments, (False, True, False))[1]  # type: ignore[no-any-return]
+
+
+def _gram_norms(pairing: Pairing) -> Tensor | None:  # (R,)
+    """Returns `sum_ts (patch_t . patch_s)(field_t . field_s)` plus a bound on its rounding error.
+
+    Returns None where the bound is more than 2e-4 of some norm: then a sum of squares has to be taken instead.
+    """
+    patches, field = pairing.grams()
+    lengths = [m.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for m in (patches, field)]
+    scale = (lengths[0] * lengths[1]).sum(1).square()
+    gram = field.mul_(patches).flatten(1).sum(1)
+    length = max(pairing.source.shape[1] * max(pairing.kernel), pairing.field.shape[1])
+    padding = scale * gram_padding(length, gram.dtype)
+    if bool(((padding > 2e-4 * gram) & (scale > 0) & gram.isfinite() & scale.isfinite()).any()):
+        return None
+    return gram.clamp(min=0) + padding
+
+
+class _Bias(Rule):
+    """A vector added at every place: the sum of the gradient over the places."""
+
+    def per_example(self, uses: Uses) -> Tensor:
+        return _summed([wide(use.gradient).flatten(2).sum(2) for use in uses])
+
+
+class Convolution(Operation):
+    """A convolution or transposed convolution; rows on axis 0."""
+
+    rules: Mapping[str, Rule] = {"weight": _Weight(), "bias": _Bias()}
+
+    def __init__(self, function: Callable[..., Tensor], geometry: Geometry) -> None:
+        self.function = function
+        self.geometry = geometry
+
+    def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        g = self.geometry
+        arguments = (data[0], values["weight"], values.get("bias"), g.stride, g.padding)
+        if g.transposed:
+            return self.function(*arguments, g.output_padding, g.groups, g.dilation)
+        return self.function(*arguments, g.dilation, g.groups)
+
+    def data_gradients(
+        self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Tensor, needed: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        (x,) = data
+        same = gradient.dtype
+        result = _backward(
+            gradient, x.to(same), values["weight"].to(same), None, *self.geometry.arguments(), (True, False, False)
+        )
+        return [result[0].to(x.dtype)]
+
+
+_DIMENSIONS = {
+    torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3,
+    torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3,
+}  # fmt: skip
+
+
+def _numbers(value: Any, dimensions: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dimensions
+    numbers = tuple(int(v) for v in value)
+    return numbers * dimensions if len(numbers) == 1 else numbers
+
+
+@handles(torch.conv1d, torch.conv2d, torch.conv3d)
+def _convolution(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def bound(
+        input: Tensor,  # noqa: A002
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        n = _DIMENSIONS[func]
+        steps, hops = _numbers(stride, n), _numbers(dilation, n)
+        x, sides = input, (0,) * n
+        if padding == "same" and any(s != 1 for s in steps):
+            raise UnsupportedModelError(
+                f"{_names(call, weight, bias)}: padding='same' with stride {stride}. Expected 1."
+            )
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(hops, weight.shape[2:], strict=True)]
+            sides = tuple(t // 2 for t in totals)
+            if any(t % 2 for t in totals):  # torch adds the odd one at the end
+                x = F.pad(input, [e for t in reversed(totals) for e in (0, t % 2)])
+        elif padding != "valid":
+            sides = _numbers(padding, n)
+        return _applied(call, func, (input, x), (weight, bias), Geometry(steps, sides, hops, groups))
+
+    return bound(*args, **kwargs)
+
+
+@handles(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _transposed(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def bound(
+        input: Tensor,  # noqa: A002
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Any:
+        n = _DIMENSIONS[func]
+        steps, sides, extra, hops = (_numbers(v, n) for v in (stride, padding, output_padding, dilation))
+        return _applied(call, func, (input, input), (weight, bias), Geometry(steps, sides, hops, groups, extra))
+
+    return bound(*args, **kwargs)
+
+
+def _names(call: Call, *roots: Any) -> str:
+    return ", ".join(call.label(root) for root in roots if call.is_root(root))
+
+
+def _applied(call: Call, func: Any, inputs: tuple[Any, Any], roots: tuple[Any, Any], geometry: Geometry) -> Any:
+    """Returns the captured convolution of the second input, a padded first; NotImplemented if it is not one."""
+    (x, padded), (weight, bias) = inputs, roots
+    if call.is_root(x) or any(t is not None and not call.is_root(t) and t.requires_grad for t in (weight, bias)):
+        return NotImplemented
+    if x.dim() != _DIMENSIONS[func] + 2:
+        raise UnsupportedModelError(
+            f"{_names(call, weight, bias)}: {func.__name__} met an input of shape {tuple(x.shape)}. Expected "
+            f"{_DIMENSIONS[func] + 2} axes, the batch first. Add a batch axis, of size 1 if need be."
+        )
+    operation = Convolution(func, geometry)
+    return call.apply(operation, (padded,), {"weight": weight, "bias": bias}, layout=call.layout(x))
