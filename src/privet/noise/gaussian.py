@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
@@ -27,11 +28,28 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.source import NoiseSource
 
 if TYPE_CHECKING:
+    from privet.accounting.event import GaussianEvent
     from privet.gradients.clipped_sum import ClippedSum
 
-__all__ = ["GaussianNoise", "NoiseMechanism", "PrivateGradient"]
+__all__ = ["Gaussian", "GaussianNoise", "NoiseMechanism", "PrivateGradient"]
 
 _SEAL = object()
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The description: every coordinate of every step's sum gets noise of std `multiplier` x sensitivity."""
+
+    multiplier: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multiplier", check_at_least("noise multiplier", self.multiplier))
+
+    def event(self) -> GaussianEvent:
+        """Returns the event of one release, without sampling."""
+        from privet.accounting.event import GaussianEvent
+
+        return GaussianEvent(self.multiplier)
 
 
 @final

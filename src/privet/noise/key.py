@@ -45,7 +45,7 @@ class NoiseKey:
         self._secret = bytes(secret)
         self._predictable = predictable
         self._process = os.getpid()
-        self._generation = 0
+        self._generation = _unique()
         self._claimed = set(claimed)
         _LIVE.add(self)
 
@@ -79,7 +79,7 @@ class NoiseKey:
 
     @property
     def generation(self) -> int:
-        """Returns a number that changes whenever the secret does: what was derived before is then out of date."""
+        """Returns a number that no other key has, and that changes with the secret: by it, caches go out of date."""
         if os.getpid() != self._process:  # a fork that Python's own hooks did not see
             self.after_fork()
         return self._generation
@@ -105,7 +105,7 @@ class NoiseKey:
         """Replaces the secret by a fresh one, unless the key is reproducible: a resumed run never repeats noise."""
         if not self._predictable:
             self._secret = os.urandom(KEY_BYTES)
-            self._generation += 1
+            self._generation = _unique()
 
     def fingerprint(self) -> str | None:
         """Returns a short hash by which a reproducible key is recognised; None for a fresh one, never met again."""
@@ -132,6 +132,11 @@ class NoiseKey:
 
     def __repr__(self) -> str:
         return f"NoiseKey({'reproducible' if self._predictable else 'secret'})"
+
+
+def _unique() -> int:
+    """Returns a number that no other key and no other process has: what was cached under one key fits no other."""
+    return int.from_bytes(os.urandom(16), "big")
 
 
 def _reproduced(secret: bytes) -> NoiseKey:

@@ -63,7 +63,7 @@ class TagBook:
 
 
 class StepKey:
-    """The key of one step under one purpose; the newest is kept, and made anew when the master key changed."""
+    """The key of one step under one purpose: kept until the step or the master key changes, never copied."""
 
     def __init__(self, key: NoiseKey, *, purpose: str) -> None:
         self._key = key
@@ -81,9 +81,13 @@ class StepKey:
             self._known = wanted
         return self._bytes
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_known": None, "_bytes": b""}
+
 
 def keystream_into(out: memoryview, *, key: bytes, tag: int, block: int, size: int) -> None:
     """Writes `size` bytes of keystream from `block` on into `out`, which has `BLOCK_BYTES` to spare behind them."""
+    assert block + size // BLOCK_BYTES <= 1 << 64, "the counter would run into the next name"
     encryptor = Cipher(AES(key), CTR((tag << 64 | block).to_bytes(BLOCK_BYTES, "big"))).encryptor()
     for start in range(0, size, len(_ZEROS)):  # counter mode XORs: of zeros it leaves the keystream itself
         part = min(len(_ZEROS), size - start)
