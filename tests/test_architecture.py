@@ -23,7 +23,7 @@ LAYERS = (
     ("sampling", "parallel"),
     ("mechanism",),
     ("validation", "layers"),
-    ("update", "schedules", "checkpoint"),
+    ("parameters", "criterion", "update", "schedules", "checkpoint"),
     ("step",),
     ("engine",),
     ("audit", "report"),
