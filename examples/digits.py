@@ -160,8 +160,8 @@ def train_privately(
         lambda after: train(model, optimizer, loader, epochs=PRIVATE.epochs, after_epoch=after),
         model=model, test=test, epochs=PRIVATE.epochs, epsilon=lambda: engine.get_epsilon(delta=DELTA), console=console,
     )  # fmt: skip
-    engine.save_checkpoint(path=checkpoint, module=model, optimizer=optimizer)
-    return history, engine.noise_multiplier
+    engine.save_checkpoint(checkpoint, module=model, optimizer=optimizer)
+    return history, engine.mechanisms[0].noise.multiplier
 
 
 def train_plainly(training: TensorDataset, test: TensorDataset, *, console: Console) -> History:
