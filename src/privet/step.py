@@ -13,8 +13,9 @@ from privet.accounting.ledger import Budget, Ledger
 from privet.errors import ConfigurationError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.coverage import check_coverage
-from privet.gradients.instrument import Tripwires, examples_in
+from privet.gradients.instrument import examples_in
 from privet.gradients.summation import clipped_sum
+from privet.gradients.tripwire import Tripwires
 from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.parameters import private_parameters
@@ -93,6 +94,7 @@ class PrivateStep:
         self._checked = 0
         self._capture = Capture(parameters, on_backward=self._received)
         self._tripwires = Tripwires(parameters, self._capture.release)
+        optimizer.zero_grad(set_to_none=True)
         optimizer.register_step_pre_hook(self._update.before_step)
 
     @property
@@ -182,6 +184,7 @@ class PrivateStep:
             self._capture,
             lambda inputs: [self._losses(inputs, examples_in(inputs))],
             batch,
+            tripwires=self._tripwires,
             examples=examples,
         )
         if examples > 1:

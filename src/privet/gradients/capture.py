@@ -117,8 +117,8 @@ class _Captured(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         call: _Call = ctx.call
+        saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
         with torch._C.DisableTorchFunctionSubclass():
-            saved = ctx.saved_tensors
             data, values = saved[: call.data_count], saved[call.data_count :]
             call.capture.record(call, data, values, gradients)
             needed = ctx.needs_input_grad[1 : 1 + call.data_count]

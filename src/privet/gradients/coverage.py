@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from privet.errors import CoverageError, UnsupportedModelError
+from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.summation import weighted_sums
+from privet.gradients.tripwire import Tripwires
 
 __all__ = ["check_coverage", "undisturbed"]
 
@@ -72,6 +73,7 @@ def check_coverage(
     run: Callable[[Any], Sequence[Tensor]],
     inputs: Any,
     *,
+    tripwires: Tripwires,
     examples: int,
     batch_axis: int = 0,
 ) -> None:
@@ -82,6 +84,7 @@ def check_coverage(
         capture: learns the layouts; it must not be in use.
         run: the model's differentiable outputs for some inputs, examples on `batch_axis`.
         inputs: those of the first batch; no gradient reaches them.
+        tripwires: kept quiet while autograd's own gradients are formed.
         examples: how many they are, at least 1.
 
     Raises:
@@ -92,7 +95,9 @@ def check_coverage(
     with undisturbed(module) as restore, torch.enable_grad():
         try:
             _learn(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
-            _compare(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
+            _compare(
+                capture, run, inputs, examples=examples, batch_axis=batch_axis, tripwires=tripwires, restore=restore
+            )
         finally:
             capture.release()
             capture.layouts.trace = None
@@ -109,30 +114,38 @@ def _learn(
 ) -> None:
     grown = _grown(inputs, examples, batch_axis)
     for _ in range(_ATTEMPTS):
-        traces = []
+        before = capture.layouts.learned
+        traces, failures = [], []
         for some, count in ((inputs, examples), (grown, examples + 1)):
             capture.layouts.trace = []
             restore()
             capture.begin(count)
             try:
                 run(some)
-            except RuntimeError as error:
-                if count == examples:
-                    raise
-                raise UnsupportedModelError(
-                    f"the model runs on {examples} examples and not on {examples + 1}: {error} To find the batch axis, the "
-                    f"first batch is run with one example more, in every input with {examples} on axis {batch_axis}. Give "
-                    "the model inputs whose batch axis is there, and no other input of that size there."
-                ) from error
+            except Exception as error:  # a wrong guess may be the cause: what was met before it mends the guess
+                failures.append((count, error))
             finally:
                 capture.release()
             traces.append(capture.layouts.trace)
         capture.layouts.trace = None
-        if capture.layouts.learn(traces[0], traces[1], examples, examples + 1):
+        settled = capture.layouts.learn(traces[0], traces[1], examples, examples + 1)
+        if settled and not failures:
             return
+        if failures and capture.layouts.learned == before:
+            raise _explained(*failures[0], examples=examples, axis=batch_axis)
     raise UnsupportedModelError(
         f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "
         "axis cannot be told. Expected the same operations whatever the size of the batch."
+    )
+
+
+def _explained(count: int, error: Exception, *, examples: int, axis: int) -> Exception:
+    if count == examples or isinstance(error, PrivetError):
+        return error
+    return UnsupportedModelError(
+        f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is run "
+        f"with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch axis is "
+        "there, and no other input of that size there."
     )
 
 
@@ -143,6 +156,7 @@ def _compare(
     *,
     examples: int,
     batch_axis: int,
+    tripwires: Tripwires,
     restore: Callable[[], None],
 ) -> None:
     generator = torch.Generator().manual_seed(0)  # no secret: which rows are checked against which
@@ -154,9 +168,13 @@ def _compare(
     outputs = _differentiable(run(inputs))
     draws = [_cotangent(o, generator) for o in outputs]
     found = []
-    for weights in (half, 1.0 - half):
-        rows = [_weighted(d, weights, batch_axis) for d in draws]
-        found.append(torch.autograd.grad(outputs, list(parameters.values()), rows, retain_graph=True, allow_unused=True))
+    with tripwires.quiet():
+        for weights in (half, 1.0 - half):
+            rows = [_weighted(d, weights, batch_axis) for d in draws]
+            torch.autograd.backward(outputs, rows, retain_graph=True)
+            found.append([p.grad for p in parameters.values()])
+            for p in parameters.values():
+                p.grad = None
     del outputs
 
     recorded = _captured(capture, run, inputs, draws, examples=examples, restore=restore)

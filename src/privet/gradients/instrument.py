@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from privet.errors import ConfigurationError, CoverageError, ProtocolError, UnsupportedModelError
+from privet.errors import ConfigurationError, ProtocolError, UnsupportedModelError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.coverage import check_coverage
+from privet.gradients.tripwire import Tripwires
 
-__all__ = ["Instrument", "Tripwires", "examples_in", "tensors_in"]
+__all__ = ["Instrument", "examples_in", "tensors_in"]
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -45,37 +46,6 @@ def examples_in(inputs: Any, batch_axis: int = 0) -> int:
         f"no input of the model is a tensor with an axis {batch_axis}, so that the examples cannot be counted. Expected "
         "tensors as arguments, or in tuples, lists and dicts."
     )
-
-
-class Tripwires:
-    """A hook on each trainable parameter that raises if a gradient arrives there."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], on_gradient: Callable[[], None]) -> None:
-        self._parameters = dict(parameters)
-        self._on_gradient = on_gradient
-        self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))  # type: ignore[misc]
-            for name, p in parameters.items()
-        ]
-
-    def _arrived(self, name: str, parameter: Tensor) -> None:
-        if parameter.grad is None:  # an undefined gradient is none
-            return
-        for p in self._parameters.values():
-            p.grad = None
-        self._on_gradient()
-        raise CoverageError(
-            f"a gradient reached {name} by a way that was not captured per example: a penalty on the parameter added to "
-            "the loss, a use outside of the private module's forward or in eval mode, or a custom autograd Function. It was "
-            "discarded, and nothing was released. Use weight_decay in the optimizer for a penalty; run the parameter's "
-            "layer inside the private module's forward; freeze it (requires_grad_(False)) before make_private; or "
-            "register a rule (privet.register_rule)."
-        )
-
-    def remove(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
 
 class _Hook:
@@ -241,7 +211,13 @@ class Instrument:
         self._suspended = True
         try:
             check_coverage(
-                self._module, self.capture, run, (args, kwargs), examples=examples, batch_axis=self._axis
+                self._module,
+                self.capture,
+                run,
+                (args, kwargs),
+                tripwires=self._tripwires,
+                examples=examples,
+                batch_axis=self._axis,
             )
             if self._on_check is not None and examples > 1:
                 self._on_check(args, kwargs)

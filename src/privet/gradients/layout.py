@@ -81,6 +81,11 @@ class Layouts:
     known: dict[Site, set[Layout]] = field(default_factory=dict)
     trace: list[tuple[Site, tuple[int, ...], Layout]] | None = None
 
+    @property
+    def learned(self) -> int:
+        """Returns how many facts are known."""
+        return sum(len(layouts) for layouts in self.known.values())
+
     def of(self, site: Site, t: Tensor, examples: int) -> Layout:
         """Returns the layout of `t` at `site`, in a batch of `examples`.
 

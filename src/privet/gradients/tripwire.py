@@ -1,0 +1,55 @@
+"""The tripwire: a gradient that reaches a private parameter came by a way that was not captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from privet.errors import CoverageError
+
+__all__ = ["Tripwires"]
+
+
+class Tripwires:
+    """A hook on each trainable parameter that raises if a gradient arrives there."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], on_gradient: Callable[[], None]) -> None:
+        self._parameters = dict(parameters)
+        self._on_gradient = on_gradient
+        self._quiet = False
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))  # type: ignore[misc]
+            for name, p in parameters.items()
+        ]
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        if self._quiet or parameter.grad is None:  # an undefined gradient is none
+            return
+        for p in self._parameters.values():
+            p.grad = None
+        self._on_gradient()
+        raise CoverageError(
+            f"a gradient reached {name} by a way that was not captured per example: a penalty on the parameter added to "
+            "the loss, a use outside of the private module's forward or in eval mode, or a custom autograd Function. It was "
+            "discarded, and nothing was released. Use weight_decay in the optimizer for a penalty; run the parameter's "
+            "layer inside the private module's forward; freeze it (requires_grad_(False)) before make_private; or "
+            "register a rule (privet.register_rule)."
+        )
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Lets gradients arrive for a while, for a check that compares and drops them."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+            for p in self._parameters.values():
+                p.grad = None
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
