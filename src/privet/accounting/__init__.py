@@ -1,0 +1,83 @@
+"""Accounting: the tightest honest ε for what really ran. NumPy and SciPy's special functions only; never torch."""
+
+from __future__ import annotations
+
+from privet.accounting.accountant import (
+    Accountant,
+    Bound,
+    get_accountant,
+    get_delta,
+    get_epsilon,
+    known_accountants,
+    register_accountant,
+)
+from privet.accounting.calibration import (
+    Certificate,
+    calibrate_count_noise,
+    calibrate_noise_multiplier,
+    calibrate_rate,
+    calibrate_steps,
+)
+from privet.accounting.event import (
+    ClipCountEvent,
+    ComposedEvent,
+    Event,
+    FixedSizeEvent,
+    GaussianEvent,
+    NoEvent,
+    NonPrivateEvent,
+    PartitionEvent,
+    PoissonEvent,
+    Relation,
+    SelfComposedEvent,
+    TruncatedPoissonEvent,
+    Unit,
+    WholePhase,
+    repeated,
+)
+from privet.accounting.file_ledger import FileLedger
+from privet.accounting.gdp import GdpAccountant
+from privet.accounting.ledger import Budget, Ledger, Phase
+from privet.accounting.pld import PldAccountant
+from privet.accounting.rdp import RdpAccountant
+
+__all__ = [
+    "Accountant",
+    "Bound",
+    "Budget",
+    "Certificate",
+    "ClipCountEvent",
+    "ComposedEvent",
+    "Event",
+    "FileLedger",
+    "FixedSizeEvent",
+    "GaussianEvent",
+    "GdpAccountant",
+    "Ledger",
+    "NoEvent",
+    "NonPrivateEvent",
+    "PartitionEvent",
+    "Phase",
+    "PldAccountant",
+    "PoissonEvent",
+    "RdpAccountant",
+    "Relation",
+    "SelfComposedEvent",
+    "TruncatedPoissonEvent",
+    "Unit",
+    "WholePhase",
+    "calibrate_count_noise",
+    "calibrate_noise_multiplier",
+    "calibrate_rate",
+    "calibrate_steps",
+    "get_accountant",
+    "get_delta",
+    "get_epsilon",
+    "known_accountants",
+    "register_accountant",
+    "repeated",
+]
+
+register_accountant("gdp", GdpAccountant)
+register_accountant("pld", PldAccountant)
+register_accountant("rdp", RdpAccountant)

@@ -1,0 +1,265 @@
+"""Events: frozen descriptions of what was released. Everything in them is public knowledge.
+
+An event says which mechanism ran, on which sample, how often. It says nothing about who is protected: the
+neighbouring relation and the unit of privacy are given to the accountant. `noise_multiplier` is always the standard
+deviation of the noise over the sensitivity under add-or-remove-one; accountants double the sensitivity where the
+relation does.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, runtime_checkable
+
+from privet._checks import check_at_least, check_count, check_probability
+from privet.errors import ConfigurationError
+
+__all__ = [
+    "ClipCountEvent",
+    "ComposedEvent",
+    "Event",
+    "FixedSizeEvent",
+    "GaussianEvent",
+    "NoEvent",
+    "NonPrivateEvent",
+    "PartitionEvent",
+    "PoissonEvent",
+    "Relation",
+    "SelfComposedEvent",
+    "TruncatedPoissonEvent",
+    "Unit",
+    "WholePhase",
+    "repeated",
+]
+
+
+class Relation(enum.Enum):
+    """Which two data sets are neighbours.
+
+    Under `ZERO_OUT` one record is replaced by one that contributes nothing but keeps its place, so that the size of
+    the data set is the same on both sides and may be public.
+    """
+
+    ADD_OR_REMOVE_ONE = "add_or_remove_one"
+    REPLACE_ONE = "replace_one"
+    ZERO_OUT = "zero_out"
+
+
+class Unit(enum.Enum):
+    """What "one" is: whose data the neighbouring relation adds, removes, replaces or zeroes."""
+
+    EXAMPLE = "example"
+    SEQUENCE = "sequence"
+    USER = "user"
+    GROUP = "group"
+
+
+class Event:
+    """One release, or several. A subclass is a frozen dataclass and names itself: `class Mine(Event, kind="mine")`."""
+
+    kind: ClassVar[str] = ""
+    _kinds: ClassVar[dict[str, type[Event]]] = {}
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        """Registers the subclass under its name in JSON."""
+        super().__init_subclass__()
+        taken = Event._kinds.get(kind)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ConfigurationError(f"The event kind {kind!r} is taken by {taken.__qualname__}; choose another name.")
+        cls.kind = kind
+        Event._kinds[kind] = cls
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the event as plain values that JSON keeps exactly."""
+        values: dict[str, object] = {"kind": self.kind}
+        for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            values[field.name] = _plain(getattr(self, field.name))
+        return values
+
+    @staticmethod
+    def from_dict(values: Mapping[str, object]) -> Event:
+        """Returns the event that `to_dict` described; an unknown kind or field is an error."""
+        if not isinstance(values, Mapping) or values.get("kind") not in Event._kinds:
+            found = values.get("kind") if isinstance(values, Mapping) else values
+            raise ConfigurationError(f"An event must have a kind among {sorted(Event._kinds)}, got {found!r}.")
+        cls = Event._kinds[str(values["kind"])]
+        given = {key: _revived(value) for key, value in values.items() if key != "kind"}
+        expected = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if set(given) != expected:
+            raise ConfigurationError(f"{cls.__name__} has the fields {sorted(expected)}, got {sorted(given)}.")
+        return cls(**given)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Event):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _revived(value: object) -> object:
+    if isinstance(value, Mapping):
+        return Event.from_dict(value)
+    if isinstance(value, list | tuple):
+        return tuple(_revived(item) for item in value)
+    return value
+
+
+def _check_event(name: str, value: object) -> Event:
+    if not isinstance(value, Event):
+        raise ConfigurationError(f"{name} must be an Event, got {value!r}.")
+    return value
+
+
+def _set(target: Event, /, **values: object) -> None:
+    """Stores checked values in a frozen dataclass that is still being made."""
+    for name, value in values.items():
+        object.__setattr__(target, name, value)
+
+
+@dataclass(frozen=True)
+class NoEvent(Event, kind="none"):
+    """Nothing was released: ε is 0."""
+
+
+@dataclass(frozen=True)
+class NonPrivateEvent(Event, kind="non_private"):
+    """Something was released without protection: ε is infinite."""
+
+
+@dataclass(frozen=True)
+class GaussianEvent(Event, kind="gaussian"):
+    """A sum with Gaussian noise of standard deviation `noise_multiplier` times its sensitivity."""
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        _set(self, noise_multiplier=check_at_least("noise_multiplier", self.noise_multiplier))
+
+
+@dataclass(frozen=True)
+class ClipCountEvent(Event, kind="clip_count"):
+    """A noisy sum of gradients, and with it adaptive clipping's noisy count of those that were not clipped.
+
+    Andrew et al., arXiv 1905.03871, section 3: every example adds +1/2 or -1/2 to the recentred count, so its
+    sensitivity is 1/2 and `count_noise` is the standard deviation of the noise on the count itself.
+    """
+
+    noise_multiplier: float
+    count_noise: float
+
+    def __post_init__(self) -> None:
+        _set(self, noise_multiplier=check_at_least("noise_multiplier", self.noise_multiplier))
+        _set(self, count_noise=check_at_least("count_noise", self.count_noise))
+
+
+@dataclass(frozen=True)
+class PoissonEvent(Event, kind="poisson"):
+    """`event` on a batch that each example joins independently with probability `rate`."""
+
+    rate: float
+    event: Event
+
+    def __post_init__(self) -> None:
+        _set(self, rate=check_probability("rate", self.rate), event=_check_event("event", self.event))
+
+
+@dataclass(frozen=True)
+class TruncatedPoissonEvent(Event, kind="truncated_poisson"):
+    """`event` on a Poisson batch from which, where it is larger than `cap`, a uniform choice of `cap` is kept.
+
+    `dataset_size` counts the larger of two neighbours under add-or-remove-one.
+    """
+
+    rate: float
+    cap: int
+    dataset_size: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        _set(self, rate=check_probability("rate", self.rate), cap=check_count("cap", self.cap, 1))
+        _set(self, dataset_size=check_count("dataset_size", self.dataset_size, 1))
+        _set(self, event=_check_event("event", self.event))
+
+
+@dataclass(frozen=True)
+class FixedSizeEvent(Event, kind="fixed_size"):
+    """`event` on a batch of exactly `batch_size` of `dataset_size` examples, chosen uniformly without replacement."""
+
+    batch_size: int
+    dataset_size: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        _set(self, dataset_size=check_count("dataset_size", self.dataset_size, 1))
+        _set(self, batch_size=check_count("batch_size", self.batch_size, 0))
+        if self.batch_size > self.dataset_size:
+            raise ConfigurationError(
+                f"batch_size must be at most dataset_size = {self.dataset_size}, got {self.batch_size}."
+            )
+        _set(self, event=_check_event("event", self.event))
+
+
+@dataclass(frozen=True)
+class PartitionEvent(Event, kind="partition"):
+    """`event` on every batch of a partition of the data, in any fixed or shuffled order, `passes` times over.
+
+    Each example takes part once a pass, whatever the number of batches: k passes of a Gaussian are k participations,
+    a Gaussian mechanism with μ = √k / noise_multiplier. Nothing is amplified by the order.
+    """
+
+    passes: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        _set(self, passes=check_count("passes", self.passes), event=_check_event("event", self.event))
+
+    def whole_phase(self, count: int) -> Event:
+        """Returns the event of `count` repetitions: so many more passes."""
+        return PartitionEvent(self.passes * count, self.event)
+
+
+@dataclass(frozen=True)
+class ComposedEvent(Event, kind="composed"):
+    """Several events on the same data, each of which may depend on what the others released."""
+
+    events: tuple[Event, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            events = tuple(self.events)
+        except TypeError:
+            raise ConfigurationError(f"events must be a sequence of events, got {self.events!r}.") from None
+        _set(self, events=tuple(_check_event("each of events", event) for event in events))
+
+
+@dataclass(frozen=True)
+class SelfComposedEvent(Event, kind="self_composed"):
+    """`event`, `count` times over."""
+
+    event: Event
+    count: int
+
+    def __post_init__(self) -> None:
+        _set(self, event=_check_event("event", self.event), count=check_count("count", self.count))
+
+
+@runtime_checkable
+class WholePhase(Protocol):
+    """A mechanism, often an event itself, whose repetitions are one event of their own, not a composition of steps."""
+
+    def whole_phase(self, count: int) -> Event:
+        """Returns the event of `count` steps or passes taken together."""
+
+
+def repeated(event: Event, count: int) -> Event:
+    """Returns the event of `count` repetitions of `event`: its own whole phase where it has one."""
+    check_count("count", count)
+    if count == 0:
+        return NoEvent()
+    if isinstance(event, WholePhase):
+        return event.whole_phase(count)
+    return event if count == 1 else SelfComposedEvent(event, count)

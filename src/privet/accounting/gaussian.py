@@ -1,0 +1,124 @@
+"""The Gaussian mechanism in closed form: δ of ε, ε of δ and μ of (ε, δ) for N(μ, 1) against N(0, 1).
+
+Balle and Wang, arXiv 1805.06530, theorem 8; Dong, Roth and Su, arXiv 1905.02383, corollary 2.13.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+
+from scipy.special import erfcx, log_ndtr, ndtr, ndtri
+
+__all__ = [
+    "bisected",
+    "gaussian_delta",
+    "gaussian_epsilon",
+    "gaussian_log_delta",
+    "gaussian_mu",
+    "gaussian_power",
+    "smallest_mu",
+]
+
+_SLACK = 1e-12  # relative; every result is rounded toward less privacy by this much
+
+
+def gaussian_log_delta(mu: float, epsilon: float) -> float:
+    """Returns log δ of the Gaussian mechanism with shift μ: δ = Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ)."""
+    if mu == 0.0:
+        return -math.inf if epsilon >= 0.0 else math.log(-math.expm1(epsilon))
+    if math.isinf(mu) or epsilon == -math.inf:
+        return 0.0
+    if math.isinf(epsilon):
+        return -math.inf
+    upper, lower = epsilon / mu - mu / 2.0, epsilon / mu + mu / 2.0
+    if upper > 1.0:
+        # Both terms are φ(upper) times a Mills ratio, since e^ε φ(lower) = φ(upper): no underflow, less cancellation.
+        left, right = upper / math.sqrt(2.0), lower / math.sqrt(2.0)
+        ratio = float(erfcx(left) - erfcx(right))
+        if mu < 1e-6 or ratio <= 0.0:
+            # The difference would be rounding; |erfcx'(x)| <= 2 / (√π (2x² + 1)) bounds it from above.
+            ratio = (right - left) * 2.0 / (math.sqrt(math.pi) * (2.0 * left**2 + 1.0))
+        return math.log(ratio / 2.0) - upper**2 / 2.0 if ratio > 0.0 else -math.inf
+    if epsilon > 700.0:
+        first, second = float(log_ndtr(-upper)), epsilon + float(log_ndtr(-lower))
+        return first + math.log(max(-math.expm1(second - first), 1e-16))
+    difference = float(ndtr(-upper)) - math.exp(epsilon) * float(ndtr(-lower))
+    # Where the difference is nothing but rounding, δ(0) <= 0.4 μ still bounds it.
+    return math.log(difference if difference > 0.0 else 0.4 * mu)
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """Returns δ at ε of the Gaussian mechanism with shift μ, rounded up."""
+    return min(1.0, math.exp(gaussian_log_delta(mu, epsilon)) * (1.0 + _SLACK))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Returns the smallest ε >= 0 at which the Gaussian mechanism with shift μ has at most δ, rounded up."""
+    if mu == 0.0 or delta >= 1.0:
+        return 0.0
+    if math.isinf(mu) or delta <= 0.0:
+        return math.inf
+    target = math.log(delta) - _SLACK
+    if gaussian_log_delta(mu, 0.0) <= target:
+        return 0.0
+    # δ <= Φ(μ/2 - ε/μ) <= exp(-(ε/μ - μ/2)²/2), so this end is certainly private enough.
+    high = mu * (mu / 2.0 + math.sqrt(2.0 * -target)) + mu
+    return bisected(lambda epsilon: gaussian_log_delta(mu, epsilon) <= target, 0.0, high)
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """Returns the smallest μ whose δ at ε reaches `delta`, rounded up: the Gaussian that just covers (ε, δ)."""
+    if delta <= 0.0:
+        return 0.0
+    if delta >= 1.0:
+        return math.inf
+    target = math.log(delta)
+    high = 1.0
+    while gaussian_log_delta(high, epsilon) < target:
+        high *= 2.0
+    return bisected(lambda mu: gaussian_log_delta(mu, epsilon) >= target, 0.0, high)
+
+
+def gaussian_power(mu: float, false_positive_rate: float) -> float:
+    """Returns the greatest true positive rate of a test at this false positive rate against N(μ, 1), N(0, 1)."""
+    if false_positive_rate in {0.0, 1.0}:
+        return false_positive_rate if math.isfinite(mu) else 1.0
+    return float(ndtr(ndtri(false_positive_rate) + mu))
+
+
+def bisected(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Returns a number at which `holds` is true, next to one where it is not; it must hold at `high`."""
+    for _ in range(200):
+        middle = low + (high - low) / 2.0
+        if middle in {low, high} or high - low <= _SLACK * high:
+            break
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def smallest_mu(delta: Callable[[float], float], highest: float, *, tolerance: float = 1e-3) -> float:
+    """Returns a μ whose Gaussian lies above δ(ε) for 0 <= ε <= highest, and within `tolerance` of the smallest.
+
+    Branch and bound, so that the curve between the points asked for is covered too: on [a, b] the μ needed is at
+    most that of (b, δ(a)), since μ grows in both and δ falls.
+    """
+    ends = [highest * index / 16.0 for index in range(17)]
+    deltas = [delta(end) for end in ends]
+    reached = max(gaussian_mu(end, value) for end, value in zip(ends, deltas, strict=True))
+    if math.isinf(reached):
+        return math.inf
+    # The cell that could need the most comes first.
+    cells = [(-gaussian_mu(b, at_a), a, b, at_a) for a, b, at_a in zip(ends, ends[1:], deltas, strict=False)]
+    heapq.heapify(cells)
+    for _ in range(2_000):
+        bound, a, b, at_a = cells[0]
+        if -bound <= reached * (1.0 + tolerance):
+            break
+        middle = (a + b) / 2.0
+        at_middle = delta(middle)
+        reached = max(reached, gaussian_mu(middle, at_middle))
+        heapq.heapreplace(cells, (-gaussian_mu(middle, at_a), a, middle, at_a))
+        heapq.heappush(cells, (-gaussian_mu(b, at_middle), middle, b, at_middle))
+    return -cells[0][0]
