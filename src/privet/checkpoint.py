@@ -80,9 +80,9 @@ def load(
             f"{path} was saved under other settings: {'; '.join(differences) or 'another number of private modules'}. Expected "
             "the same. Call make_private with the saved run's settings before loading."
         )
+    ledger.load_state_dict(state["ledger"])  # first: it may refuse, and nothing is changed then
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
-    ledger.resume(state["ledger"])
     for update, saved in zip(updates, state["updates"], strict=True):
         update.load_state_dict(saved["state"])
     extra = state["extra"]

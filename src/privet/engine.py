@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from privet._checks import check_at_least, check_count, check_positive
 from privet.accounting import get_accountant
+from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
 from privet.clipping import ClippingPolicy, Flat, PerLayer
 from privet.criterion import PrivateCriterion
@@ -75,6 +76,9 @@ class PrivacyEngine:
         secure_mode: whether noise must be cryptographically secure on every device, at the price of drawing it on the
             host. On CPU it always is.
 
+    ε is for zero-out neighbours: one example is replaced by one that contributes nothing, the number of examples n being
+    public. Where `dataset_size` declares a public n, the same figure holds for adding or removing one example.
+
     One engine has one ledger. Several networks trained on the same data (a GAN) take one `make_private` each, of the
     same engine, and their costs add up.
     """
@@ -82,7 +86,7 @@ class PrivacyEngine:
     def __init__(self, *, accountant: str | Accountant = "pld", secure_mode: bool = False) -> None:
         self._accountant = get_accountant(accountant)
         self._secure_mode = bool(secure_mode)
-        self.ledger = Ledger()
+        self.ledger = Ledger(relation=Relation.ZERO_OUT, accountant=self._accountant)
         self._watched: list[_Watched] = []
 
     # -- the two ways in ---------------------------------------------------------------------------------------------
@@ -228,11 +232,11 @@ class PrivacyEngine:
 
     def get_epsilon(self, delta: float) -> float:
         """Returns ε at `delta` of everything released so far through this engine."""
-        return float(self.ledger.epsilon(delta, accountant=self._accountant))
+        return self.ledger.epsilon(delta)
 
     def set_budget(self, *, epsilon: float, delta: float) -> None:
         """Makes the step that would exceed the budget raise BudgetExceededError before it is taken."""
-        self.ledger.budget = Budget(epsilon, delta, accountant=self._accountant)
+        self.ledger.budget = Budget(epsilon, delta)
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from privet._checks import check_at_least, check_count
-from privet.accounting.event import Event, GaussianEvent
+from privet.accounting.event import Event, GaussianEvent, Relation
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
 from privet.sampling import Partition, Poisson
@@ -62,10 +62,10 @@ class Mechanism:
         return self.sampling.event_for(self.noise.event, self.steps if count is None else count)
 
     def epsilon(self, delta: float, *, accountant: str | Accountant = "pld") -> float:
-        """Returns ε at `delta` of the planned steps, under add-or-remove-one (zero-out, where n is public)."""
+        """Returns ε at `delta` of the planned steps, for zero-out neighbours (add-or-remove-one costs the same)."""
         from privet.accounting import get_accountant
 
-        return float(get_accountant(accountant).epsilon(self.event(), delta))
+        return get_accountant(accountant).epsilon(self.event(), delta, relation=Relation.ZERO_OUT)
 
     def calibrated(self, *, epsilon: float, delta: float, accountant: str | Accountant = "pld") -> Mechanism:
         """Returns the same mechanism with the least noise whose planned steps cost at most `epsilon` at `delta`.
@@ -76,6 +76,10 @@ class Mechanism:
         from privet.accounting import calibrate_noise_multiplier
 
         certificate = calibrate_noise_multiplier(
-            epsilon, delta, lambda sigma: replace(self, noise=Gaussian(sigma)).event(), accountant=accountant
+            epsilon,
+            delta,
+            lambda multiplier: replace(self, noise=Gaussian(multiplier)).event(),
+            accountant=accountant,
+            relation=Relation.ZERO_OUT,
         )
         return replace(self, noise=Gaussian(certificate.value))

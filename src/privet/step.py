@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from privet._checks import check_positive
+from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
 from privet.errors import ConfigurationError
 from privet.gradients.capture import Capture, Recorded
@@ -83,7 +84,7 @@ class PrivateStep:
         device = next(iter(parameters.values())).device
         self.model = model
         self.optimizer = optimizer
-        self.ledger = Ledger(budget=budget)
+        self.ledger = Ledger(relation=Relation.ZERO_OUT, budget=budget)
         if key.predictable:
             self.ledger.mark("reproducible key")
         noise = GaussianNoise(noise_for(device, secure_mode=secure_mode, key=key))
@@ -104,7 +105,7 @@ class PrivateStep:
 
     def epsilon(self, delta: float, *, accountant: str = "pld") -> float:
         """Returns ε at `delta` of the steps taken so far."""
-        return float(self.ledger.epsilon(delta, accountant=accountant))
+        return self.ledger.epsilon(delta, accountant=accountant)
 
     def batches(
         self,
