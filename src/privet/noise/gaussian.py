@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from privet._checks import check_at_least, check_count
+from privet.accounting.event import GaussianEvent
 from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.source import NoiseSource
 
 if TYPE_CHECKING:
-    from privet.accounting.event import GaussianEvent
     from privet.gradients.clipped_sum import ClippedSum
 
 __all__ = ["Gaussian", "GaussianNoise", "NoiseMechanism", "PrivateGradient"]
@@ -47,8 +47,6 @@ class Gaussian:
 
     def event(self) -> GaussianEvent:
         """Returns the event of one release, without sampling."""
-        from privet.accounting.event import GaussianEvent
-
         return GaussianEvent(self.multiplier)
 
 

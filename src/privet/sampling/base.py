@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
-from privet._checks import check_count, check_probability
+from privet._checks import check_probability
+from privet.accounting.event import Event, PartitionEvent, PoissonEvent, repeated
 from privet.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from privet.accounting.event import Event
 
 __all__ = ["BatchTicket", "Partition", "Poisson", "Sampling"]
 
@@ -29,9 +27,6 @@ class Sampling(Protocol):
 
     def event_for(self, base_event: Event, count: int = 1) -> Event:
         """Returns the event of `count` steps (or passes begun), each step of which is `base_event` without sampling."""
-
-    def steps_per_pass(self, batch_size: int, dataset_size: int) -> int:
-        """Returns how many batches make one pass."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +58,13 @@ class Poisson:
         """Returns ceil(1 / rate): the steps in which an example is expected once or a little more."""
         if self.rate == 0.0:
             raise ConfigurationError("A sampling rate of 0 has no epochs: give the number of steps.")
-        # 1 / rate of the rate that was meant: 49 / 49 steps, not the 50 of the float just below 1 / 49.
-        return math.ceil(1 / Fraction(self.rate).limit_denominator(1 << 32))
-
-    def steps_per_pass(self, batch_size: int, dataset_size: int) -> int:
-        """Returns ceil(dataset size / batch size), in whole numbers."""
-        return -(-dataset_size // batch_size)
+        # Of the rate that was meant: 49 steps at 1 / 49, not the 50 that its nearest float, a little below, would give.
+        meant = Fraction(self.rate).limit_denominator(1 << 32)
+        return math.ceil(1 / (meant or Fraction(self.rate)))
 
     def event_for(self, base_event: Event, count: int = 1) -> Event:
         """Returns `count` steps of the base event under Poisson sampling."""
-        from privet.accounting.event import PoissonEvent, compose
-
-        return compose(PoissonEvent(self.rate, base_event), check_count("steps", count))
+        return repeated(PoissonEvent(self.rate, base_event), count)
 
 
 @dataclass(frozen=True)
@@ -88,15 +78,9 @@ class Partition:
         """Returns "pass"."""
         return "pass"
 
-    def steps_per_pass(self, batch_size: int, dataset_size: int) -> int:
-        """Returns ceil(dataset size / batch size), in whole numbers."""
-        return -(-dataset_size // batch_size)
-
     def event_for(self, base_event: Event, count: int = 1) -> Event:
         """Returns `count` passes begun, in each of which an example meets the base event at most once."""
-        from privet.accounting.event import PartitionEvent
-
-        return PartitionEvent(check_count("passes", count), base_event)
+        return repeated(PartitionEvent(1, base_event), count)
 
 
 @dataclass(frozen=True)
@@ -105,11 +89,6 @@ class BatchTicket:
 
     step: int  # logical batches handed over before this one, over the loader's whole life
     index: int  # its place in the pass
-    passes: int  # passes begun, this one included: the epoch, counted from 1
+    passes: int  # passes begun, this one included: the epoch, counted from 1; a new number is a pass to be billed
     size: int  # SECRET under Poisson sampling: the realised number of examples; never a divisor
     last: bool = True  # whether it ends its logical batch; False for all but the last of several physical ones
-
-    @property
-    def opens_pass(self) -> bool:
-        """Returns whether a pass begins with this batch."""
-        return self.index == 0

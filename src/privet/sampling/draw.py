@@ -34,7 +34,8 @@ def poisson_indices(
     start, position = 0, -1
     while position < size:
         uniform = (stream.words(count, step=step, name=name, start=start) + 0.5) * 2.0**-64
-        gaps = np.log1p(-np.minimum(uniform, _BELOW_ONE)) / scale
+        with np.errstate(over="ignore"):  # at rates near 1e-308 a gap may be infinite: it is cut to the size below
+            gaps = np.log1p(-np.minimum(uniform, _BELOW_ONE)) / scale
         chosen = position + np.cumsum(np.minimum(gaps, size).astype(np.int64) + 1)
         parts.append(chosen)
         position = int(chosen[-1])

@@ -17,6 +17,8 @@ from privet.sampling.draw import poisson_indices, shuffled_indices
 
 __all__ = ["LogicalBatches", "Pass"]
 
+_MOST_STEPS = 2**32  # a batch's address is pass * 2**32 + index
+
 
 class Pass:
     """One pass over the data: the batches that were drawn and not yet handed over."""
@@ -60,6 +62,8 @@ class LogicalBatches(Sampler[list[int]]):
         self._size = check_count("number of examples", size, least=1)
         self._batch_size = check_count("batch_size", steps if batch_size is None else batch_size, least=1)
         self._steps = check_count("steps", steps, least=1)
+        if steps > _MOST_STEPS:
+            raise ConfigurationError(f"A pass has at most 2**32 batches, got {steps}: give a number of steps.")
         self.sampling = sampling
         self.passes = 0  # begun
         self._pending: Pass | None = None
