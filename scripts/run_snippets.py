@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
 BLOCK = re.compile(
     r"<!-- setup\n(?P<setup>.*?)\n-->"
     r"|(?P<skip><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```",

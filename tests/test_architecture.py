@@ -77,7 +77,10 @@ DRAWING = {
 }
 PRIVILEGES = {
     "intercepts operations": (INTERCEPTION, ("gradients/capture.py",)),
-    "hooks modules and gradients": (HOOKS, ("gradients/capture.py", "gradients/instrument.py")),
+    "hooks modules and gradients": (
+        HOOKS,
+        ("gradients/capture.py", "gradients/instrument.py", "gradients/tripwire.py"),
+    ),
     "talks to other ranks": ({"torch.distributed", "distributed"}, ("parallel/",)),
     # The coverage check asks gradients random questions; nothing of what it draws is released.
     "draws randomness": (DRAWING, ("noise/", "sampling/", "gradients/coverage.py")),
