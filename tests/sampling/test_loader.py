@@ -287,6 +287,16 @@ def test_a_batch_that_is_not_the_drawn_one_is_noticed():
         list(loader)
 
 
+def test_indices_drawn_without_the_loader_are_never_announced():
+    """Who builds a loader of his own around the batch sampler gets batches, but no tickets: they are billed in full."""
+    loader = privatize_loader(DataLoader(DATA, batch_size=20))
+    tickets = heard(loader)
+    around = DataLoader(DATA, batch_sampler=loader.batch_sampler)
+    assert all(len(list(around)) > 0 for _ in range(3))
+    assert tickets == []
+    assert len(list(loader)) == len(tickets) == 2
+
+
 def test_a_listener_can_leave():
     loader = privatize_loader(DataLoader(DATA, batch_size=10), poisson=False)
     tickets: list = []

@@ -2,7 +2,7 @@
 
 from privet.noise.counter import CounterNoise
 from privet.noise.device import DeviceNoise
-from privet.noise.gaussian import Gaussian, GaussianNoise, NoiseMechanism, PrivateGradient
+from privet.noise.gaussian import GaussianNoise, NoiseMechanism, PrivateGradient
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import Keystream
 from privet.noise.secure import SecureNoise
@@ -11,7 +11,6 @@ from privet.noise.source import NoiseSource, noise_for
 __all__ = [
     "CounterNoise",
     "DeviceNoise",
-    "Gaussian",
     "GaussianNoise",
     "Keystream",
     "NoiseKey",

@@ -17,37 +17,21 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
 from torch import Tensor
 
 from privet._checks import check_at_least, check_count
-from privet.accounting.event import GaussianEvent
 from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.source import NoiseSource
 
 if TYPE_CHECKING:
     from privet.gradients.clipped_sum import ClippedSum
 
-__all__ = ["Gaussian", "GaussianNoise", "NoiseMechanism", "PrivateGradient"]
+__all__ = ["GaussianNoise", "NoiseMechanism", "PrivateGradient"]
 
 _SEAL = object()
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """The description: every coordinate of every step's sum gets noise of std `multiplier` x sensitivity."""
-
-    multiplier: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "multiplier", check_at_least("noise multiplier", self.multiplier))
-
-    def event(self) -> GaussianEvent:
-        """Returns the event of one release, without sampling."""
-        return GaussianEvent(self.multiplier)
 
 
 @final

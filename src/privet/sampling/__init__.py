@@ -1,6 +1,7 @@
 """Sampling: how batches are formed, and loaders that form them so."""
 
 from privet.sampling.base import BatchTicket, Partition, Poisson, Sampling
-from privet.sampling.loader import PrivateLoader, loader_for, privatize_loader
+from privet.sampling.build import loader_for, privatize_loader
+from privet.sampling.loader import PrivateLoader
 
 __all__ = ["BatchTicket", "Partition", "Poisson", "PrivateLoader", "Sampling", "loader_for", "privatize_loader"]

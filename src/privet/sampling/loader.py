@@ -6,16 +6,7 @@ Batches come from a key of the operating system, never from torch's global seed 
 still seeds the workers). Every batch handed over is announced first, in order, by a `BatchTicket`, whatever the workers
 prefetch; and its number of examples is checked against the one that was drawn.
 
-    option of the loader                    here
-    collate_fn, num_workers, pin_memory,    kept
-    timeout, worker_init_fn, generator,
-    prefetch_factor, persistent_workers,
-    multiprocessing_context
-    batch_size                              the expected size under Poisson sampling; the exact one in a partition
-    drop_last                               kept in a partition; under Poisson sampling no batch is left over to drop
-    shuffle                                 implied by Poisson sampling; kept in a partition, drawn from the key
-    sampler, batch_sampler of one's own     refused: their batches have no known law, so no honest epsilon
-    batch_size=None, IterableDataset        refused: examples cannot be drawn at random from a stream
+An empty batch never goes through the workers: it is made here, with the structure of any other.
 """
 
 from __future__ import annotations
@@ -24,22 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    default_collate,
 )
 
 from privet._checks import check_count
-from privet.errors import ConfigurationError, ProtocolError
-from privet.noise.key import NoiseKey
+from privet.errors import ProtocolError
 from privet.sampling.base import BatchTicket, Partition, Poisson
 from privet.sampling.empty import EmptyBatch
 from privet.sampling.sampler import LogicalBatches
 
-__all__ = ["PrivateLoader", "loader_for", "privatize_loader"]
+__all__ = ["PrivateLoader"]
 
 Listener = Callable[[BatchTicket], None]
 _END = object()
@@ -131,7 +116,8 @@ class PrivateLoader(DataLoader[Any]):
             )
         ticket = BatchTicket(step=self._steps_done, index=index, passes=number, size=size)
         self._steps_done += 1
-        self._handed_over = index + 1
+        if number == self._batches.passes:  # an older pass may still run beside the newest, from which a run resumes
+            self._handed_over = index + 1
         for listener in tuple(self._listeners):
             listener(ticket)
         return counted[1]
@@ -150,185 +136,3 @@ class PrivateLoader(DataLoader[Any]):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own listeners and key (see NoiseKey), and no running workers.
         return {**self.__dict__, "_listeners": [], "_iterator": None}
-
-
-def privatize_loader(
-    loader: DataLoader[Any], *, poisson: bool = True, key: NoiseKey | None = None, dataset_size: int | None = None
-) -> PrivateLoader:
-    """Returns a private loader with the options of the user's own.
-
-    `poisson=False` keeps its order, sequential or shuffled, without amplification. `dataset_size` declares the number
-    of examples instead of the dataset's length: then the length itself stays secret, and may differ by one.
-    """
-    if isinstance(loader, PrivateLoader):
-        raise ConfigurationError("This loader is private already: pass the loader that it was made from.")
-    if not isinstance(loader, DataLoader):
-        raise ConfigurationError(f"data_loader must be a torch DataLoader, got {type(loader).__name__}.")
-    shuffled = _order(loader, poisson=poisson)
-    if not loader.in_order:
-        raise ConfigurationError("in_order=False lets batches overtake each other: use in_order=True, torch's default.")
-    return _built(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        poisson=poisson,
-        shuffled=shuffled,
-        drop_last=loader.drop_last,
-        key=key,
-        dataset_size=dataset_size,
-        collate_fn=loader.collate_fn,
-        options={
-            "num_workers": loader.num_workers,
-            "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "generator": loader.generator,
-            "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers,
-            **({"pin_memory_device": loader.pin_memory_device} if loader.pin_memory_device else {}),
-        },
-    )
-
-
-def loader_for(
-    dataset: Any,
-    *,
-    sampling: Poisson | Partition,
-    key: NoiseKey | None = None,
-    batch_size: int | None = None,
-    steps: int | None = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-    num_workers: int = 0,
-    drop_last: bool = False,
-) -> PrivateLoader:
-    """Returns a private loader of a dataset. A partition needs `batch_size`; Poisson sampling has its rate.
-
-    `steps` is the number of batches in a pass, by default ceil(1 / rate) under Poisson sampling; a partition has as
-    many as it needs.
-    """
-    size = _length(dataset)
-    options = {"num_workers": num_workers}
-    collate = collate_fn or default_collate
-    if isinstance(sampling, Partition):
-        if batch_size is None or steps is not None:
-            raise ConfigurationError(
-                "A partition is described by its batch_size, and its steps follow: give that alone."
-            )
-        return _built(
-            dataset,
-            batch_size=batch_size,
-            poisson=False,
-            shuffled=sampling.shuffled,
-            drop_last=drop_last,
-            key=key,
-            dataset_size=None,
-            collate_fn=collate,
-            options=options,
-        )
-    if batch_size is not None or drop_last:
-        raise ConfigurationError("Poisson sampling has a rate and no batch_size, nor a last batch to drop.")
-    batches = LogicalBatches(
-        sampling,
-        key=key or NoiseKey.fresh(),
-        size=size,
-        steps=sampling.steps_per_epoch if steps is None else check_count("steps", steps, least=1),
-    )
-    return PrivateLoader(
-        dataset,
-        batches=batches,
-        expected_batch_size=sampling.rate * size,
-        dataset_size=size,
-        collate_fn=collate,
-        options=options,
-    )
-
-
-def _built(
-    dataset: Any,
-    *,
-    batch_size: int | None,
-    poisson: bool,
-    shuffled: bool,
-    drop_last: bool,
-    key: NoiseKey | None,
-    dataset_size: int | None,
-    collate_fn: Callable[[list[Any]], Any],
-    options: Mapping[str, Any],
-) -> PrivateLoader:
-    """Returns the private loader of a batch size."""
-    size = _length(dataset)
-    declared = size if dataset_size is None else check_count("dataset_size", dataset_size, least=1)
-    batch_size = check_count("batch_size", batch_size, least=1)
-    if poisson:
-        sampling: Poisson | Partition = Poisson.of(batch_size, declared)
-        steps = -(-declared // batch_size)
-    else:
-        sampling = Partition(shuffled=shuffled)
-        steps = size // batch_size if drop_last else -(-size // batch_size)
-        if steps == 0:
-            raise ConfigurationError(
-                f"drop_last=True leaves no batch of {batch_size} from {size} examples: choose a smaller batch size."
-            )
-    batches = LogicalBatches(sampling, key=key or NoiseKey.fresh(), size=size, batch_size=batch_size, steps=steps)
-    return PrivateLoader(
-        dataset,
-        batches=batches,
-        expected_batch_size=batch_size,
-        dataset_size=declared,
-        collate_fn=collate_fn,
-        options=options,
-    )
-
-
-def _length(dataset: Any) -> int:
-    """Returns the number of examples, read once and thereby public."""
-    if isinstance(dataset, IterableDataset):
-        raise ConfigurationError(
-            f"{type(dataset).__name__} is an IterableDataset, from which no example can be drawn at random, so that "
-            "nothing is known of who is in a batch. Use a map-style dataset, with __len__ and __getitem__: for example "
-            "list(dataset), or an index over your shards."
-        )
-    try:
-        size = len(dataset)
-    except TypeError as failure:
-        raise ConfigurationError(
-            f"{type(dataset).__name__} has no length, and the sampling rate is batch_size / length: give it a __len__."
-        ) from failure
-    if size == 0:
-        raise ConfigurationError("The dataset is empty: there is nobody to sample.")
-    return size
-
-
-def _order(loader: DataLoader[Any], *, poisson: bool) -> bool:
-    """Returns whether the user's loader shuffles, and refuses one whose batches have no known law."""
-    if isinstance(loader.dataset, IterableDataset):
-        _length(loader.dataset)
-    if type(loader).__iter__ is not DataLoader.__iter__:
-        raise ConfigurationError(
-            f"{type(loader).__name__} overrides DataLoader.__iter__, so what it yields is not what was sampled: "
-            "pass a plain torch DataLoader, with the change made in collate_fn."
-        )
-    if loader.batch_sampler is None:
-        raise ConfigurationError(
-            "batch_size=None turns batching off, so there is no batch to sample: give the loader a batch_size."
-        )
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
-        raise ConfigurationError(
-            f"The batch_sampler {type(loader.batch_sampler).__name__} forms batches by a law of its own, whose privacy "
-            "is not known: give the loader batch_size= instead, and the batches are drawn for you."
-        )
-    sampler: Any = loader.sampler
-    dataset: Any = loader.dataset
-    if type(sampler) is SequentialSampler and sampler.data_source is dataset:
-        return False
-    if type(sampler) is RandomSampler and sampler.data_source is dataset:
-        if not sampler.replacement and sampler.num_samples == _length(dataset):
-            return True
-        found = "RandomSampler with replacement or num_samples"
-    else:
-        found = type(sampler).__name__
-    law = "joins every batch with the same probability" if poisson else "is met at most once in a pass"
-    raise ConfigurationError(
-        f"The sampler {found} chooses examples by a law of its own; the accounting needs one under which each "
-        f"example {law}. Remove sampler=, and use shuffle=True or False. Weigh the examples in the loss instead."
-    )

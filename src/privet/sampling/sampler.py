@@ -28,9 +28,11 @@ class Pass:
         self.number = number
         self.sizes: deque[tuple[int, int]] = deque()  # (index, size) of the drawn batches, empty ones included
         self._next = first
+        self.started = False
 
     def draw(self) -> Iterator[list[int]]:
         """Yields the examples of every batch that has some; `sizes` also learns of those that have none."""
+        self.started = True
         while self._next < len(self._batches):
             index = self._next
             self._next += 1
@@ -86,7 +88,7 @@ class LogicalBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # A torch loader may ask twice before it draws: both get the pass that was begun.
         pending = self._pending
-        if pending is None or pending.sizes:
+        if pending is None or pending.started:
             pending = self.begin()
         return pending.draw()
 
