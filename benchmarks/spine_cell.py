@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--floor-form", choices=FORMS, default="as written", help="of the floor's model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long to time pairs")
-    parser.add_argument("--limit-gib", type=float, default=16.0, help="address space that the process may take")
+    parser.add_argument("--limit-gib", type=float, default=12.0, help="address space that the process may take")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
