@@ -310,7 +310,7 @@ class Capture:
         """
         assert self._examples is not None
         layout = self.layout(data[0]) if layout is None else layout
-        if layout is Layout.SECOND and not operation.positionwise:
+        if layout is Layout.SECOND and not operation.positionwise and self.layouts.trace is None:
             raise UnsupportedModelError(
                 f"{type(operation).__name__} of {', '.join(self._described(roots))} met a batch on axis 1. Expected "
                 "axis 0 there. Move the batch to axis 0."

@@ -55,7 +55,7 @@ def _blocks_fit(pairing: Pairing) -> bool:
 
 def _gram_is_precise(pairing: Pairing) -> bool:
     """Returns whether the bound on a Gram norm's rounding error is likely to be narrow enough to be of use."""
-    if pairing.groups != 1 or not pairing.places or pairing.source.dtype.itemsize < 4:
+    if pairing.groups != 1 or not pairing.places or not pairing.rows or pairing.source.dtype.itemsize < 4:
         return False
     length = max(pairing.source.shape[1] * max(pairing.kernel), pairing.field.shape[1])
     return gram_padding(length, pairing.source.dtype) * pairing.places < 2e-4

@@ -28,7 +28,7 @@ _buffers: list[Tensor] = []  # flat, bytes, most recently used last
 
 
 def _holders(buffer: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))
+    return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))  # noqa: SLF001 - there is no public count of who holds a storage
 
 
 _ALONE = _holders(torch.empty(1, dtype=torch.uint8))

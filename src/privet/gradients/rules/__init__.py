@@ -1,5 +1,5 @@
 """Rules, one family a file. Importing this package registers all of them."""
 
-from privet.gradients.rules import convolution, free, linear
+from privet.gradients.rules import convolution, embedding, free, linear, normalization
 
-__all__ = ["convolution", "free", "linear"]
+__all__ = ["convolution", "embedding", "free", "linear", "normalization"]

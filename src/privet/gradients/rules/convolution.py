@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from privet.errors import UnsupportedModelError
 from privet.gradients.convolution_strategy import ConvolutionStrategy, convolution_strategy
 from privet.gradients.pool import scratch
+from privet.gradients.rules.arguments import named
 from privet.gradients.rules.patches import Pairing
 from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
 from privet.gradients.strategy import ROWS_BYTES, gram_padding, row_chunks
@@ -108,8 +110,8 @@ class _Weight(Rule):
             case ConvolutionStrategy.GROUPED:
                 return row_norms(uses.remembered(lambda: _summed([_grouped(use) for use in uses])))
             case ConvolutionStrategy.PIXELS:
-                norms = _gram_norms(_pairing(uses[0])) if len(uses) == 1 else None
-                return self.norms_by(ConvolutionStrategy.TILES, uses) if norms is None else norms
+                gram = _gram_norms(_pairing(uses[0])) if len(uses) == 1 else None
+                return self.norms_by(ConvolutionStrategy.TILES, uses) if gram is None else gram
             case ConvolutionStrategy.TILES:
                 chunks = row_chunks(uses.rows, uses[0].gradient.element_size() * _entries(uses.shape))
                 norms = [row_norms(_flat(self.per_example(uses.narrowed(c.start, c.stop)))) for c in chunks]
@@ -180,6 +182,7 @@ class Convolution(Operation):
         self.geometry = geometry
 
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        """Returns the convolution's output."""
         g = self.geometry
         arguments = (data[0], values["weight"], values.get("bias"), g.stride, g.padding)
         if g.transposed:
@@ -189,6 +192,7 @@ class Convolution(Operation):
     def data_gradients(
         self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Tensor, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
+        """Returns the input's gradient; no weight gradient is computed."""
         (x,) = data
         same = gradient.dtype
         result = _backward(
@@ -212,66 +216,51 @@ def _numbers(value: Any, dimensions: int) -> tuple[int, ...]:
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d)
 def _convolution(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def bound(
-        input: Tensor,  # noqa: A002
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Any:
-        n = _DIMENSIONS[func]
-        steps, hops = _numbers(stride, n), _numbers(dilation, n)
-        x, sides = input, (0,) * n
-        if padding == "same" and any(s != 1 for s in steps):
-            raise UnsupportedModelError(
-                f"{_names(call, weight, bias)}: padding='same' with stride {stride}. Expected 1."
-            )
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(hops, weight.shape[2:], strict=True)]
-            sides = tuple(t // 2 for t in totals)
-            if any(t % 2 for t in totals):  # torch adds the odd one at the end
-                x = F.pad(input, [e for t in reversed(totals) for e in (0, t % 2)])
-        elif padding != "valid":
-            sides = _numbers(padding, n)
-        return _applied(call, func, (input, x), (weight, bias), Geometry(steps, sides, hops, groups))
-
-    return bound(*args, **kwargs)
+    a = named(args, kwargs, input=None, weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1)
+    if a is None:
+        return NotImplemented
+    n = _DIMENSIONS[func]
+    steps, hops = _numbers(a.stride, n), _numbers(a.dilation, n)
+    padded, sides = a.input, (0,) * n
+    if a.padding == "same":
+        if any(s != 1 for s in steps):
+            names = _names(call, a.weight, a.bias)
+            raise UnsupportedModelError(f"{names}: padding='same' with stride {a.stride}. Expected stride 1.")
+        totals = [d * (k - 1) for d, k in zip(hops, a.weight.shape[2:], strict=True)]
+        sides = tuple(t // 2 for t in totals)
+        if any(t % 2 for t in totals):  # torch adds the odd one at the end
+            padded = F.pad(padded, [e for t in reversed(totals) for e in (0, t % 2)])
+    elif a.padding != "valid":
+        sides = _numbers(a.padding, n)
+    return _applied(call, func, a, padded, Geometry(steps, sides, hops, a.groups))
 
 
 @handles(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 def _transposed(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def bound(
-        input: Tensor,  # noqa: A002
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Any:
-        n = _DIMENSIONS[func]
-        steps, sides, extra, hops = (_numbers(v, n) for v in (stride, padding, output_padding, dilation))
-        return _applied(call, func, (input, input), (weight, bias), Geometry(steps, sides, hops, groups, extra))
-
-    return bound(*args, **kwargs)
+    a = named(
+        args, kwargs, input=None, weight=None, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+    )
+    if a is None:
+        return NotImplemented
+    steps, sides, extra, hops = (
+        _numbers(v, _DIMENSIONS[func]) for v in (a.stride, a.padding, a.output_padding, a.dilation)
+    )
+    return _applied(call, func, a, a.input, Geometry(steps, sides, hops, a.groups, extra))
 
 
 def _names(call: Call, *roots: Any) -> str:
     return ", ".join(call.label(root) for root in roots if call.is_root(root))
 
 
-def _applied(call: Call, func: Any, inputs: tuple[Any, Any], roots: tuple[Any, Any], geometry: Geometry) -> Any:
-    """Returns the captured convolution of the second input, a padded first; NotImplemented if it is not one."""
-    (x, padded), (weight, bias) = inputs, roots
-    if call.is_root(x) or any(t is not None and not call.is_root(t) and t.requires_grad for t in (weight, bias)):
+def _applied(call: Call, func: Any, a: SimpleNamespace, padded: Tensor, geometry: Geometry) -> Any:
+    """Returns the captured convolution of the input, padded before if need be; NotImplemented if it is not one."""
+    constants = [t for t in (a.weight, a.bias) if t is not None and not call.is_root(t)]
+    if call.is_root(a.input) or any(t.requires_grad for t in constants):
         return NotImplemented
-    if x.dim() != _DIMENSIONS[func] + 2:
+    if a.input.dim() != _DIMENSIONS[func] + 2:
         raise UnsupportedModelError(
-            f"{_names(call, weight, bias)}: {func.__name__} met an input of shape {tuple(x.shape)}. Expected "
+            f"{_names(call, a.weight, a.bias)}: {func.__name__} met an input of shape {tuple(a.input.shape)}. Expected "
             f"{_DIMENSIONS[func] + 2} axes, the batch first. Add a batch axis, of size 1 if need be."
         )
-    operation = Convolution(func, geometry)
-    return call.apply(operation, (padded,), {"weight": weight, "bias": bias}, layout=call.layout(x))
+    roots = {"weight": a.weight, "bias": a.bias}
+    return call.apply(Convolution(func, geometry), (padded,), roots, layout=call.layout(a.input))

@@ -1,0 +1,211 @@
+"""Lookups of rows in a table: `F.embedding`, indexing of a parameter by one integer tensor, and `index_select`.
+
+Axes: B examples, T positions (all axes of one example's ids), V entries of the table, D features (all axes of one
+entry). One example's gradient is zero but for the entries that it looked up, so its norm is found over these alone:
+positions with the same id add up before they are squared, and a table of B x V x D never exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from privet.errors import UnsupportedModelError
+from privet.gradients.pool import scratch
+from privet.gradients.rules.arguments import named
+from privet.gradients.rules.registry import Call, Operation, Rule, handles
+from privet.gradients.strategy import row_chunks
+from privet.gradients.use import Use, Uses, wide
+
+__all__ = ["Lookup"]
+
+_MANY_REPEATED = 0.25
+"""The share of repeated positions above which all positions are summed by entry, not the repeated ones alone."""
+
+
+def _looked_up(use: Use) -> tuple[Tensor, Tensor]:  # -> ids (B, T), gradient (B, T, D)
+    """Returns ids and gradients of one use as sequences; ids of entries that do not learn have a gradient of zero."""
+    (ids,) = use.data
+    assert ids is not None
+    assert isinstance(use.operation, Lookup)
+    entries = use.shape[0]
+    positions, features = math.prod(ids.shape[1:]), math.prod(use.shape[1:])
+    ids = ids.reshape(use.rows, positions).long()
+    gradient = wide(use.gradient).reshape(use.rows, positions, features)
+    ids = torch.where(ids < 0, ids + entries, ids) if use.operation.counts_from_end else ids
+    if (padding := use.operation.padding) is not None:
+        gradient = gradient.masked_fill((ids == padding).unsqueeze(2), 0)
+    return ids, gradient
+
+
+def _joined(uses: Uses) -> tuple[Tensor, Tensor]:
+    """Returns ids and gradients of all uses, one after the other along T."""
+    pairs = [_looked_up(use) for use in uses]
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([i for i, _ in pairs], dim=1), torch.cat([g for _, g in pairs], dim=1)
+
+
+def _squares(vectors: Tensor) -> Tensor:  # (N, D) -> (N,)
+    """Returns the squared norm of each vector."""
+    if vectors.shape[1] >= 64:
+        norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+        return norms.square()
+    products: Tensor = torch.mul(vectors, vectors, out=scratch(vectors.shape, vectors))
+    return products.sum(1)
+
+
+class _Table(Rule):
+    """The table: each position's gradient belongs to the entry that it looked up."""
+
+    def per_example(self, uses: Uses) -> Tensor:
+        ids, gradient = _joined(uses)
+        rows, positions, features = gradient.shape
+        entries = uses.shape[0]
+        flat = (ids + entries * torch.arange(rows, device=ids.device).unsqueeze(1)).flatten()
+        table = gradient.new_zeros(rows * entries, features)
+        return table.index_add_(0, flat, gradient.reshape(rows * positions, features)).view(rows, *uses.shape)
+
+    def squared_norms(self, uses: Uses) -> Tensor:
+        ids, gradient = _joined(uses)
+        rows, entries = gradient.shape[0], uses.shape[0]
+        if gradient.shape[1] <= 1 or not gradient.numel():
+            return _squares(gradient.flatten(0, 1)).view(gradient.shape[:2]).sum(1)
+        norms = [_segment_norms(ids[c], gradient[c], entries) for c in row_chunks(rows, 4 * entries)]
+        return torch.cat(norms)
+
+    def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for use in uses:
+            ids, gradient = _looked_up(use)
+            if total is None:
+                total = gradient.new_zeros(use.shape[0], gradient.shape[2])
+            scaled = torch.mul(
+                gradient, weights.to(gradient.dtype).view(-1, 1, 1), out=scratch(gradient.shape, gradient)
+            )
+            total.index_add_(0, ids.flatten(), scaled.flatten(0, 1))
+        assert total is not None
+        return total.view(uses.shape)
+
+
+def _segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B, T), (B, T, D) -> (B,)
+    """Returns the squared norms of the sums by entry, of all positions of one example that share an id.
+
+    A map from entry to position, written in any order, gives each id one representative position: whichever wrote
+    last. Only places just written are read, so the map is never cleared. Positions that are their own representative
+    and represent no other are squared as they are.
+    """
+    rows, positions, features = gradient.shape
+    own = torch.arange(positions, dtype=torch.int32, device=ids.device).expand(rows, positions).contiguous()
+    representative = scratch((rows, entries), own).scatter_(1, ids, own).gather(1, ids)
+    repeated = (representative != own).flatten().nonzero()[:, 0]
+    flat = gradient.reshape(rows * positions, features)
+    if len(repeated) > _MANY_REPEATED * len(flat):
+        starts = torch.arange(rows, device=ids.device).unsqueeze(1) * positions
+        sums = scratch(flat.shape, flat).zero_().index_add_(0, (representative + starts).flatten(), flat)
+        return _squares(sums).view(rows, positions).sum(1)
+    squares = _squares(flat)
+    if len(repeated):
+        heads = representative.flatten()[repeated].long() + repeated // positions * positions
+        heads, place = torch.unique(heads, return_inverse=True)
+        sums = flat[heads].index_add_(0, place, flat[repeated])
+        squares = squares.index_fill(0, repeated, 0.0).index_copy(0, heads, _squares(sums))
+    return squares.view(rows, positions).sum(1)
+
+
+class Lookup(Operation):
+    """Rows of a table, by ids of any shape (B, ...)."""
+
+    positionwise = True
+    rules: Mapping[str, Rule] = {"table": _Table()}
+
+    def __init__(self, *, padding: int | None = None, counts_from_end: bool = False) -> None:
+        self.padding = padding
+        self.counts_from_end = counts_from_end
+
+    def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        """Returns the entries looked up."""
+        if self.counts_from_end:
+            return values["table"][data[0]]
+        return F.embedding(data[0], values["table"])
+
+    def data_gradients(
+        self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Tensor, needed: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Returns none: ids are whole numbers."""
+        return (None,)
+
+
+@handles(F.embedding)
+def _embedding(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a = named(
+        args, kwargs, input=None, weight=None, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False,
+        sparse=False,
+    )  # fmt: skip
+    if a is None or not call.is_root(a.weight):
+        return NotImplemented
+    if a.max_norm is not None:
+        raise UnsupportedModelError(
+            f"embedding of {call.label(a.weight)} has max_norm={a.max_norm}: each forward would rescale the entries "
+            "that the batch looks up, which writes the data into the weights without noise. Expected max_norm=None. "
+            "Drop it, and rescale the whole table after the step if need be."
+        )
+    return _applied(call, a, a.input, a.padding_idx)
+
+
+@handles(torch.embedding)
+def _builtin(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a = named(args, kwargs, weight=None, indices=None, padding_idx=-1, scale_grad_by_freq=False, sparse=False)
+    if a is None:
+        return NotImplemented
+    return _applied(call, a, a.indices, None if a.padding_idx < 0 else a.padding_idx)
+
+
+def _applied(call: Call, a: SimpleNamespace, ids: Any, padding: int | None) -> Any:
+    """Returns the captured lookup, or NotImplemented if it is not one."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not call.is_root(a.weight) or a.weight.dim() != 2:
+        return NotImplemented
+    if a.scale_grad_by_freq:
+        raise UnsupportedModelError(
+            f"embedding of {call.label(a.weight)} has scale_grad_by_freq=True: an example's gradient would depend on "
+            "which ids the other examples of the batch have. Expected False."
+        )
+    if a.sparse:
+        raise UnsupportedModelError(
+            f"embedding of {call.label(a.weight)} has sparse=True. A private gradient is dense: entries that nobody "
+            "looked up get noise too, or who was in the batch would show. Expected sparse=False."
+        )
+    if padding is not None and padding < 0:
+        padding += a.weight.shape[0]
+    return call.apply(Lookup(padding=padding), (ids,), {"table": a.weight})
+
+
+@handles(Tensor.__getitem__)
+def _getitem(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    table, ids = args
+    if isinstance(ids, tuple) and len(ids) == 1:
+        (ids,) = ids
+    return _indexed(call, table, ids)
+
+
+@handles(torch.index_select, Tensor.index_select)
+def _index_select(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a = named(args, kwargs, input=None, dim=None, index=None)
+    if a is None or a.dim not in (0, -a.input.dim()):
+        return NotImplemented
+    return _indexed(call, a.input, a.index)
+
+
+def _indexed(call: Call, table: Any, ids: Any) -> Any:
+    whole_numbers = (torch.int64, torch.int32)
+    if not call.is_root(table) or not isinstance(ids, Tensor) or ids.dtype not in whole_numbers:
+        return NotImplemented
+    if table.dim() < 1 or ids.dim() < 1:
+        return NotImplemented
+    return call.apply(Lookup(counts_from_end=True), (ids,), {"table": table})

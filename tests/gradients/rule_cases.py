@@ -1,0 +1,183 @@
+"""The table of rules under test: a new rule is one new row, a module and the shapes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Inputs = Callable[[int, torch.dtype], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    name: str
+    module: Callable[[], nn.Module]
+    inputs: Inputs
+    empty: bool = True  # whether torch itself runs it on no examples
+
+    def __str__(self) -> str:
+        return f"{self.family}: {self.name}"
+
+
+def reals(*shapes: tuple[int, ...]) -> Inputs:
+    """Returns normal inputs, one for each shape, which lacks the batch axis."""
+    return lambda size, dtype: tuple(torch.randn(size, *shape, dtype=dtype) for shape in shapes)
+
+
+def ids(entries: int, *shape: int) -> Inputs:
+    return lambda size, dtype: (torch.randint(0, entries, (size, *shape)),)
+
+
+def loss(module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:  # (B,)
+    """Returns a loss of each example that weighs every output differently."""
+    outputs = module(*batch)
+    losses = 0.0
+    for k, output in enumerate(o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None):
+        flat = output.reshape(output.shape[0], output[:1].numel())
+        weights = torch.linspace(-1.0, 2.0, flat.shape[1], dtype=flat.dtype)
+        losses = losses + (flat * weights + (k + 1) * flat.square() / 8).sum(1)
+    return losses
+
+
+class Twice(nn.Module):
+    """One layer used twice in a forward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+class Indexed(nn.Module):
+    """A bare table that is looked up in several ways."""
+
+    def __init__(self, way: str, *shape: int) -> None:
+        super().__init__()
+        self.way = way
+        self.table = nn.Parameter(torch.randn(*shape))
+
+    def forward(self, places: Tensor) -> Tensor:
+        match self.way:
+            case "getitem":
+                return self.table[places - 2]
+            case "tuple":
+                return self.table[(places,)]
+            case "select":
+                return torch.index_select(self.table, 0, places.flatten()).view(*places.shape, *self.table.shape[1:])
+            case "twice":
+                return F.embedding(places, self.table).cumsum(1) * F.embedding(places.flip(1), self.table)
+            case _:
+                raise ValueError(self.way)
+
+
+class Merged(nn.Module):
+    """A layer that sees batch and positions on one axis."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.contiguous(memory_format=torch.channels_last))
+
+
+def _convolutions() -> list[Case]:
+    image, line, block = reals((8, 9, 7)), reals((8, 11)), reals((4, 4, 5, 3))
+    rows: list[tuple[str, Callable[[], nn.Module], Inputs]] = [
+        ("conv2d, stride and padding", lambda: nn.Conv2d(8, 6, 3, 2, 1), image),
+        ("conv2d of few channels", lambda: nn.Conv2d(2, 6, (3, 2), 1, (2, 0)), reals((2, 6, 7))),
+        ("conv2d, no bias, 1x1, stride", lambda: nn.Conv2d(8, 6, 1, 2, bias=False), image),
+        ("conv2d, groups, dilation", lambda: nn.Conv2d(8, 12, (3, 2), (1, 2), (2, 0), (2, 1), groups=4), image),
+        ("conv2d, depthwise", lambda: nn.Conv2d(8, 16, 3, groups=8), image),
+        ("conv2d, same", lambda: nn.Conv2d(8, 6, (3, 5), padding="same", dilation=(1, 2)), image),
+        ("conv2d, valid", lambda: nn.Conv2d(8, 6, 3, padding="valid"), image),
+        ("conv2d, circular", lambda: nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular"), image),
+        ("conv2d, reflect, same", lambda: nn.Conv2d(8, 6, 4, padding="same", padding_mode="reflect"), image),
+        ("conv2d, used twice", lambda: Twice(nn.Conv2d(8, 8, 3, padding=1)), image),
+        ("conv2d, channels last", lambda: ChannelsLast(nn.Conv2d(8, 6, 3, 2, 1)), image),
+        ("conv2d, channels last, groups", lambda: ChannelsLast(nn.Conv2d(8, 6, 3, 2, 1, groups=2)), image),
+        ("conv2d, small maps", lambda: nn.Conv2d(16, 32, 3, padding=1), reals((16, 2, 2))),
+        ("conv2d, batch and positions merged", lambda: Merged(nn.Conv2d(3, 4, 3)), reals((2, 3, 5, 4))),
+        ("conv1d", lambda: nn.Conv1d(8, 6, 3, 2, 1), line),
+        ("conv1d, groups, dilation", lambda: nn.Conv1d(8, 6, 3, 1, 2, 2, groups=2), line),
+        ("conv3d", lambda: nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), 1), block),
+        ("conv_transpose2d", lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), reals((8, 4, 3))),
+        ("conv_transpose2d, groups, dilation", lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, 2, 2, dilation=3), reals((8, 4, 3))),
+        ("conv_transpose1d", lambda: nn.ConvTranspose1d(6, 8, 3, 3, 1, 2), reals((6, 5))),
+        ("conv_transpose3d", lambda: nn.ConvTranspose3d(4, 3, (2, 3, 1), 2, (0, 1, 0)), block),
+    ]  # fmt: skip
+    return [Case("convolution", *row) for row in rows]
+
+
+def _embeddings() -> list[Case]:
+    rows: list[tuple[str, Callable[[], nn.Module], Inputs]] = [
+        ("many entries", lambda: nn.Embedding(50, 5), ids(50, 7)),
+        ("repeated ids", lambda: nn.Embedding(3, 70), ids(3, 9)),
+        ("padding", lambda: nn.Embedding(4, 5, padding_idx=1), ids(4, 9)),
+        ("padding from the end", lambda: nn.Embedding(4, 5, padding_idx=-1), ids(4, 9)),
+        ("one id each", lambda: nn.Embedding(5, 3), ids(5)),
+        ("ids with two axes", lambda: nn.Embedding(6, 3), ids(6, 2, 3)),
+        ("getitem", lambda: Indexed("getitem", 6, 2, 3), ids(6, 4)),
+        ("getitem of a tuple", lambda: Indexed("tuple", 6, 3), ids(6, 4)),
+        ("index_select", lambda: Indexed("select", 6, 3), ids(6, 4)),
+        ("used twice", lambda: Indexed("twice", 6, 3), ids(6, 4)),
+    ]
+    return [Case("embedding", *row) for row in rows]
+
+
+class _Free(nn.Module):
+    """A norm with only one of its parameters."""
+
+    def __init__(self, norm: nn.Module, without: str) -> None:
+        super().__init__()
+        self.norm = norm
+        setattr(norm, without, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def _normalizations() -> list[Case]:
+    sequence, image = reals((5, 6)), reals((8, 3, 5))
+    rows: list[tuple[str, Callable[[], nn.Module], Inputs]] = [
+        ("layer norm", lambda: nn.LayerNorm(6), sequence),
+        ("layer norm over all axes", lambda: nn.LayerNorm((5, 6)), sequence),
+        ("layer norm without shift", lambda: nn.LayerNorm(6, bias=False), sequence),
+        ("layer norm without scale", lambda: _Free(nn.LayerNorm(6), "weight"), sequence),
+        ("layer norm of vectors", lambda: nn.LayerNorm(6), reals((6,))),
+        ("layer norm used twice", lambda: Twice(nn.LayerNorm(6)), sequence),
+        ("RMS norm", lambda: nn.RMSNorm(6), sequence),
+        ("RMS norm over all axes, eps", lambda: nn.RMSNorm((5, 6), eps=1e-3), sequence),
+        ("group norm", lambda: nn.GroupNorm(4, 8), image),
+        ("group norm of one group", lambda: nn.GroupNorm(1, 8), reals((8, 4))),
+        (
+            "group norm, channels last",
+            lambda: ChannelsLast(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8))),
+            image,
+        ),
+        ("group norm without shift", lambda: _Free(nn.GroupNorm(2, 8), "bias"), image),
+        ("group norm used twice", lambda: Twice(nn.GroupNorm(2, 8)), image),
+        ("instance norm", lambda: nn.InstanceNorm2d(8, affine=True), image),
+        ("instance norm of lines", lambda: nn.InstanceNorm1d(3, affine=True), reals((3, 6))),
+    ]
+    return [Case("normalization", *row) for row in rows]
+
+
+CASES = [*_convolutions(), *_embeddings(), *_normalizations()]

@@ -1,0 +1,63 @@
+"""Every row of the table against plain autograd, one example at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from privet.clipping import Flat, PerLayer
+from tests.gradients.harness import captured_sum, recorded_of, reference, relative_error, trainable
+from tests.gradients.rule_cases import CASES, Case, loss
+
+POLICIES = {"all clipped": Flat(1e-2), "none clipped": Flat(1e6), "by layer": PerLayer(1.0)}
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_clipped_sum_is_the_reference(case: Case, dtype):
+    module = case.module().to(dtype)
+    for size in (1, 2, 17):
+        batch = case.inputs(size, dtype)
+        for name, policy in POLICIES.items():
+            error = relative_error(captured_sum(module, batch, loss, policy), reference(module, batch, loss, policy))
+            assert error < LIMITS[dtype], f"{size} examples, {name}: {error}"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.empty], ids=str)
+def test_no_examples_sum_to_zero(case: Case):
+    module = case.module()
+    total = captured_sum(module, case.inputs(0, torch.float32), loss, Flat(1.0))
+    assert set(total) == set(trainable(module))
+    assert all(value.shape == dict(module.named_parameters())[name].shape for name, value in total.items())
+    assert all(not value.any() for value in total.values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_input_gradients_are_those_of_the_plain_module(case: Case):
+    module, batch = case.module().double(), case.inputs(3, torch.float64)
+    batch = tuple(t.requires_grad_() if t.is_floating_point() else t for t in batch)
+    inputs = [t for t in batch if t.requires_grad]
+    losses = loss(module, batch)
+    plain = torch.autograd.grad(losses.sum(), inputs) if inputs else ()
+    seen = []
+
+    def watched(m, b):
+        seen.append(loss(m, b))
+        return seen[-1]
+
+    recorded_of(module, batch, watched)
+    assert torch.allclose(seen[-1], losses, rtol=1e-12, atol=1e-12)
+    for t, expected in zip(inputs, plain, strict=True):
+        assert torch.allclose(t.grad, expected, rtol=1e-10, atol=1e-12)
