@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from privet.gradients.pool import scratch
 from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
 from privet.gradients.strategy import Strategy, gram_padding, linear_strategy, row_chunks
 from privet.gradients.use import Use, Uses, wide
@@ -50,8 +51,7 @@ class _Weight(Rule):
         return (a, g) if self._transposed else (g, a)
 
     def per_example(self, uses: Uses) -> Tensor:
-        left, right = self._oriented(uses)
-        return torch.bmm(left.mT, right)
+        return _products(*self._oriented(uses))
 
     def squared_norms(self, uses: Uses) -> Tensor:
         left, right = self._oriented(uses)
@@ -64,21 +64,35 @@ class _Weight(Rule):
                 return norms
             strategy = Strategy.TILES
         if strategy is Strategy.ROWS:
-            return row_norms(uses.remembered(lambda: torch.bmm(left.mT, right)))
+            return row_norms(_in_memory_order(uses.remembered(lambda: _products(left, right))))
         chunks = row_chunks(left.shape[0], left.shape[2] * right.shape[2] * left.element_size())
-        return torch.cat([row_norms(torch.bmm(left[c].mT, right[c])) for c in chunks])
+        return torch.cat([row_norms(_in_memory_order(_products(left[c], right[c]))) for c in chunks])
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
-            return weighted_rows(uses.rows_memo, weights)
+            rows = _in_memory_order(uses.rows_memo)
+            total = weighted_rows(rows, weights)
+            return total if rows is uses.rows_memo else total.t()
         left, right = self._oriented(uses)
         weights = weights.to(left.dtype).view(-1, 1, 1)
         # The smaller factor takes the weights: it is the one that is copied.
         if left.shape[2] <= right.shape[2]:
-            left = left * weights
+            left = torch.mul(left, weights, out=scratch(left.shape, left))
         else:
-            right = right * weights
+            right = torch.mul(right, weights, out=scratch(right.shape, right))
         return left.flatten(0, 1).mT @ right.flatten(0, 1)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:  # (B, T, O), (B, T, I) -> (B, O, I)
+    """Returns `left_i^T right_i`, in memory with the longer side last, which is how the product is fastest."""
+    if left.shape[2] > right.shape[2]:
+        return _products(right, left).mT
+    shape = (left.shape[0], left.shape[2], right.shape[2])
+    return torch.bmm(left.mT, right, out=scratch(shape, left))
+
+
+def _in_memory_order(rows: Tensor) -> Tensor:
+    return rows if rows.is_contiguous() else rows.mT
 
 
 def _gram_norms(left: Tensor, right: Tensor) -> Tensor | None:  # (B, T, O), (B, T, I) -> (B,)
