@@ -86,6 +86,7 @@ def test_no_key_is_shown_or_saved():
     source = SecureNoise(key)
     drawn(source)
     secrets = [key._secret, key.derive("noise"), source._keys.at(0)]
+    assert source._keys._kept is not None
     texts = [repr(key), str(key), f"{source.state_dict()}", repr(source)]
     for secret in secrets:
         assert secret not in pickle.dumps(source)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +19,10 @@ from privet.noise import Keystream, NoiseKey, SecureNoise
 from privet.noise import secure as secure_module
 from privet.noise.boxmuller import CHUNK
 from privet.noise.keystream import BLOCK_BYTES, StepKey, TagBook, keystream_into
+
+
+def context(key: bytes) -> CipherContext:
+    return Cipher(AES(key), CTR(bytes(BLOCK_BYTES))).encryptor()
 
 
 def test_nist_known_answer():
@@ -32,7 +40,7 @@ def test_nist_known_answer():
     raw = bytearray(64 + BLOCK_BYTES)
     keystream_into(
         memoryview(raw),
-        key=key,
+        cipher=context(key),
         tag=int.from_bytes(counter[:8], "big"),
         block=int.from_bytes(counter[8:], "big"),
         size=64,
@@ -43,8 +51,8 @@ def test_nist_known_answer():
 def test_long_keystreams_continue_over_the_inner_buffer():
     size = (1 << 20) + 64
     whole, part = bytearray(size + BLOCK_BYTES), bytearray(64 + BLOCK_BYTES)
-    keystream_into(memoryview(whole), key=bytes(32), tag=1, block=5, size=size)
-    keystream_into(memoryview(part), key=bytes(32), tag=1, block=5 + (1 << 16), size=64)
+    keystream_into(memoryview(whole), cipher=context(bytes(32)), tag=1, block=5, size=size)
+    keystream_into(memoryview(part), cipher=context(bytes(32)), tag=1, block=5 + (1 << 16), size=64)
     assert whole[1 << 20 : size] == part[:64]
 
 
@@ -76,6 +84,16 @@ def test_steps_lie_in_64_bits():
             keys.at(step)
 
 
+def test_threads_do_not_disturb_each_other():
+    """A cipher context holds its place in the stream: two threads on one source must not share it."""
+    source = SecureNoise(NoiseKey.fresh())
+    draw = lambda name: source.fill_(torch.empty(500), std=1.0, name=name, step=0)  # noqa: E731
+    names = [f"p{number}" for number in range(400)]
+    expected = [draw(name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(one, two) for one, two in zip(pool.map(draw, names), expected, strict=True))
+
+
 def test_two_names_of_one_tag_are_refused(monkeypatch):
     monkeypatch.setattr(TagBook, "hashed", staticmethod(len))
     book = TagBook()
@@ -90,9 +108,11 @@ class Recorder:
     def __init__(self) -> None:
         self.blocks: list[tuple[bytes, int, int]] = []
 
-    def __call__(self, out, *, key, tag, block, size):
-        self.blocks += [(key, tag, block + more) for more in range(size // BLOCK_BYTES)]
-        keystream_into(out, key=key, tag=tag, block=block, size=size)
+    def __call__(self, out, *, cipher, tag, block, size):
+        drawn = bytearray(BLOCK_BYTES * 2)  # the block of this cipher at counter 0 stands for its key
+        keystream_into(memoryview(drawn), cipher=cipher, tag=0, block=0, size=BLOCK_BYTES)
+        self.blocks += [(bytes(drawn[:BLOCK_BYTES]), tag, block + more) for more in range(size // BLOCK_BYTES)]
+        keystream_into(out, cipher=cipher, tag=tag, block=block, size=size)
 
 
 @settings(max_examples=60, deadline=None)

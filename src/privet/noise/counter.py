@@ -144,7 +144,7 @@ class CounterNoise(ABC):
             if name in seen:
                 raise ConfigurationError(f"{name!r} is named twice: both tensors would get the same noise.")
             seen.add(name)
-            offset = check_count(f"offset of {name!r}", offsets.get(name, 0) if offsets else 0)
+            offset = check_count(f"offset of {name!r}", offsets[name]) if offsets and name in offsets else 0
             if offset + tensor.numel() > _LAST_INDEX:
                 raise ConfigurationError(f"{name!r} reaches beyond index 2**63; give the offset of its shard.")
             spans += _chunks(tensor.detach(), name, offset)
@@ -161,7 +161,7 @@ class CounterNoise(ABC):
                 if values.device != span.target.device:  # MPS has no float64
                     wide = torch.float32 if span.target.device.type == "mps" else torch.float64
                     values = values.to(span.target.device, wide)
-                yield span, values.view(span.target.shape)
+                yield span, values if span.target.dim() == 1 else values.view(span.target.shape)
                 start += 2 * span.blocks
 
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
@@ -34,7 +35,7 @@ __all__ = ["BLOCK_BYTES", "Keystream", "StepKey", "TagBook", "keystream_into"]
 
 BLOCK_BYTES = 16
 LAST_STEP = 2**64 - 1
-_ZEROS = bytes(1 << 20)
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 class TagBook:
@@ -63,36 +64,38 @@ class TagBook:
 
 
 class StepKey:
-    """The key of one step under one purpose: kept until the step or the master key changes, never copied."""
+    """The key of one step under one purpose, and its cipher: kept until step or master key change, never copied."""
 
     def __init__(self, key: NoiseKey, *, purpose: str) -> None:
         self._key = key
         self._purpose = purpose
-        self._known: tuple[int, int] | None = None
-        self._bytes = b""
+        self._kept: tuple[tuple[int, int, int], CipherContext] | None = None
 
     def at(self, step: int) -> bytes:
         """Returns the 32-byte key of a step."""
-        wanted = (self._key.generation, step)
-        if wanted != self._known:
-            if not 0 <= check_count("step", step) <= LAST_STEP:
-                raise ConfigurationError(f"step must be below 2**64, got {step}.")
-            self._bytes = hmac.digest(self._key.derive(self._purpose), step.to_bytes(8, "big"), "sha256")
-            self._known = wanted
-        return self._bytes
+        if check_count("step", step) > LAST_STEP:
+            raise ConfigurationError(f"step must be below 2**64, got {step}.")
+        return hmac.digest(self._key.derive(self._purpose), step.to_bytes(8, "big"), "sha256")
+
+    def cipher(self, step: int) -> CipherContext:
+        """Returns the cipher of a step, which this thread has for itself: a context holds its place in the stream."""
+        wanted = (self._key.generation, step, threading.get_ident())
+        kept = self._kept  # read once, so that another thread cannot change it in between
+        if kept is None or kept[0] != wanted:
+            kept = self._kept = wanted, Cipher(AES(self.at(step)), CTR(bytes(BLOCK_BYTES))).encryptor()
+        return kept[1]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_known": None, "_bytes": b""}
+        return {**self.__dict__, "_kept": None}
 
 
-def keystream_into(out: memoryview, *, key: bytes, tag: int, block: int, size: int) -> None:
+def keystream_into(out: memoryview, *, cipher: CipherContext, tag: int, block: int, size: int) -> None:
     """Writes `size` bytes of keystream from `block` on into `out`, which has `BLOCK_BYTES` to spare behind them."""
     assert block + size // BLOCK_BYTES <= 1 << 64, "the counter would run into the next name"
-    encryptor = Cipher(AES(key), CTR((tag << 64 | block).to_bytes(BLOCK_BYTES, "big"))).encryptor()
+    cipher.reset_nonce((tag << 64 | block).to_bytes(BLOCK_BYTES, "big"))
     for start in range(0, size, len(_ZEROS)):  # counter mode XORs: of zeros it leaves the keystream itself
         part = min(len(_ZEROS), size - start)
-        zeros = _ZEROS if part == len(_ZEROS) else memoryview(_ZEROS)[:part]
-        encryptor.update_into(zeros, out[start : start + part + BLOCK_BYTES])
+        cipher.update_into(_ZEROS[:part], out[start : start + part + BLOCK_BYTES])
 
 
 class Keystream:
@@ -107,5 +110,7 @@ class Keystream:
         block, skipped = divmod(start, 2)
         size = -(-(count + skipped) // 2) * BLOCK_BYTES
         raw = bytearray(size + BLOCK_BYTES)
-        keystream_into(memoryview(raw), key=self._keys.at(step), tag=self._tags.tag(name), block=block, size=size)
+        keystream_into(
+            memoryview(raw), cipher=self._keys.cipher(step), tag=self._tags.tag(name), block=block, size=size
+        )
         return np.frombuffer(raw, dtype="<u8", count=count + skipped)[skipped:]

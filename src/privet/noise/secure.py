@@ -32,14 +32,16 @@ class SecureNoise(CounterNoise):
         return True
 
     def _normals(self, spans: list[Span], *, step: int, std: float) -> Tensor:
-        key = self._keys.at(step)
+        cipher = self._keys.cipher(step)
         size = sum(span.blocks for span in spans) * BLOCK_BYTES
         raw = scratch("keystream", size + BLOCK_BYTES, torch.uint8, _HOST)
         view: memoryview = raw.numpy().data
         start = 0
         for span in spans:  # in order: each call may spill one block into its successor's place
             part = span.blocks * BLOCK_BYTES
-            keystream_into(view[start:], key=key, tag=self._tags.tag(span.name), block=span.offset // 2, size=part)
+            keystream_into(
+                view[start:], cipher=cipher, tag=self._tags.tag(span.name), block=span.offset // 2, size=part
+            )
             start += part
         words = raw[:size].view(torch.int64)
         out = scratch("normals", words.numel(), torch.float64, _HOST)
