@@ -67,6 +67,11 @@ def test_weight_bias_type_mode_and_frozenness_are_kept():
     assert fixed.num_groups == 4
 
 
+def test_a_norm_that_may_meet_flat_input_gets_one_group():
+    assert get_compatible_module(nn.BatchNorm1d(64)).num_groups == 1
+    assert get_compatible_module(nn.BatchNorm2d(64)).num_groups == 16
+
+
 def test_a_norm_in_eval_mode_keeps_computing_what_it_computed():
     model = small_net()
     model(torch.randn(50, 3, 6, 6) * 3 + 1)
