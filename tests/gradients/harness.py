@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.gradients.capture import Capture, Recorded
+from privet.gradients.coverage import _learn
 from privet.gradients.reference import example_gradients, reference_sum
 from privet.gradients.summation import clipped_sum
 
@@ -25,18 +26,7 @@ def recorded_of(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, *, lea
     capture = Capture(trainable(module), on_backward=results.append)
     size = len(batch[0])
     if learn and size:
-        larger = tuple(torch.cat([t, t[:1]]) for t in batch)
-        for _ in range(4):
-            traces = []
-            for b in (batch, larger):
-                capture.layouts.trace = []
-                capture.begin(len(b[0]))
-                loss(module, b)
-                capture.release()
-                traces.append(capture.layouts.trace)
-            capture.layouts.trace = None
-            if capture.layouts.learn(traces[0], traces[1], size, size + 1):
-                break
+        _learn(capture, lambda b: (loss(module, b),), batch, examples=size, batch_axis=0, restore=lambda: None)
     capture.begin(size)
     losses = loss(module, batch)
     capture.end()

@@ -180,4 +180,55 @@ def _normalizations() -> list[Case]:
     return [Case("normalization", *row) for row in rows]
 
 
-CASES = [*_convolutions(), *_embeddings(), *_normalizations()]
+class Attended(nn.Module):
+    """Attention of a sequence to itself, or to a second one."""
+
+    def __init__(self, *, masks: str = "", call: dict[str, Any] | None = None, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, **options)
+        self.masks, self.call = masks, call or {}
+
+    def forward(self, x: Tensor, *sources: Tensor) -> Any:
+        size, length = x.shape[:2]
+        source = sources[0] if sources else x
+        value = sources[-1] if sources else x
+        masks = {}
+        causal = torch.ones(length, source.shape[1]).triu(1).bool()
+        if "causal" in self.masks:
+            masks["attn_mask"] = causal
+        if "float" in self.masks:
+            masks["attn_mask"] = torch.zeros_like(causal, dtype=x.dtype).masked_fill(causal, -1.5)
+        if "heads" in self.masks:
+            masks["attn_mask"] = causal.expand(2 * size, *causal.shape).clone()
+        if "padding" in self.masks:
+            masks["key_padding_mask"] = (source[..., 0].detach() > 0.8).index_fill(1, torch.tensor([0]), False)
+        if self.attention.batch_first:
+            return self.attention(x, source, value, **masks, **self.call)
+        first = x.transpose(0, 1)
+        others = [first] * 2 if not sources else [source.transpose(0, 1), value.transpose(0, 1)]
+        output, weights = self.attention(first, *others, **masks, **self.call)
+        return output.transpose(0, 1), weights
+
+
+def _attentions() -> list[Case]:
+    one, two, three = reals((4, 8)), reals((4, 8), (3, 8)), reals((4, 8), (3, 6), (3, 5))
+    light = {"need_weights": False}
+    rows: list[tuple[str, Callable[[], nn.Module], Inputs]] = [
+        ("self", lambda: Attended(batch_first=True), one),
+        ("self, batch on axis 1", Attended, one),
+        ("self, weights by head", lambda: Attended(batch_first=True, call={"average_attn_weights": False}), one),
+        ("self, light, causal", lambda: Attended(masks="causal", call={**light, "is_causal": True}), one),
+        ("self, light, no bias", lambda: Attended(masks="float", bias=False, call=light), one),
+        ("self, mask by head", lambda: Attended(masks="heads padding", batch_first=True), one),
+        ("cross, one source", lambda: Attended(masks="causal", batch_first=True), two),
+        ("cross, own sizes", lambda: Attended(kdim=6, vdim=5, batch_first=True), three),
+        ("cross, two sources", Attended, reals((4, 8), (3, 8), (3, 8))),
+        ("bias_k, zero", lambda: Attended(masks="heads padding", add_bias_kv=True, add_zero_attn=True), one),
+        ("bias_k, light", lambda: Attended(masks="causal", add_bias_kv=True, batch_first=True, call=light), two),
+        ("encoder layer", lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True), one),
+        ("decoder layer", lambda: nn.TransformerDecoderLayer(8, 2, 12, 0.0, batch_first=True), two),
+    ]
+    return [Case("attention", *row, empty=False) for row in rows]  # the engine runs one example in place of none
+
+
+CASES = [*_convolutions(), *_embeddings(), *_normalizations(), *_attentions()]

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from privet.clipping import Flat, PerLayer
-from tests.gradients.harness import captured_sum, recorded_of, reference, relative_error, trainable
+from privet.gradients.reference import example_gradients, reference_sum
+from privet.gradients.summation import clipped_sum
+from tests.gradients.harness import captured_sum, recorded_of, relative_error, trainable
 from tests.gradients.rule_cases import CASES, Case, loss
 
 POLICIES = {"all clipped": Flat(1e-2), "none clipped": Flat(1e6), "by layer": PerLayer(1.0)}
@@ -30,8 +32,12 @@ def test_the_clipped_sum_is_the_reference(case: Case, dtype):
     module = case.module().to(dtype)
     for size in (1, 2, 17):
         batch = case.inputs(size, dtype)
+        examples = [tuple(t[i : i + 1] for t in batch) for i in range(size)]
+        gradients = example_gradients(module, examples, lambda m, b: loss(m, b).sum())
+        recorded = recorded_of(module, batch, loss)
         for name, policy in POLICIES.items():
-            error = relative_error(captured_sum(module, batch, loss, policy), reference(module, batch, loss, policy))
+            found = clipped_sum(recorded, trainable(module), policy).values
+            error = relative_error(found, reference_sum(gradients, policy))
             assert error < LIMITS[dtype], f"{size} examples, {name}: {error}"
 
 
