@@ -1,0 +1,171 @@
+"""Dominating pairs of distributions on a grid of privacy losses.
+
+Every pair here is two mixtures of Gaussians of one width, in the order that makes the loss log(P/Q) grow with x. A
+`Cell` holds what both laws put between two neighbouring grid losses; the other direction of the pair is the same
+cells read backwards with the laws exchanged, so one table serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln, ndtr, ndtri
+
+from privet.accounting.terms import Pair, Part
+
+__all__ = ["Cells", "Mixtures", "cells", "mixtures"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What P and Q put on the losses from (first + i) h to (first + i + 1) h, and on the losses beyond both ends.
+
+    `rounding` bounds the error of each entry of `p` and `q` alike.
+    """
+
+    first: int
+    p: Array
+    q: Array
+    rounding: Array
+    p_below: float
+    q_below: float
+    p_above: float
+    q_above: float
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """P and Q as weights and shifts of N(shift, σ²), with a loss that grows with x."""
+
+    p_weights: Array
+    p_shifts: Array
+    q_weights: Array
+    q_shifts: Array
+    sigma: float
+
+    def loss(self, x: Array) -> Array:
+        """Returns log(P/Q) at x, without cancellation where it is small."""
+        return self._log_tilt(x, self.p_weights, self.p_shifts) - self._log_tilt(x, self.q_weights, self.q_shifts)
+
+    def _log_tilt(self, x: Array, weights: Array, shifts: Array) -> Array:
+        if len(shifts) == 1 and shifts[0] == 0.0:
+            return np.zeros_like(x)
+        exponents = (2.0 * shifts[:, None] * x - shifts[:, None] ** 2) / (2.0 * self.sigma**2)
+        largest = np.maximum(exponents.max(axis=0), 0.0)
+        small = largest < 30.0
+        near = np.log1p(weights @ np.expm1(np.where(small, exponents, 0.0)))
+        with np.errstate(divide="ignore"):
+            far = largest + np.log(weights @ np.exp(exponents - largest))
+        return np.where(small, near, far)
+
+    def slope(self, x: Array) -> Array:
+        """Returns the derivative of the loss: the difference of the mean shifts given x, over σ²."""
+        return self._mean_shift(x, self.p_weights, self.p_shifts) - self._mean_shift(x, self.q_weights, self.q_shifts)
+
+    def _mean_shift(self, x: Array, weights: Array, shifts: Array) -> Array:
+        exponents = (2.0 * shifts[:, None] * x - shifts[:, None] ** 2) / (2.0 * self.sigma**2)
+        parts = weights[:, None] * np.exp(exponents - exponents.max(axis=0))
+        mean: Array = (shifts @ parts) / parts.sum(axis=0) / self.sigma**2
+        return mean
+
+    def reach(self, tail: float) -> tuple[float, float]:
+        """Returns x below and above which neither law has more than about `tail`."""
+        weights = np.concatenate([self.p_weights, self.q_weights])
+        shifts = np.concatenate([self.p_shifts, self.q_shifts])
+        with np.errstate(divide="ignore"):
+            z = -ndtri(np.minimum(0.5, tail / np.maximum(weights * len(self.p_weights), 1e-300)))
+        used = weights > tail / (4.0 * len(weights))
+        return float((shifts - self.sigma * z)[used].min()), float((shifts + self.sigma * z)[used].max())
+
+    def inverse(self, losses: Array, low: float, high: float) -> Array:
+        """Returns x at the given losses; for losses beyond those of `low` and `high`, possibly those two.
+
+        Minus infinity where every loss is larger.
+        """
+        q = float(self.p_weights[-1])
+        if len(self.p_weights) == 1:
+            return self.sigma**2 * losses / self.p_shifts[0] + self.p_shifts[0] / 2.0
+        if len(self.p_weights) == 2 and len(self.q_weights) == 1:
+            with np.errstate(divide="ignore", over="ignore"):
+                ratio = np.maximum(np.expm1(np.minimum(losses, 700.0)) / q, -1.0)
+                x = self.sigma**2 * np.where(losses > 700.0, losses - math.log(q), np.log1p(ratio)) + 0.5
+            return np.asarray(x, dtype=np.float64)
+        # Newton from a fine table, kept inside the table's interval, which brackets the root.
+        table = np.linspace(low, high, 8193)
+        at_table = np.maximum.accumulate(self.loss(table))
+        place = np.clip(np.searchsorted(at_table, losses), 1, len(table) - 1)
+        x = np.interp(losses, at_table, table)
+        for _ in range(5):
+            slope = np.maximum(self.slope(x), 1e-300)
+            x = np.clip(x - (self.loss(x) - losses) / slope, table[place - 1], table[place])
+        return x
+
+
+def mixtures(part: Part) -> Mixtures:
+    """Returns the two laws of a part. SYMMETRIC is built from the MIXTURE at shift 2, which is σ/2."""
+    q, sigma = part.rate, part.noise_multiplier
+    none, one = np.array([1.0]), np.array([0.0])
+    if part.pair is Pair.REPLACE:
+        weights = np.array([1.0 - q, q])
+        return Mixtures(weights, np.array([0.0, 1.0]), weights, np.array([0.0, -1.0]), sigma)
+    if part.pair is Pair.GROUP:
+        i = np.arange(part.group_size + 1.0)
+        size = float(part.group_size)
+        logs = gammaln(size + 1.0) - gammaln(i + 1.0) - gammaln(size - i + 1.0) + i * math.log(q)
+        weights = np.exp(logs + (size - i) * math.log1p(-q))
+        return Mixtures(weights / weights.sum(), i, none, one, sigma)
+    if part.pair is Pair.SYMMETRIC:
+        sigma /= 2.0
+    if q == 1.0:
+        return Mixtures(none, np.array([1.0]), none, one, sigma)
+    return Mixtures(np.array([1.0 - q, q]), np.array([0.0, 1.0]), none, one, sigma)
+
+
+def cells(part: Part, step: float, tail: float) -> Cells:
+    """Returns the cells of a part on the grid of multiples of `step`; at most `tail` lies beyond the last."""
+    pair = mixtures(part)
+    low, high = pair.reach(tail)
+    ends = pair.loss(np.array([low, high]))
+    first, last = math.floor(ends[0] / step), math.ceil(ends[1] / step)
+    if part.pair is Pair.SYMMETRIC:
+        first = 0
+    losses = step * np.arange(first, last + 1, dtype=np.float64)
+    x = pair.inverse(losses, low, high)
+    p, p_rounding, p_below, p_above = _masses(x, pair.p_weights, pair.p_shifts, pair.sigma)
+    q, q_rounding, q_below, q_above = _masses(x, pair.q_weights, pair.q_shifts, pair.sigma)
+    return Cells(
+        first,
+        p,
+        q,
+        p_rounding + q_rounding * np.exp(np.minimum(losses[:-1], 650.0)),
+        p_below,
+        q_below,
+        p_above,
+        q_above,
+    )
+
+
+def _masses(x: Array, weights: Array, shifts: Array, sigma: float) -> tuple[Array, Array, float, float]:
+    """Returns what a mixture puts between neighbouring x, the rounding error of that, and what lies beyond the ends.
+
+    Differences are taken between upper tails on the right of a component's centre and lower tails on the left, so
+    that the error is relative to the tail and not to 1.
+    """
+    mass, rounding = np.zeros(len(x) - 1), np.zeros(len(x) - 1)
+    below = above = 0.0
+    for weight, shift in zip(weights, shifts, strict=True):
+        z = (x - shift) / sigma
+        tail = ndtr(-np.abs(z))
+        signed = np.where(z > 0.0, -tail, tail)  # increasing in z but for a jump from 1/2 to -1/2 at 0
+        difference = np.diff(signed)
+        crossing = (z[:-1] <= 0.0) & (z[1:] > 0.0)
+        mass += weight * np.maximum(np.where(crossing, difference + 1.0, difference), 0.0)
+        rounding += weight * 4e-16 * np.where(crossing, 1.0, np.maximum(tail[:-1], tail[1:]))
+        below += weight * float(ndtr(z[0]))
+        above += weight * float(ndtr(-z[-1]))
+    return mass, rounding, below, above
