@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from privet.errors import ProtocolError, UnsupportedModelError
 from privet.gradients.derived import Derivation, is_isometry
@@ -90,6 +91,7 @@ class _Call:
     """All of one captured operation that is not a tensor."""
 
     capture: Capture
+    recorded: Recorded  # of the forwards that this operation is part of
     operation: Operation
     layout: Layout
     examples: int
@@ -115,6 +117,7 @@ class _Captured(torch.autograd.Function):
         return output.data if fresh_view else output
 
     @staticmethod
+    @once_differentiable  # a gradient of a gradient would miss the parameters, without a word
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         call: _Call = ctx.call
         saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
@@ -149,6 +152,7 @@ class Capture:
         self.parameters = dict(parameters)
         self.batch_first = batch_first
         self.layouts = Layouts()
+        self.channels_last = False  # whether 2-D convolutions see their kernels with the channels innermost
         self.on_backward = on_backward
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameter_class = type("WatchedParameter", (_WatchedParameter,), {"capture": self})
@@ -196,9 +200,10 @@ class Capture:
     def end(self, outputs: Iterable[Tensor] = ()) -> None:
         """Ends the forward. The parameters stay watched until the backward, which may recompute parts of it."""
         self._depth = max(self._depth - 1, 0)
+        recorded = self._recorded
         for output in outputs:
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._queue())
+                output.register_hook(lambda gradient: self._queue(recorded))
 
     def release(self) -> None:
         """Stops watching: the parameters are ordinary again, and what was recorded is forgotten."""
@@ -322,20 +327,23 @@ class Capture:
                 targets[role] = root.derivation if isinstance(root, _DerivedTensor) else self._names[id(root)]
         plain = [self._plain(value) for value in values.values()]
         edge = self.parameters[next(s for r in values.values() if self.is_root(r) for s in self._sources(r))]
-        call = _Call(self, operation, layout, self._examples, tuple(values), targets, len(data))
+        call = _Call(self, self._recorded, operation, layout, self._examples, tuple(values), targets, len(data))
         return _Captured.apply(call, *data, *plain, edge)
 
     def _plain(self, value: Tensor) -> Tensor:
-        if isinstance(value, _DerivedTensor):
-            return value.as_subclass(Tensor).detach()
-        return value.detach() if self.is_root(value) else value
+        if not self.is_root(value):
+            return value
+        plain = value.as_subclass(Tensor).detach() if isinstance(value, _DerivedTensor) else value.detach()
+        if self.channels_last and plain.dim() == 4:
+            return plain.to(memory_format=torch.channels_last)
+        return plain
 
     def _described(self, roots: Mapping[str, Tensor | None]) -> list[str]:
         return [self.label(root) for root in roots.values() if root is not None and self.is_root(root)]
 
     def record(self, call: _Call, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Records the uses of one operation, when the gradient of its output has come."""
-        self._queue()
+        self._queue(call.recorded)
         recorded = self._recorded
         recorded.examples = call.examples
         operation = call.operation
@@ -356,8 +364,13 @@ class Capture:
             else:
                 recorded.derived.setdefault(target, []).append(use)
 
-    def _queue(self) -> None:
-        """Asks autograd to call back at the end of this backward, once."""
+    def _queue(self, recorded: Recorded) -> None:
+        """Asks autograd to call back at the end of this backward, once. `recorded` is that of the forward."""
+        if recorded is not self._recorded:
+            raise ProtocolError(
+                "backward ran again, or late, through a forward whose gradient was taken, or given up, before. Expected one "
+                "backward for each forward: add the losses and call backward once, without retain_graph."
+            )
         if not self._queued and self._examples is not None:
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture import Capture, Recorded
+from privet.gradients.strategy import prefers_channels_last
 from privet.gradients.summation import weighted_sums
 from privet.gradients.tripwire import Tripwires
 
@@ -92,9 +93,16 @@ def check_coverage(
         CoverageError: if what was captured is not what autograd finds, with the parameters by name.
     """
     inputs = _detached(inputs)
+    capture.channels_last = prefers_channels_last(module)
     with undisturbed(module) as restore, torch.enable_grad():
         try:
-            _learn(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
+            try:
+                _learn(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
+            except RuntimeError:
+                if not capture.channels_last:
+                    raise
+                capture.channels_last = False  # a `view` that needs the channels outside, say
+                _learn(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
             _compare(
                 capture, run, inputs, examples=examples, batch_axis=batch_axis, tripwires=tripwires, restore=restore
             )
