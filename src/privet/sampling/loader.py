@@ -64,8 +64,9 @@ class PrivateLoader(DataLoader[Any]):
         if isinstance(batches.sampling, Poisson):
             self._empty.make()  # fails here rather than at a rare batch
         super().__init__(dataset, batch_sampler=batches, collate_fn=_Counted(collate_fn), **options)
-        # torch writes None beside a batch sampler, and refuses assignment; scripts read the size all the same.
-        self.__dict__["batch_size"] = expected_batch_size
+        if isinstance(expected_batch_size, int):
+            # torch writes None beside a batch sampler, and refuses assignment; scripts read the size all the same.
+            self.__dict__["batch_size"] = expected_batch_size
 
     @property
     def sampling(self) -> Poisson | Partition:
