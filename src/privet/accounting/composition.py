@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from privet.accounting.lattice import Lattice
 
 __all__ = [
     "Composition",
+    "Frame",
     "Profile",
     "Spectrum",
     "Tail",
@@ -51,6 +53,13 @@ class Tail:
         return largest + math.log(float(self.mass @ np.exp(exponents - largest)))
 
 
+@lru_cache(maxsize=64)
+def _bin_offsets(bits: int) -> NDArray[np.int64]:
+    """Returns distances from the mode at which bins start: every grid loss at first, 3 % apart later."""
+    wide = np.round(48.0 * 1.03 ** np.arange(24.0 * max(bits - 5, 1)))
+    return np.unique(np.concatenate([np.arange(48.0), wide])).astype(np.int64)
+
+
 def tail_of(lattice: Lattice, step: float, tilt: float) -> Tail:
     """Returns the bins: single grid losses around the mode, wider ones further out, never beyond the tilted mean."""
     losses = step * (lattice.first + np.arange(len(lattice.mass), dtype=np.float64))
@@ -62,12 +71,11 @@ def tail_of(lattice: Lattice, step: float, tilt: float) -> Tail:
     tilted /= total
     mode = int(tilted.argmax())
     reach = len(tilted)
-    wide = np.unique(
-        np.round(np.geomspace(48.0, max(float(reach), 49.0), max(2, int(30 * math.log(reach / 48.0 + 2.0)))))
-    )
-    offsets = np.concatenate([np.arange(48.0), wide]).astype(np.int64)
-    starts = np.unique(np.concatenate([[0], mode - offsets, mode + offsets]))
-    starts = starts[(starts >= 0) & (starts < reach)]
+    offsets = _bin_offsets(reach.bit_length())
+    starts = np.concatenate([[0], (mode - offsets[::-1])[:-1], mode + offsets])
+    starts = starts[np.searchsorted(starts, 0) : np.searchsorted(starts, reach)]
+    if starts[0] != 0:
+        starts = np.concatenate([[0], starts])
     mass = np.add.reduceat(tilted, starts)
     used = mass > 0.0
     means = np.add.reduceat(tilted * losses, starts)[used] / mass[used]
@@ -130,15 +138,16 @@ class Window:
     log_above: float
 
 
-def window_for(tails: list[tuple[Tail, int]], centres: list[int], step: float) -> Window:
+def window_for(tails: list[tuple[Tail, int]], step: float) -> Window:
     """Returns the window outside which the tilted composition has at most e^-27 on each side, by Chernoff's bound."""
     variance = sum(count * tail.variance for tail, count in tails) + 1e-300
-    drift = sum(count * (tail.mean - centre * step) for (tail, count), centre in zip(tails, centres, strict=True))
+    # Spectra are shifted by the rounded mean, so that what is left of it is the window's middle.
+    drift = sum(count * (tail.mean - round(tail.mean / step) * step) for tail, count in tails)
     ideal = math.sqrt(2.0 * _WRAPPED / variance)
     ends = []
     for side in (1.0, -1.0):
         best = math.inf
-        for factor in (0.03, 0.1, 0.25, 0.5, 0.8, 1.0, 2.0):
+        for factor in (0.06, 0.2, 0.5, 1.0):
             s = side * ideal * factor
             cumulant = sum(count * tail.cumulant(s) for tail, count in tails)
             best = min(best, (cumulant + _WRAPPED) / abs(s))
@@ -155,70 +164,66 @@ class Composition:
     the window, rounding of the transforms.
     """
 
-    def __init__(self, *, step: float, tilt: float, size: int) -> None:
-        self.step, self.tilt, self.size = step, tilt, size
+    def __init__(self, *, size: int) -> None:
+        self.size = size
         self._log_amplitude = np.zeros(size // 2 + 1)
         self._angle = np.zeros(size // 2 + 1)
-        self._shift, self._steps = 0, 0
+        self.shift, self.steps = 0, 0
 
     def add(self, spectrum: Spectrum, count: int) -> None:
         """Composes `count` more (or, if negative, fewer) of a distribution."""
         self._log_amplitude += count * spectrum.log_amplitude
         self._angle += count * spectrum.angle
-        self._shift += count * spectrum.centre
-        self._steps += count
+        self.shift += count * spectrum.centre
+        self.steps += count
 
-    def profile(self, window: Window, *, log_scale: float, infinity: float, reference: float) -> Profile:
-        """Returns δ as a function of ε, from the composed mass in the window."""
-        amplitude = np.exp(self._log_amplitude)
-        transform = np.empty(len(amplitude), dtype=np.complex128)
-        transform.real = amplitude * np.cos(self._angle)
-        transform.imag = amplitude * np.sin(self._angle)
-        mass = np.roll(np.fft.irfft(transform, self.size), -(window.low % self.size))
-        mean_amplitude = float(2.0 * amplitude.sum() - amplitude[0]) / self.size
-        rounding = 4.0 * _UNIT * math.log2(self.size) * (1.0 + self._steps) * mean_amplitude
-        first = window.low + self._shift
+    def masses(self, window: Window) -> tuple[Array, float]:
+        """Returns the tilted mass at each loss of the window, and what rounding may have moved at any of them."""
+        log_amplitude = self._log_amplitude
+        # Frequencies below e^-60 are far under the rounding; most are, since a composition is smooth.
+        used = int(np.flatnonzero(log_amplitude > -60.0)[-1]) + 1
+        amplitude = np.exp(log_amplitude[:used])
+        transform = np.zeros(len(log_amplitude), dtype=np.complex128)
+        transform.real[:used] = amplitude * np.cos(self._angle[:used])
+        transform.imag[:used] = amplitude * np.sin(self._angle[:used])
+        mass = np.fft.irfft(transform, self.size)
+        mean_amplitude = float(2.0 * amplitude.sum() - amplitude[0]) / self.size + math.exp(-60.0)
+        rounding = 4.0 * _UNIT * math.log2(self.size) * (1.0 + self.steps) * mean_amplitude + math.exp(-60.0)
+        turn = (window.low - self.shift) % self.size
+        return np.concatenate([mass[turn:], mass[:turn]]), rounding
+
+
+class Frame:
+    """A window's positive losses and the weights that undo the tilt there: what outlives a question."""
+
+    def __init__(self, window: Window, *, step: float, tilt: float, reference: float) -> None:
+        self.window, self.tilt, self.reference = window, tilt, reference
         # Only positive losses matter for ε >= 0; those so far below the reference that weights overflow set the floor.
-        floor = max(0.0, reference - 600.0 / (self.tilt + 1.0))
-        skip = min(max(0, math.floor(floor / self.step) - first), self.size - 1)
-        losses = self.step * (first + skip + np.arange(self.size - skip, dtype=np.float64))
-        top = self.step * (first + self.size - 1)
-        log_beyond = min(0.0, log_scale - self.tilt * top + window.log_above)
-        return Profile(
-            losses=losses,
-            mass=np.maximum(mass[skip:], 0.0),
-            rounding=rounding,
-            tilt=self.tilt,
-            reference=reference,
-            log_scale=log_scale - self.tilt * reference,
-            beyond=infinity + math.exp(log_beyond),
-            floor=floor,
-        )
+        self.floor = max(0.0, reference - 600.0 / (tilt + 1.0))
+        self.skip = min(max(0, math.floor(self.floor / step) - window.low), window.size - 1)
+        self.losses = step * (window.low + self.skip + np.arange(window.size - self.skip, dtype=np.float64))
+        self.top = step * (window.low + window.size - 1)
+        distance = self.losses - reference
+        self.weights = np.exp(-tilt * distance)
+        self.rising = np.exp(np.clip(distance, -690.0, 690.0))
+        self.falling = 1.0 / self.rising
 
 
 class Profile:
     """δ(ε) of one composed direction."""
 
-    def __init__(
-        self,
-        *,
-        losses: Array,
-        mass: Array,
-        rounding: float,
-        tilt: float,
-        reference: float,
-        log_scale: float,
-        beyond: float,
-        floor: float,
-    ) -> None:
-        self._losses, self._reference, self._floor = losses, reference, floor
-        self._log_scale, self._beyond = log_scale, beyond
-        distance = losses - reference
-        weights = np.exp(-tilt * distance)
-        self._rising = np.exp(np.clip(distance, -690.0, 690.0))
-        self._falling = 1.0 / self._rising
-        self._upper = weights * (mass + rounding)
-        self._lower = weights * np.maximum(mass - rounding, 0.0)
+    def __init__(self, frame: Frame, mass: Array, rounding: float, *, log_scale: float, infinity: float) -> None:
+        self._frame, self._losses, self._floor = frame, frame.losses, frame.floor
+        self._log_scale = log_scale - frame.tilt * frame.reference
+        # Tilted mass above the window weighs at most as much as at its top.
+        log_beyond = log_scale - frame.tilt * frame.top + frame.window.log_above
+        self._beyond = infinity + math.exp(min(log_beyond, 0.0))
+        self._mass, self._rounding = mass[frame.skip :], rounding
+        self._upper = frame.weights * (np.maximum(self._mass, 0.0) + rounding)
+
+    @property
+    def _lower(self) -> Array:
+        return self._frame.weights * np.maximum(self._mass - self._rounding, 0.0)
 
     def delta(self, epsilon: float) -> float:
         """Returns an upper bound on δ at ε."""
@@ -248,13 +253,13 @@ class Profile:
         if delta <= 0.0:
             return math.inf
         target = math.exp(min(math.log(delta) - self._log_scale, 690.0))
-        sums, falling = _sums(weighted) * (1.0 + slack), _sums(weighted * self._falling)
-        at_losses = sums - self._rising * falling
+        sums, falling = _sums(weighted) * (1.0 + slack), _sums(weighted * self._frame.falling)
+        at_losses = sums - self._frame.rising * falling
         k = int(np.argmax(at_losses <= target))
         if at_losses[k] > target:
             return math.inf
         excess = float(sums[k]) - target
-        epsilon = self._reference + math.log(excess / float(falling[k])) if excess > 0.0 else -math.inf
+        epsilon = self._frame.reference + math.log(excess / float(falling[k])) if excess > 0.0 else -math.inf
         before = float(self._losses[k - 1]) if k > 0 else -math.inf
         return max(self._floor, min(max(epsilon, before), float(self._losses[k])))
 

@@ -5,10 +5,11 @@ Balle and Wang, arXiv 1805.06530, theorem 8; Dong, Roth and Su, arXiv 1905.02383
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 from scipy.special import erfcx, log_ndtr, ndtr, ndtri
 
 __all__ = [
@@ -98,27 +99,38 @@ def bisected(holds: Callable[[float], bool], low: float, high: float) -> float:
     return high
 
 
-def smallest_mu(delta: Callable[[float], float], highest: float, *, tolerance: float = 1e-3) -> float:
+def smallest_mu(delta: Callable[[float], float], highest: float, *, tolerance: float = 5e-4) -> float:
     """Returns a μ whose Gaussian lies above δ(ε) for 0 <= ε <= highest, and within `tolerance` of the smallest.
 
-    Branch and bound, so that the curve between the points asked for is covered too: on [a, b] the μ needed is at
-    most that of (b, δ(a)), since μ grows in both and δ falls.
+    Between two points of the curve δ lies below their chord in e^ε, since it is convex there. A stretch is split
+    until the Gaussian lies above its chord, checked piece by piece with the chord's left and the Gaussian's right end.
     """
     ends = [highest * index / 16.0 for index in range(17)]
-    deltas = [delta(end) for end in ends]
-    reached = max(gaussian_mu(end, value) for end, value in zip(ends, deltas, strict=True))
-    if math.isinf(reached):
-        return math.inf
-    # The cell that could need the most comes first.
-    cells = [(-gaussian_mu(b, at_a), a, b, at_a) for a, b, at_a in zip(ends, ends[1:], deltas, strict=False)]
-    heapq.heapify(cells)
-    for _ in range(2_000):
-        bound, a, b, at_a = cells[0]
-        if -bound <= reached * (1.0 + tolerance):
+    points = [(end, delta(end)) for end in ends]
+    reached = max(gaussian_mu(*point) for point in points)
+    waiting = list(itertools.pairwise(points))
+    for _ in range(5_000):
+        if not waiting or math.isinf(reached):
             break
+        (a, at_a), (b, at_b) = waiting.pop()
+        if _covers(reached * (1.0 + tolerance), a, at_a, b, at_b):
+            continue
         middle = (a + b) / 2.0
-        at_middle = delta(middle)
-        reached = max(reached, gaussian_mu(middle, at_middle))
-        heapq.heapreplace(cells, (-gaussian_mu(middle, at_a), a, middle, at_a))
-        heapq.heappush(cells, (-gaussian_mu(b, at_middle), middle, b, at_middle))
-    return -cells[0][0]
+        point = (middle, delta(middle))
+        reached = max(reached, gaussian_mu(*point))
+        waiting += [((a, at_a), point), (point, (b, at_b))]
+    # A stretch that would not close in time is covered by its own two ends.
+    left = [gaussian_mu(b, at_a) for (_, at_a), (b, _) in waiting]
+    return max([reached * (1.0 + tolerance), *left])
+
+
+def _covers(mu: float, a: float, at_a: float, b: float, at_b: float) -> bool:
+    """Whether the Gaussian with shift μ lies above the chord between two points of a curve."""
+    if at_a <= 0.0:
+        return True
+    edges = np.linspace(a, b, 65)
+    share = np.expm1(edges[:-1] - a) / np.expm1(b - a) if b - a < 700.0 else np.zeros(64)
+    chord = at_a + (at_b - at_a) * share
+    above = log_ndtr(mu / 2.0 - edges[1:] / mu)
+    taken = edges[1:] + log_ndtr(-mu / 2.0 - edges[1:] / mu) - above
+    return bool(np.all(above + np.log(np.maximum(-np.expm1(taken), 1e-300)) >= np.log(chord)))

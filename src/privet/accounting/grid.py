@@ -10,6 +10,7 @@ import numpy as np
 
 from privet.accounting.composition import (
     Composition,
+    Frame,
     Profile,
     Spectrum,
     Tail,
@@ -32,11 +33,15 @@ _MOST_TERMS_KEPT = 512
 
 @dataclass(frozen=True)
 class Goal:
-    """Where on the curve the answer is sought, by Rényi's bound: it sets tilt, grid and truncation."""
+    """Where on the curve the answer is sought, by Rényi's bound: it sets tilt, grid and truncation.
+
+    `aim` is the ε to be accurate at, which may be well below Rényi's.
+    """
 
     epsilon: float
     log_delta: float
     order: float
+    aim: float
 
     @property
     def tilt(self) -> float:
@@ -45,8 +50,16 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class _Prepared:
+    """One direction of one term on a grid whose circle is not known yet."""
+
+    lattice: Lattice
+    tail: Tail
+
+
+@dataclass(frozen=True)
 class _Direction:
-    """One direction of one term on the grid; `added` is the variance that the grid gives a step, untilted."""
+    """One direction of one term; `added` is the variance that the grid gives a step, without the tilt."""
 
     tail: Tail
     spectrum: Spectrum
@@ -64,6 +77,12 @@ class Readings:
     raised: float
 
 
+def _prepared(term: Term, step: float, truncation: float, tilt: float) -> tuple[_Prepared, ...]:
+    """Returns both directions, or one where they are the same."""
+    found = (lattice for lattice in lattices(term, step, truncation) if lattice is not None)
+    return tuple(_Prepared(lattice, tail_of(lattice, step, tilt)) for lattice in found)
+
+
 class Grid:
     """A step, a tilt, and the spectra of terms on them, with the composition of the counts last asked for.
 
@@ -72,30 +91,33 @@ class Grid:
 
     def __init__(self, goal: Goal, *, step: float, size: int, truncation: float) -> None:
         self.goal, self.step, self.size, self.truncation = goal, step, size, truncation
-        self._directions: dict[Term, tuple[_Direction, _Direction | None]] = {}
+        self._directions: dict[Term, tuple[_Direction, ...]] = {}
         self._counts: dict[Term, int] = {}
-        self._composed = self._fresh()
+        self._composed = (Composition(size=size), Composition(size=size))
         self._changes = 0
+        self._frames: list[Frame | None] = [None, None]
+        self._readings: list[Readings] | None = None
 
-    def _fresh(self) -> tuple[Composition, Composition]:
-        first, second = (Composition(step=self.step, tilt=self.goal.tilt, size=self.size) for _ in range(2))
-        return first, second
-
-    def place(self, term: Term, found: tuple[Lattice, Lattice | None] | None = None) -> None:
-        """Takes a term's distributions onto the grid, computing them where they are not given."""
+    def place(self, term: Term, prepared: tuple[_Prepared, ...] | None = None) -> None:
+        """Takes a term's distributions onto the circle, if they are not there yet."""
         if term in self._directions:
             return
-        lattice, other = lattices(term, self.step, self.truncation) if found is None else found
-        self._directions[term] = self._direction(lattice), None if other is None else self._direction(other)
+        if prepared is None:
+            prepared = _prepared(term, self.step, self.truncation, self.goal.tilt)
+        self._directions[term] = tuple(
+            _Direction(
+                tail=each.tail,
+                spectrum=spectrum_of(each.lattice, each.tail, self.step, self.goal.tilt, self.size),
+                log_kept=math.log1p(-each.lattice.infinity),
+                added=float(each.lattice.variance.sum()),
+                raised=each.lattice.raised,
+            )
+            for each in prepared
+        )
 
     def missing(self, counts: Mapping[Term, int]) -> int:
         """Returns how many of the terms are not on the grid yet."""
         return sum(term not in self._directions for term in counts)
-
-    def _direction(self, lattice: Lattice) -> _Direction:
-        tail = tail_of(lattice, self.step, self.goal.tilt)
-        spectrum = spectrum_of(lattice, tail, self.step, self.goal.tilt, self.size)
-        return _Direction(tail, spectrum, math.log1p(-lattice.infinity), float(lattice.variance.sum()), lattice.raised)
 
     def _compose(self, counts: Mapping[Term, int]) -> None:
         changed = {term: count - self._counts.get(term, 0) for term, count in counts.items()}
@@ -103,7 +125,8 @@ class Grid:
         self._changes += sum(1 for change in changed.values() if change)
         if self._changes > 256:
             # Sums that were added to many times are formed afresh, so that rounding cannot pile up.
-            self._composed, self._changes, changed = self._fresh(), 0, dict(counts)
+            self._composed = (Composition(size=self.size), Composition(size=self.size))
+            self._changes, changed = 0, dict(counts)
             if len(self._directions) > _MOST_TERMS_KEPT:
                 self._directions = {term: kept for term, kept in self._directions.items() if term in counts}
         for term, change in changed.items():
@@ -111,32 +134,47 @@ class Grid:
                 self.place(term)
                 for direction, composed in zip(self._both(term), self._composed, strict=True):
                     composed.add(direction.spectrum, change)
-        self._counts = dict(counts)
+        self._counts, self._readings = dict(counts), None
 
     def _both(self, term: Term) -> tuple[_Direction, _Direction]:
-        first, second = self._directions[term]
-        return first, first if second is None else second
+        found = self._directions[term]
+        return found[0], found[-1]
 
-    def read(self, counts: Mapping[Term, int], reference: float) -> list[Readings] | None:
+    def read(self, counts: Mapping[Term, int]) -> list[Readings] | None:
         """Returns the profile of each direction for these counts, or None if they do not fit on this grid."""
+        if self._readings is not None and counts == self._counts:
+            return self._readings
         self._compose(counts)
-        one_sided = all(self._directions[term][1] is None for term in counts)
+        one_sided = all(len(self._directions[term]) == 1 for term in counts)
         found = []
-        for side, composed in enumerate(self._composed[: 1 if one_sided else 2]):
-            parts = [(self._both(term)[side], count) for term, count in counts.items()]
-            window = _window(parts, self.step)
-            if window.size > self.size:
+        for side in range(1 if one_sided else 2):
+            reading = self._read_side(side, [(self._both(term)[side], count) for term, count in counts.items()])
+            if reading is None:
                 return None
-            steps = sum(count for _, count in parts)
-            profile = composed.profile(
-                Window(window.low - (self.size - window.size) // 2, self.size, window.log_above),
-                log_scale=sum(count * part.tail.log_scale for part, count in parts) + 4e-16 * steps,
-                infinity=-math.expm1(sum(count * part.log_kept for part, count in parts)),
-                reference=reference,
-            )
-            added = sum(count * part.added for part, count in parts)
-            found.append(Readings(profile, added, sum(count * part.raised for part, count in parts)))
+            found.append(reading)
+        self._readings = found
         return found
+
+    def _read_side(self, side: int, parts: list[tuple[_Direction, int]]) -> Readings | None:
+        composed = self._composed[side]
+        needed = _window(parts, self.step)
+        if needed.size > self.size:
+            return None
+        low, frame = needed.low + composed.shift, self._frames[side]
+        if frame is None or not frame.window.low <= low <= frame.window.low + self.size - needed.size:
+            window = Window(low - (self.size - needed.size) // 4, self.size, needed.log_above)
+            frame = Frame(window, step=self.step, tilt=self.goal.tilt, reference=self.goal.aim)
+            self._frames[side] = frame
+        mass, rounding = composed.masses(frame.window)
+        profile = Profile(
+            frame,
+            mass,
+            rounding,
+            log_scale=sum(count * part.tail.log_scale for part, count in parts) + 4e-16 * composed.steps,
+            infinity=-math.expm1(sum(count * part.log_kept for part, count in parts)),
+        )
+        added = sum(count * part.added for part, count in parts)
+        return Readings(profile, added, sum(count * part.raised for part, count in parts))
 
     def error(self, counts: Mapping[Term, int]) -> float:
         """Returns about how much the grid adds to ε: half the tilt times the variance that it adds."""
@@ -145,8 +183,7 @@ class Grid:
 
 
 def _window(parts: list[tuple[_Direction, int]], step: float) -> Window:
-    tails = [(part.tail, count) for part, count in parts]
-    return window_for(tails, [part.spectrum.centre for part, _ in parts], step)
+    return window_for([(part.tail, count) for part, count in parts], step)
 
 
 def grid_for(counts: Mapping[Term, int], goal: Goal, *, tolerance: float) -> Grid:
@@ -155,16 +192,18 @@ def grid_for(counts: Mapping[Term, int], goal: Goal, *, tolerance: float) -> Gri
     truncation = max(math.exp(max(goal.log_delta, -660.0)) * 2e-5 / steps, 1e-290)
     spans = [_span(term, truncation) for term in counts]
     finest = max(spans) / _LARGEST_LATTICE
-    allowed = tolerance * max(goal.epsilon, 1e-9)
+    allowed = tolerance * max(goal.aim, 1e-9)
     step = max(finest, min(math.sqrt(12.0 * allowed / (goal.tilt * steps)), max(spans) / 64.0))
+    # A few terms tell how fine the grid has to be for all.
+    every = -(-len(counts) // 6)
+    probes = dict(list(counts.items())[::every])
+    share = steps / sum(probes.values())
+    prepared: dict[Term, tuple[_Prepared, ...]] = {}
     for _ in range(8):
-        found = {term: lattices(term, step, truncation) for term in counts}
-        tails = {
-            term: [tail_of(each, step, goal.tilt) for each in both if each is not None] for term, both in found.items()
-        }
-        sides = [[(both[min(side, len(both) - 1)], counts[term]) for term, both in tails.items()] for side in (0, 1)]
-        error = goal.tilt / 2.0 * max(sum(count * tail.added for tail, count in side) for side in sides)
-        size = max(window_for(side, [round(tail.mean / step) for tail, _ in side], step).size for side in sides)
+        prepared = {term: _prepared(term, step, truncation, goal.tilt) for term in probes}
+        sides = _sides(prepared, counts)
+        error = share * goal.tilt / 2.0 * max(sum(count * tail.added for tail, count in side) for side in sides)
+        size = math.sqrt(share) * max(window_for(side, step).size for side in sides)
         if size > _LARGEST_CIRCLE:
             step *= 1.1 * size / _LARGEST_CIRCLE
             finest = step
@@ -172,10 +211,22 @@ def grid_for(counts: Mapping[Term, int], goal: Goal, *, tolerance: float) -> Gri
             break
         else:
             step = max(finest, step * min(0.8, max(0.1, (allowed / error) ** 0.6)))
-    grid = Grid(goal, step=step, size=good_size(int(1.05 * size) + 64), truncation=truncation)
-    for term, both in found.items():
+    prepared |= {term: _prepared(term, step, truncation, goal.tilt) for term in counts if term not in prepared}
+    size = max(window_for(side, step).size for side in _sides(prepared, counts))
+    grid = Grid(goal, step=step, size=good_size(int(1.1 * size) + 64), truncation=truncation)
+    for term, both in prepared.items():
         grid.place(term, both)
     return grid
+
+
+def _sides(
+    prepared: Mapping[Term, tuple[_Prepared, ...]], counts: Mapping[Term, int]
+) -> tuple[list[tuple[Tail, int]], list[tuple[Tail, int]]]:
+    """Returns what the two directions compose."""
+    return (
+        [(both[0].tail, counts[term]) for term, both in prepared.items()],
+        [(both[-1].tail, counts[term]) for term, both in prepared.items()],
+    )
 
 
 def _span(term: Term, truncation: float) -> float:

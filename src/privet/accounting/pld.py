@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from dataclasses import replace
 
 from privet._checks import check_positive
 from privet.accounting.accountant import Accountant, Bound
 from privet.accounting.event import Event, Relation
 from privet.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from privet.accounting.grid import Goal, Grid, Readings, grid_for
-from privet.accounting.rdp import renyi_delta, renyi_epsilon, trivial_epsilon
+from privet.accounting.rdp import renyi_delta, renyi_delta_at, renyi_epsilon, renyi_epsilon_at, trivial_epsilon
 from privet.accounting.renyi import Cumulant
 from privet.accounting.terms import Pair, Part, Reduced, Term, reduce_event
 
 __all__ = ["PldAccountant"]
 
 _SMALLEST_DELTA = 1e-200  # below it the masses leave the range of float64, and Rényi's bound is used alone
-_KEPT_GRIDS = 4
+_KEPT_GRIDS = 12
 
 
 class PldAccountant(Accountant):
@@ -33,7 +34,7 @@ class PldAccountant(Accountant):
 
     name = "pld"
 
-    def __init__(self, *, tolerance: float = 5e-5) -> None:
+    def __init__(self, *, tolerance: float = 1e-4) -> None:
         self.tolerance = check_positive("tolerance", tolerance)
         self._grids: OrderedDict[Goal, Grid] = OrderedDict()
 
@@ -50,14 +51,14 @@ class PldAccountant(Accountant):
         cumulant = Cumulant(reduced)
         upper, method = math.inf, self.name
         readings, goal = self._at_delta(counts, cumulant, delta)
-        if readings is not None:
+        if readings:
             upper = max(each.profile.epsilon(delta) for each in readings)
         if goal.epsilon < upper or math.isnan(upper):
             upper, method = goal.epsilon, "rdp"
         low = 0.0
         if lower:
             epsilon, order = renyi_epsilon(cumulant, delta)
-            low = min(self._low_epsilon(counts, Goal(epsilon, math.log(delta), order), delta), upper)
+            low = min(self._low_epsilon(counts, Goal(epsilon, math.log(delta), order, upper), delta), upper)
         return Bound(upper=upper, lower=low, method=method, notes=reduced.notes)
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
@@ -74,7 +75,7 @@ class PldAccountant(Accountant):
         cumulant = Cumulant(reduced)
         upper, method = 1.0, self.name
         readings, goal = self._at_epsilon(counts, cumulant, epsilon)
-        if readings is not None:
+        if readings:
             upper = max(each.profile.delta(epsilon) for each in readings)
         quick = math.exp(goal.log_delta)
         if quick < upper or math.isnan(upper):
@@ -84,53 +85,58 @@ class PldAccountant(Accountant):
 
     # -- grids: an old one where it still serves, a new one otherwise ------------------------------------------------
 
-    def _at_delta(
-        self, counts: dict[Term, int], cumulant: Cumulant, delta: float
-    ) -> tuple[list[Readings] | None, Goal]:
-        for kept, grid in reversed(self._grids.items()):
+    def _at_delta(self, counts: dict[Term, int], cumulant: Cumulant, delta: float) -> tuple[list[Readings], Goal]:
+        for goal, grid in reversed(self._grids.items()):
+            if not -0.5 <= math.log(delta) - goal.log_delta <= 8.0 or not _alike(grid, counts):
+                continue
             # Rényi's bound at the kept order is as valid as at the best one, and says where the answer must lie.
-            quick = _renyi_epsilon_at(cumulant, kept.order, delta)
-            if -0.5 <= math.log(delta) - kept.log_delta <= 8.0 and self._serves(grid, counts, quick):
-                readings = grid.read(counts, quick)
-                if readings is not None:
-                    self._grids.move_to_end(kept)
-                    return readings, Goal(quick, math.log(delta), kept.order)
+            quick = renyi_epsilon_at(cumulant, goal.order, delta)
+            readings = self._reread(grid, counts, quick)
+            if readings:
+                return readings, Goal(quick, math.log(delta), goal.order, quick)
         epsilon, order = renyi_epsilon(cumulant, delta)
-        goal = Goal(epsilon, math.log(delta), order)
-        if delta < _SMALLEST_DELTA:
-            return None, goal
-        return self._fresh(counts, goal).read(counts, epsilon), goal
+        goal = Goal(epsilon, math.log(delta), order, epsilon)
+        readings = self._fresh(counts, goal)
+        found = max((each.profile.epsilon(delta) for each in readings), default=epsilon)
+        if 0.0 < found < 0.8 * epsilon:
+            # Rényi's bound is loose here, and the grid was made for an ε that is too large.
+            readings = self._fresh(counts, replace(goal, aim=found))
+        return readings, goal
 
-    def _at_epsilon(
-        self, counts: dict[Term, int], cumulant: Cumulant, epsilon: float
-    ) -> tuple[list[Readings] | None, Goal]:
+    def _at_epsilon(self, counts: dict[Term, int], cumulant: Cumulant, epsilon: float) -> tuple[list[Readings], Goal]:
+        for goal, grid in reversed(self._grids.items()):
+            if not _alike(grid, counts):
+                continue
+            quick = renyi_delta_at(cumulant, goal.order, epsilon)
+            if -0.5 <= quick - goal.log_delta <= 6.0:
+                readings = self._reread(grid, counts, goal.epsilon)
+                if readings:
+                    return readings, Goal(epsilon, quick, goal.order, epsilon)
         log_delta, order = renyi_delta(cumulant, epsilon)
-        goal = Goal(epsilon, log_delta, order)
-        for kept, grid in reversed(self._grids.items()):
-            if -0.5 <= log_delta - kept.log_delta <= 8.0 and self._serves(grid, counts, max(epsilon, kept.epsilon / 2)):
-                readings = grid.read(counts, max(epsilon, 1e-9))
-                if readings is not None:
-                    self._grids.move_to_end(kept)
-                    return readings, goal
-        if log_delta < math.log(_SMALLEST_DELTA):
-            return None, goal
-        return self._fresh(counts, goal).read(counts, epsilon), goal
+        goal = Goal(epsilon, log_delta, order, max(epsilon, 1e-3))
+        return self._fresh(counts, goal), goal
 
-    def _serves(self, grid: Grid, counts: dict[Term, int], epsilon: float) -> bool:
-        """Whether the kept grid is near enough: the same terms but for a few, and tilt and step still fit."""
-        missing = grid.missing(counts)
-        if missing > 2 or missing == len(counts) or not 0.7 <= epsilon / max(grid.goal.epsilon, 1e-9) <= 1.5:
-            return False
+    def _reread(self, grid: Grid, counts: dict[Term, int], epsilon: float) -> list[Readings]:
+        """Returns what a kept grid says, or nothing if it does not fit or would be coarser than it should."""
+        growth = epsilon / max(grid.goal.epsilon, 1e-9)
+        if not 0.7 <= growth <= 1.5:
+            return []
         for term in counts:
             grid.place(term)
-        return grid.error(counts) <= 3.0 * self.tolerance * epsilon
+        if grid.error(counts) > 3.0 * self.tolerance * growth * grid.goal.aim:
+            return []
+        self._grids.move_to_end(grid.goal)
+        return grid.read(counts) or []
 
-    def _fresh(self, counts: dict[Term, int], goal: Goal) -> Grid:
+    def _fresh(self, counts: dict[Term, int], goal: Goal) -> list[Readings]:
+        """Returns the readings of a new grid, which is kept; none where δ is below what float64 can hold."""
+        if goal.log_delta < math.log(_SMALLEST_DELTA):
+            return []
         grid = grid_for(counts, goal, tolerance=self.tolerance)
         self._grids[goal] = grid
         while len(self._grids) > _KEPT_GRIDS:
             self._grids.popitem(last=False)
-        return grid
+        return grid.read(counts) or []
 
     # -- lower bounds ------------------------------------------------------------------------------------------------
     #
@@ -160,7 +166,7 @@ class PldAccountant(Accountant):
         if goal.log_delta < math.log(_SMALLEST_DELTA):
             return [], 0.0
         grid = grid_for(counts, goal, tolerance=self.tolerance / 64.0)
-        return grid.read(counts, max(goal.epsilon, 1e-9)) or [], grid.step
+        return grid.read(counts) or [], grid.step
 
 
 def _shift(added: float, step: float, eta: float) -> float:
@@ -168,9 +174,10 @@ def _shift(added: float, step: float, eta: float) -> float:
     return added * (1.0 + step) + math.sqrt(2.0 * added * log) + step * log / 3.0
 
 
-def _renyi_epsilon_at(cumulant: Cumulant, order: float, delta: float) -> float:
-    value = (cumulant(order) - math.log(delta) - math.log(order)) / (order - 1.0) + math.log1p(-1.0 / order)
-    return max(0.0, value)
+def _alike(grid: Grid, counts: dict[Term, int]) -> bool:
+    """Whether the grid holds these terms, but for one or two that are cheap to add."""
+    missing = grid.missing(counts)
+    return missing == 0 or (missing <= 2 and missing < len(counts))
 
 
 def _counts(reduced: Reduced) -> dict[Term, int]:

@@ -10,7 +10,15 @@ from privet.accounting.event import Event, Relation
 from privet.accounting.renyi import Cumulant
 from privet.accounting.terms import Reduced, reduce_event
 
-__all__ = ["RdpAccountant", "best_order", "renyi_delta", "renyi_epsilon", "trivial_epsilon"]
+__all__ = [
+    "RdpAccountant",
+    "best_order",
+    "renyi_delta",
+    "renyi_delta_at",
+    "renyi_epsilon",
+    "renyi_epsilon_at",
+    "trivial_epsilon",
+]
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -20,13 +28,16 @@ def best_order(objective: Callable[[float], float], largest: float) -> tuple[flo
 
     Powers of two of α - 1 bracket it, then golden sections close in; whatever order comes out, its value is a bound.
     """
-    exponents = [-8.0 + 1.0 * step for step in range(9)]
-    values = [objective(1.0 + 2.0**exponent) for exponent in exponents]
     limit = math.log2(largest - 1.0)
-    # Rightwards only for as long as it improves: large orders are dear.
+    exponents = [0.0, 1.0, 2.0]
+    values = [objective(1.0 + 2.0**exponent) for exponent in exponents]
+    # Outwards only for as long as it improves: large orders are dear.
     while exponents[-1] < limit and values[-1] <= min(values):
         exponents.append(min(exponents[-1] + 1.0, limit))
         values.append(objective(1.0 + 2.0 ** exponents[-1]))
+    while exponents[0] > -12.0 and values[0] <= min(values):
+        exponents.insert(0, exponents[0] - 1.0)
+        values.insert(0, objective(1.0 + 2.0 ** exponents[0]))
     best = min(range(len(values)), key=values.__getitem__)
     low, high = exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)]
     found = [(values[best], 1.0 + 2.0 ** exponents[best])]
@@ -38,7 +49,7 @@ def best_order(objective: Callable[[float], float], largest: float) -> tuple[flo
 
     inner = [high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)]
     heights = [probe(each) for each in inner]
-    for _ in range(16):
+    for _ in range(12):
         if heights[0] <= heights[1]:
             high, inner[1], heights[1] = inner[1], inner[0], heights[0]
             inner[0] = high - _GOLDEN * (high - low)
@@ -50,24 +61,26 @@ def best_order(objective: Callable[[float], float], largest: float) -> tuple[flo
     return min(found)
 
 
+def renyi_epsilon_at(cumulant: Cumulant, order: float, delta: float) -> float:
+    """Returns ε at δ by one order. Canonne, Kamath and Steinke, arXiv 2004.00010, proposition 12."""
+    return (cumulant(order) - math.log(delta) - math.log(order)) / (order - 1.0) + math.log1p(-1.0 / order)
+
+
+def renyi_delta_at(cumulant: Cumulant, order: float, epsilon: float) -> float:
+    """Returns log δ at ε by one order: the same proposition, solved for δ."""
+    return cumulant(order) - (order - 1.0) * (epsilon - math.log1p(-1.0 / order)) - math.log(order)
+
+
 def renyi_epsilon(cumulant: Cumulant, delta: float) -> tuple[float, float]:
-    """Returns (ε, α). Canonne, Kamath and Steinke, arXiv 2004.00010, proposition 12."""
-
-    def objective(order: float) -> float:
-        return (cumulant(order) - math.log(delta) - math.log(order)) / (order - 1.0) + math.log1p(-1.0 / order)
-
-    epsilon, order = best_order(objective, cumulant.largest_order)
-    return max(0.0, epsilon), order
+    """Returns the least (ε, α)."""
+    found = best_order(lambda order: renyi_epsilon_at(cumulant, order, delta), cumulant.largest_order)
+    return max(0.0, found[0]), found[1]
 
 
 def renyi_delta(cumulant: Cumulant, epsilon: float) -> tuple[float, float]:
-    """Returns (log δ, α) by the same proposition, solved for δ."""
-
-    def objective(order: float) -> float:
-        return cumulant(order) - (order - 1.0) * (epsilon - math.log1p(-1.0 / order)) - math.log(order)
-
-    log_delta, order = best_order(objective, cumulant.largest_order)
-    return min(0.0, log_delta), order
+    """Returns the least (log δ, α)."""
+    found = best_order(lambda order: renyi_delta_at(cumulant, order, epsilon), cumulant.largest_order)
+    return min(0.0, found[0]), found[1]
 
 
 def trivial_epsilon(reduced: Reduced, delta: float) -> float | None:
