@@ -46,9 +46,9 @@ class Recipe:
     momentum: float = 0.0
 
 
-PRIVATE = Recipe(batch_size=718, epochs=50, learning_rate=1.0)
-PLAIN = Recipe(batch_size=64, epochs=50, learning_rate=0.1, momentum=0.9)
-CLIP_NORM = 1.0
+PRIVATE = Recipe(batch_size=288, epochs=30, learning_rate=1.4, momentum=0.9)
+PLAIN = Recipe(batch_size=64, epochs=30, learning_rate=0.1, momentum=0.9)
+CLIP_NORM = 0.1
 DELTA = 1e-5
 
 
@@ -65,8 +65,8 @@ class History:
 def digits() -> tuple[TensorDataset, TensorDataset]:
     """Returns the training digits and the held-out ones."""
     images, labels = load_digits(return_X_y=True)
-    # Scaled by constants that hold for any such scan (0 to 16), not by the data's own mean.
-    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    # From 0 to 16, scaled by round constants: a mean and a deviation of the training digits would not be private.
+    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 6 - 0.8
     train, test = train_test_split(range(len(labels)), test_size=360, random_state=0, stratify=labels)
     targets = torch.tensor(labels)
     return TensorDataset(pixels[train], targets[train]), TensorDataset(pixels[test], targets[test])
@@ -75,8 +75,8 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 def network() -> nn.Module:
     """Returns the network: two convolutions, normalised per example."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU(),
+        nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(8, 16), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(),
         nn.Flatten(), nn.Linear(32 * 4 * 4, 10),
     )  # fmt: skip
 
