@@ -124,6 +124,14 @@ def test_shards_of_a_sum_get_the_noise_of_the_whole():
         assert torch.allclose(gradient.values["w"], whole[first:last], rtol=0, atol=1e-6)
 
 
+def test_a_copied_mechanism_draws_other_noise_for_the_same_step():
+    first = mechanism()
+    first.release(zeros(), multiplier=1.0, step=0)
+    second = copy.deepcopy(first)
+    one, two = (noise.release(zeros(), multiplier=1.0, step=1).values["w"] for noise in (first, second))
+    assert not (one == two).any()
+
+
 def test_a_source_serves_one_mechanism():
     source = SecureNoise(NoiseKey.fresh())
     GaussianNoise(source)

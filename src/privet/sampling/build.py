@@ -50,7 +50,7 @@ def privatize_loader(
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(f"data_loader must be a torch DataLoader, got {type(loader).__name__}.")
     shuffled = _order(loader, poisson=poisson)
-    if not loader.in_order:
+    if not getattr(loader, "in_order", True):  # torch 2.6 has no other order
         raise ConfigurationError("in_order=False lets batches overtake each other: use in_order=True, torch's default.")
     return _built(
         loader.dataset,
