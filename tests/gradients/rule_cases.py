@@ -119,7 +119,7 @@ def _convolutions() -> list[Case]:
         ("conv1d, groups, dilation", lambda: nn.Conv1d(8, 6, 3, 1, 2, 2, groups=2), line),
         ("conv3d", lambda: nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), 1), block),
         ("conv_transpose2d", lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), reals((8, 4, 3))),
-        ("conv_transpose2d, groups, dilation", lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, 2, 2, dilation=3), reals((8, 4, 3))),
+        ("conv_transpose2d, groups", lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, 2, 2, dilation=3), reals((8, 4, 3))),
         ("conv_transpose1d", lambda: nn.ConvTranspose1d(6, 8, 3, 3, 1, 2), reals((6, 5))),
         ("conv_transpose3d", lambda: nn.ConvTranspose3d(4, 3, (2, 3, 1), 2, (0, 1, 0)), block),
     ]  # fmt: skip
@@ -231,4 +231,42 @@ def _attentions() -> list[Case]:
     return [Case("attention", *row, empty=False) for row in rows]  # the engine runs one example in place of none
 
 
-CASES = [*_convolutions(), *_embeddings(), *_normalizations(), *_attentions()]
+class Sequenced(nn.Module):
+    """A recurrent layer: all states and the last ones, from a first state of its own if `learned`."""
+
+    def __init__(self, layer: nn.RNNBase, *, learned: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.first = nn.Parameter(torch.randn(1, 1, layer.hidden_size)) if learned else None
+
+    def forward(self, x: Tensor) -> Any:
+        x = x if self.layer.batch_first else x.transpose(0, 1)
+        first = None if self.first is None else self.first.expand(1, len(x), -1)
+        if first is not None and isinstance(self.layer, nn.LSTM):
+            first = (first, first * 0.5)
+        states, last = self.layer(x, first)
+        states = states if self.layer.batch_first else states.transpose(0, 1)
+        return states, *(t.transpose(0, 1) for t in (last if isinstance(last, tuple) else (last,)))
+
+
+def _recurrences() -> list[Case]:
+    first = {"batch_first": True}
+    both = {**first, "bidirectional": True}
+    rows: list[tuple[str, Callable[[], nn.Module]]] = [
+        ("LSTM", lambda: Sequenced(nn.LSTM(3, 4, **first))),
+        ("LSTM, batch on axis 1", lambda: Sequenced(nn.LSTM(3, 4))),
+        ("LSTM, two layers, both directions", lambda: Sequenced(nn.LSTM(3, 4, 2, **both))),
+        ("LSTM, no bias", lambda: Sequenced(nn.LSTM(3, 4, bias=False, **first))),
+        ("LSTM, projected", lambda: Sequenced(nn.LSTM(3, 4, 2, proj_size=2, **both))),
+        ("LSTM, first state learned", lambda: Sequenced(nn.LSTM(3, 4, **first), learned=True)),
+        ("GRU", lambda: Sequenced(nn.GRU(3, 4, **first))),
+        ("GRU, two layers, both directions", lambda: Sequenced(nn.GRU(3, 4, 2, bidirectional=True))),
+        ("GRU, no bias", lambda: Sequenced(nn.GRU(3, 4, bias=False, **first))),
+        ("GRU, first state learned", lambda: Sequenced(nn.GRU(3, 4, **first), learned=True)),
+        ("RNN", lambda: Sequenced(nn.RNN(3, 4, 2, **both))),
+        ("RNN, ReLU", lambda: Sequenced(nn.RNN(3, 4, nonlinearity="relu", **first))),
+    ]
+    return [Case("recurrent", name, module, reals((5, 3)), empty=False) for name, module in rows]
+
+
+CASES = [*_convolutions(), *_embeddings(), *_normalizations(), *_attentions(), *_recurrences()]

@@ -14,7 +14,10 @@ from tests.gradients.rule_cases import CASES, Case, loss
 POLICIES = {"all clipped": Flat(1e-2), "none clipped": Flat(1e6), "by layer": PerLayer(1.0)}
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+pytestmark = [  # torch's own, of the plain module
+    pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

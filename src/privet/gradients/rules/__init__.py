@@ -1,5 +1,5 @@
 """Rules, one family a file. Importing this package registers all of them."""
 
-from privet.gradients.rules import attention, convolution, embedding, free, linear, normalization
+from privet.gradients.rules import attention, convolution, embedding, free, linear, normalization, recurrent
 
-__all__ = ["attention", "convolution", "embedding", "free", "linear", "normalization"]
+__all__ = ["attention", "convolution", "embedding", "free", "linear", "normalization", "recurrent"]

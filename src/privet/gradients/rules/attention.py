@@ -140,8 +140,8 @@ def _check(a: SimpleNamespace) -> None:
     """Raises an error for calls that torch would refuse, and for one example without a batch axis."""
     if a.query.dim() != 3:
         raise UnsupportedModelError(
-            f"attention met a query of shape {tuple(a.query.shape)}. Expected three axes. Add a batch axis, of size 1 if "
-            "need be."
+            f"attention met a query of shape {tuple(a.query.shape)}. Expected three axes. Add a batch axis, of size 1 "
+            "if need be."
         )
     if a.is_causal and a.attn_mask is None:
         raise UnsupportedModelError("attention has is_causal=True without attn_mask. Expected the causal mask as well.")
