@@ -60,7 +60,9 @@ class _Watched:
         )
 
     def _received(self, recorded: Recorded) -> None:
-        examples = 0 if self.instrument.empty else recorded.examples or 0
+        if self.instrument.empty:  # the made-up example that kept the structure has no part in the sum
+            recorded = Recorded(examples=0)
+        examples = recorded.examples or 0
         trainable = {name: p for name, p in self.update.parameters.items() if p.requires_grad}
         clipped = clipped_sum(
             recorded, trainable, self.update.mechanism.clipping, scale=float(max(examples, 1)) if self._mean else 1.0
@@ -154,15 +156,14 @@ class PrivacyEngine:
             ledger=self.ledger,
             divisor=loader.expected_batch_size if loss_reduction == "mean" else 1.0,
         )
+        private_criterion = None
+        if criterion is not None:  # what can fail comes before anything is touched
+            private_criterion = PrivateCriterion(
+                criterion, reduction=loss_reduction, examples=lambda: watched.instrument.examples
+            )
+        watched = _Watched(module, update, batch_first=batch_first, mean=loss_reduction == "mean")
         if key.predictable:
             self.ledger.mark("reproducible key")
-        watched = _Watched(module, update, batch_first=batch_first, mean=loss_reduction == "mean")
-        private_criterion = None
-        if criterion is not None:
-            capture = watched.instrument
-            private_criterion = PrivateCriterion(
-                criterion, reduction=loss_reduction, examples=lambda: capture.examples
-            )
         optimizer.register_step_pre_hook(update.before_step)
         optimizer.zero_grad(set_to_none=True)
         optimizer.zero_grad = _guarded(optimizer.zero_grad, update)  # type: ignore[method-assign]

@@ -93,7 +93,7 @@ class PrivateUpdate:
         if self.mechanism.sampling.billed_per == "step":
             return self.mechanism.event(1)
         passes, mechanism = self._billed
-        return None if passes >= self._ticket.passes and mechanism == self.mechanism else self.mechanism.event(1)
+        return None if passes == self._ticket.passes and mechanism == self.mechanism else self.mechanism.event(1)
 
     # -- the three moments of a step ---------------------------------------------------------------------------------
 
@@ -152,16 +152,27 @@ class PrivateUpdate:
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         """Releases the pending sum; with a closure, releases what the closure brings. An optimizer's step pre-hook."""
+        self._refuse_other_gradients(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self.release()
             return None
-        wrapped = self._released_after(closure)
+        wrapped = self._released_after(closure, optimizer)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
-    def _released_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _refuse_other_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        private = {id(p) for p in self.parameters.values()}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is not None and id(p) not in private:
+                raise ProtocolError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient that nothing clipped: it "
+                    "was frozen, or not there, when training became private. Expected the same parameters all along. "
+                    "Make the whole model private anew, or give the parameter an optimizer of its own."
+                )
+
+    def _released_after(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
         calls = 0
 
         def wrapped() -> Any:
@@ -170,6 +181,7 @@ class PrivateUpdate:
             if calls > 1:
                 raise ProtocolError("the optimizer called its closure twice in one step. Expected one gradient a step.")
             result = closure()
+            self._refuse_other_gradients(optimizer)
             self.release()
             return result
 

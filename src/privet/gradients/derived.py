@@ -69,7 +69,7 @@ def pull_back(
     (result,) = torch.autograd.grad(
         derivation.tensor, [parameter], gradient.to(derivation.tensor.dtype), retain_graph=True, allow_unused=True
     )
-    return torch.zeros_like(parameter) if result is None else result
+    return torch.zeros_like(parameter) if result is None else result.contiguous()  # noise is added in place
 
 
 def pull_back_rows(derivation: Derivation, parameter: Tensor, rows: Tensor) -> Tensor:  # (R, *derived) -> (R, *shape)

@@ -102,6 +102,8 @@ class Layouts:
         if len(fits) == 1:
             return fits[0]
         if site not in self.known:
+            if self.known and self.trace is None and not t.requires_grad:  # in a batch of T, T positions look like rows
+                raise self._untold(site, t, examples)
             return self._guessed(site, t, examples)
         if Layout.CONSTANT in fits and examples == 1 and len(fits) == 2:
             return next(layout for layout in fits if layout is not Layout.CONSTANT)  # one example owns all rows
@@ -121,7 +123,11 @@ class Layouts:
             if t.dim() > 1 and t.shape[1] == examples:
                 return Layout.SECOND
             return Layout.CONSTANT if t.shape[0] % examples else Layout.MERGED
-        raise UnsupportedModelError(
+        raise self._untold(site, t, examples)
+
+    @staticmethod
+    def _untold(site: Site, t: Tensor, examples: int) -> UnsupportedModelError:
+        return UnsupportedModelError(
             f"cannot tell which rows belong to which example in {site}: its shape is {tuple(t.shape)} in a batch of "
             f"{examples}, and it was not met on the first batch. Keep the batch on axis 0, and use the same operations "
             "on every batch."

@@ -7,9 +7,21 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from privet.errors import CoverageError
+from privet.errors import ConfigurationError, CoverageError
 
-__all__ = ["Tripwires"]
+__all__ = ["Tripwires", "refuse_thawed"]
+
+
+def refuse_thawed(module: nn.Module, known: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Returns the names of the known parameters that are trainable now, and raises if any other is."""
+    names = {id(p): name for name, p in known.items()}
+    for name, p in module.named_parameters():
+        if p.requires_grad and id(p) not in names:
+            raise ConfigurationError(
+                f"{name} is trainable now and was frozen, or absent, when training became private: nothing would clip its "
+                "gradients. Expected the same trainable parameters. Freeze it again, or make the model private anew."
+            )
+    return frozenset(name for name, p in known.items() if p.requires_grad)
 
 
 class Tripwires:

@@ -1,0 +1,107 @@
+"""One clipped sum, by each door: σ = 0, a batch of one's own, and what the optimizer was handed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from privet import Flat, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep
+from privet.clipping import ClippingPolicy
+from privet.gradients.reference import example_gradients, reference_sum
+
+Loss = Callable[[nn.Module, Any], Tensor]  # per example, (B,)
+DOORS = ("paper", "explicit")
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def loader(n: int = 16, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.zeros(n, 2), torch.zeros(n)), batch_size=batch_size, **options)
+
+
+def taken(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """Returns a list to which every step of the optimizer appends the gradients that it saw."""
+    seen: list[dict[str, Tensor]] = []
+
+    def look(*rest: Any) -> None:
+        seen.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_post_hook(look)
+    return seen
+
+
+def paper_sum(
+    module: nn.Module, *batches: Any, loss: Loss, policy: ClippingPolicy, **options: Any
+) -> dict[str, Tensor]:
+    """Returns the sum of the last batch; the ones before are trained on first, with a learning rate of zero."""
+    module = copy.deepcopy(module)
+    optimizer = torch.optim.SGD(trainable(module), lr=0.0)
+    PrivacyEngine(accountant="rdp").make_private(
+        module=module,
+        optimizer=optimizer,
+        data_loader=loader(),
+        noise_multiplier=0.0,
+        max_grad_norm=policy.sensitivity,
+        clipping=policy,
+        loss_reduction="sum",
+        **options,
+    )
+    seen = taken(module, optimizer)
+    for batch in batches:
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="a step was taken on a batch")
+            loss(module, batch).sum().backward()
+            optimizer.step()
+    return seen[-1]
+
+
+def explicit_sum(module: nn.Module, *batches: Any, loss: Loss, policy: ClippingPolicy) -> dict[str, Tensor]:
+    """Returns the sum of the last batch; the ones before are trained on first, with a learning rate of zero."""
+    module = copy.deepcopy(module)
+    optimizer = torch.optim.SGD(trainable(module), lr=0.0)
+    mechanism = Mechanism(sampling=Poisson(0.1), clipping=policy, noise=Gaussian(0.0))
+    step = PrivateStep(module, optimizer=optimizer, mechanism=mechanism, loss_per_example=loss, expected_batch_size=1.0)
+    seen = taken(module, optimizer)
+    for batch in batches:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="a step was taken on a batch")
+            step(batch)
+    return seen[-1]
+
+
+def door_sum(
+    door: str, module: nn.Module, *batches: Any, loss: Loss, policy: ClippingPolicy | None = None
+) -> dict[str, Tensor]:
+    policy = Flat(1.0) if policy is None else policy
+    return (paper_sum if door == "paper" else explicit_sum)(module, *batches, loss=loss, policy=policy)
+
+
+def reference(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, policy: ClippingPolicy) -> dict[str, Tensor]:
+    """Returns the same sum by one backward for each example."""
+    rows = [tuple(t[i : i + 1] for t in batch) for i in range(len(batch[0]))]
+    return reference_sum(example_gradients(module, rows, lambda m, b: loss(m, b).sum()), policy)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Returns the Euclidean distance of two sums, over all parameters at once."""
+    assert set(a) == set(b)
+    return float(sum((a[n].double() - b[n].double()).square().sum() for n in a)) ** 0.5
+
+
+def size(a: dict[str, Tensor]) -> float:
+    return float(sum(t.double().square().sum() for t in a.values())) ** 0.5
+
+
+def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    dtypes = {t.dtype for t in found.values()}
+    tolerance = 1e-9 if dtypes == {torch.float64} else 1e-4
+    assert distance(found, expected) <= tolerance * max(size(expected), 1e-30)
