@@ -14,9 +14,10 @@ from privet.accounting.ledger import Budget, Ledger
 from privet.errors import ConfigurationError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.coverage import check_coverage
+from privet.gradients.custom_modules import watch_custom_modules
 from privet.gradients.instrument import examples_in
 from privet.gradients.summation import clipped_sum
-from privet.gradients.tripwire import Tripwires
+from privet.gradients.tripwire import Tripwires, refuse_thawed
 from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.parameters import private_parameters
@@ -93,7 +94,9 @@ class PrivateStep:
         self._key = key
         self._expected = divisor
         self._checked = 0
+        self._trainable: frozenset[str] = frozenset()
         self._capture = Capture(parameters, on_backward=self._received)
+        watch_custom_modules(model, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
         optimizer.zero_grad(set_to_none=True)
         optimizer.register_step_pre_hook(self._update.before_step)
@@ -137,6 +140,9 @@ class PrivateStep:
             BudgetExceededError: if the step would exceed the budget. It was not taken.
         """
         examples = examples_in(batch)
+        trainable = refuse_thawed(self.model, self._update.parameters)
+        if trainable != self._trainable:  # what uses the others was not looked at
+            self._trainable, self._checked = trainable, 0
         if examples == 0:
             self._received(Recorded(examples=0))
             losses = torch.zeros(0)

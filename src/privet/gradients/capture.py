@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 
 from privet.errors import ProtocolError, UnsupportedModelError
+from privet.gradients.captured import CapturedCall, CapturedOperation, Recorded
 from privet.gradients.derived import Derivation, is_isometry
 from privet.gradients.layout import Layout, Layouts, Site
 from privet.gradients.rules.free import EXPANSIONS, expansion
@@ -43,15 +43,6 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors_in(value)
         elif isinstance(value, dict):
             yield from _tensors_in(value.values())
-
-
-@dataclass(eq=False)
-class Recorded:
-    """What one backward brought: the uses by parameter name, and by derivation, and how many examples there were."""
-
-    examples: int | None = None
-    direct: dict[str, list[Use]] = field(default_factory=dict)
-    derived: dict[Derivation, list[Use]] = field(default_factory=dict)
 
 
 class _Watched:
@@ -84,53 +75,6 @@ class _DerivedTensor(_Watched, Tensor):
     """A tensor computed from watched parameters alone."""
 
     derivation: Derivation
-
-
-@dataclass(eq=False)
-class _Call:
-    """All of one captured operation that is not a tensor."""
-
-    capture: Capture
-    recorded: Recorded  # of the forwards that this operation is part of
-    operation: Operation
-    layout: Layout
-    examples: int
-    roles: tuple[str, ...]  # of the values, in order
-    targets: dict[str, str | Derivation]  # role -> what is to be given a gradient
-    data_count: int
-
-
-class _Captured(torch.autograd.Function):
-    """Runs an operation without autograd, gives the data their gradients, and hands the rest to the capture.
-
-    The last argument is a parameter of the model. It gets no gradient; it makes the output a part of the graph.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
-        data, values = tensors[: call.data_count], tensors[call.data_count : -1]
-        ctx.call = call
-        ctx.save_for_backward(*data, *values)
-        output = call.operation.forward(data, dict(zip(call.roles, values, strict=True)))
-        # A fresh result that is a view of another fresh one (as linear's is) must allow in-place activations.
-        fresh_view = call.data_count and isinstance(output, Tensor) and output._is_view()
-        return output.data if fresh_view else output
-
-    @staticmethod
-    @once_differentiable  # a gradient of a gradient would miss the parameters, without a word
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        call: _Call = ctx.call
-        saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
-        with torch._C.DisableTorchFunctionSubclass():
-            data, values = saved[: call.data_count], saved[call.data_count :]
-            call.capture.record(call, data, values, gradients)
-            needed = ctx.needs_input_grad[1 : 1 + call.data_count]
-            results: Sequence[Tensor | None] = (None,) * call.data_count
-            if any(needed):
-                by_role = dict(zip(call.roles, values, strict=True))
-                gradient = gradients[0] if len(gradients) == 1 else gradients
-                results = call.operation.data_gradients(data, by_role, gradient, needed)
-        return (None, *results, *(None for _ in values), None)
 
 
 class Capture:
@@ -168,6 +112,7 @@ class Capture:
         self._recorded = Recorded()
         self._queued = False
         self._met: dict[int, Layout] = {}
+        self._opaque: list[frozenset[int]] = []  # the parameters of modules that are one operation, while they run
 
     @property
     def watching(self) -> bool:
@@ -218,6 +163,8 @@ class Capture:
         """Returns the result of `func`, in which watched parameters take part."""
         if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _TENSOR_GETTERS:  # type: ignore[attr-defined]
             return func(*args, **kwargs)
+        if self._opaque:
+            args, kwargs = tree_map(self._hidden, (args, kwargs))
         tensors = list(_tensors_in(itertools.chain(args, kwargs.values())))
         roots = [t for t in tensors if self.is_root(t)]
         if not roots:
@@ -239,6 +186,10 @@ class Capture:
             return self._derive(func, args, kwargs, roots)
         finally:
             self._met = met
+
+    def _hidden(self, value: Any) -> Any:
+        """Returns a parameter of a module that is one operation without its gradient, and anything else as it is."""
+        return value.detach() if any(id(value) in opaque for opaque in self._opaque) else value
 
     def again(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns `func(...)` with capture looking at it, for handlers that take an operation apart."""
@@ -296,6 +247,37 @@ class Capture:
     def _isometric(self, root: Tensor) -> bool:
         return root.derivation.isometric if isinstance(root, _DerivedTensor) else True
 
+    # -- modules taken as one operation ------------------------------------------------------------------------------
+
+    def enter_module(self, module: nn.Module) -> bool:
+        """Hides a module's parameters while it runs; returns whether it is being watched at all."""
+        looks = self.watching and torch.is_grad_enabled()
+        if looks:
+            self._opaque.append(frozenset(id(p) for p in module.parameters()))
+        return looks
+
+    def leave_module(
+        self, module: nn.Module, operation: Operation, data: Sequence[Tensor], roots: Mapping[str, nn.Parameter]
+    ) -> Any:
+        """Returns the output of a module as one operation, its uses recorded when the gradient comes back."""
+        self.show_module()
+        if any(id(p) in opaque for opaque in self._opaque for p in roots.values()):
+            return data[-1]  # a part of a module that is itself one operation
+        with torch._C.DisableTorchFunctionSubclass():
+            labels = tuple(self._names[id(p)] for p in roots.values())
+            sites = (Site(type(module), labels, place, t.dim()) for place, t in enumerate(data))
+            layouts = {self._layout(site, t) for site, t in zip(sites, data, strict=True)}
+            if layouts != {Layout.ROWS}:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} with a registered rule met tensors in which "
+                    f"{'; '.join(sorted(layout.value for layout in layouts))}. Expected the batch on axis 0 of each."
+                )
+            return self.apply(operation, data, roots, layout=Layout.ROWS)
+
+    def show_module(self) -> None:
+        """Shows the parameters again that `enter_module` hid."""
+        self._opaque.pop()
+
     # -- uses --------------------------------------------------------------------------------------------------------
 
     def apply(
@@ -327,8 +309,8 @@ class Capture:
                 targets[role] = root.derivation if isinstance(root, _DerivedTensor) else self._names[id(root)]
         plain = [self._plain(value) for value in values.values()]
         edge = self.parameters[next(s for r in values.values() if self.is_root(r) for s in self._sources(r))]
-        call = _Call(self, self._recorded, operation, layout, self._examples, tuple(values), targets, len(data))
-        return _Captured.apply(call, *data, *plain, edge)
+        call = CapturedCall(self, self._recorded, operation, layout, self._examples, tuple(values), targets, len(data))
+        return CapturedOperation.apply(call, *data, *plain, edge)
 
     def _plain(self, value: Tensor) -> Tensor:
         if not self.is_root(value):
@@ -341,7 +323,7 @@ class Capture:
     def _described(self, roots: Mapping[str, Tensor | None]) -> list[str]:
         return [self.label(root) for root in roots.values() if root is not None and self.is_root(root)]
 
-    def record(self, call: _Call, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def record(self, call: CapturedCall, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Records the uses of one operation, when the gradient of its output has come."""
         self._queue(call.recorded)
         recorded = self._recorded

@@ -6,6 +6,7 @@ trainable parameter one: a gradient that reaches a parameter came by a way that 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from privet.errors import ConfigurationError, ProtocolError, UnsupportedModelError
+from privet.errors import ProtocolError, UnsupportedModelError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.coverage import check_coverage
-from privet.gradients.tripwire import Tripwires
+from privet.gradients.custom_modules import watch_custom_modules
+from privet.gradients.hook import Hook, nothing, refuse_copy
+from privet.gradients.tripwire import Tripwires, refuse_thawed
 
 __all__ = ["Instrument", "examples_in", "tensors_in"]
 
@@ -48,30 +51,6 @@ def examples_in(inputs: Any, batch_axis: int = 0) -> int:
     )
 
 
-class _Hook:
-    """A hook of one instrument. A copy of the module carries a copy of the hook, which refuses to train."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(_refuse_copy)
-
-    def __reduce__(self) -> Any:
-        return (_Hook, (_refuse_copy,))
-
-
-def _refuse_copy(module: nn.Module, *rest: Any) -> None:
-    if module.training and torch.is_grad_enabled():
-        raise ProtocolError(
-            "this is a copy of a private model, and trains without privacy. Expected eval() or no_grad() of a copy. Copy "
-            "the model before make_private, and make each copy private that is to be trained."
-        )
-
-
 class Instrument:
     """Watches one module.
 
@@ -97,13 +76,15 @@ class Instrument:
         self._axis = 0 if batch_first else 1
         self._on_check = on_check
         self._checked = 0  # the most examples that a check has seen, up to 2
+        self._trainable: frozenset[str] = frozenset()
         self._suspended = False
         self._begun = False
         self._empty = False
         self._tripwires = Tripwires(parameters, self.capture.release)
         self._handles = [
-            module.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            module.register_forward_hook(_Hook(self._after), always_call=True),
+            module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True),
+            module.register_forward_hook(Hook(self._after, nothing), always_call=True),
+            *watch_custom_modules(module, self.capture),
         ]
 
     @property
@@ -129,7 +110,11 @@ class Instrument:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._suspended or not module.training or not torch.is_grad_enabled() or self.capture.watching:
             return None
-        self._refuse_thawed()
+        trainable = refuse_thawed(self._module, self.capture.parameters)
+        if not trainable:  # gradients pass through to the inputs, as for a discriminator held fixed
+            return None
+        if trainable != self._trainable:  # what uses the others was not looked at
+            self._trainable, self._checked = trainable, 0
         examples = examples_in((args, kwargs), self._axis)
         replaced = None
         self._empty = examples == 0
@@ -151,9 +136,9 @@ class Instrument:
             self._fail(None)
         self.capture.end(outputs)
         if not self._empty:
-            self._check_outputs(outputs)
+            self._check_outputs(outputs, self.capture.examples)
             return None
-        return tree_map(lambda leaf: leaf.narrow(self._axis, 0, 0) if isinstance(leaf, Tensor) else leaf, output)
+        return tree_map(self._without_rows, output)
 
     def _fail(self, error: Exception | None) -> None:
         """Leaves nothing of a forward that broke off."""
@@ -163,15 +148,6 @@ class Instrument:
 
     # -- what is asked of the model ----------------------------------------------------------------------------------
 
-    def _refuse_thawed(self) -> None:
-        known = self.capture.parameters
-        for name, p in self._module.named_parameters():
-            if p.requires_grad and name not in known and not any(p is k for k in known.values()):
-                raise ConfigurationError(
-                    f"{name} is trainable now and was frozen, or absent, at make_private: nothing would clip its "
-                    "gradients. Expected the same trainable parameters. Freeze it again, or call make_private anew."
-                )
-
     def _one_zero(self, leaf: Any) -> Any:
         """Returns one all-zero example in place of none."""
         if not isinstance(leaf, Tensor) or leaf.dim() <= self._axis or leaf.shape[self._axis] != 0:
@@ -180,11 +156,22 @@ class Instrument:
         shape[self._axis] = 1
         return leaf.new_zeros(shape)
 
+    def _without_rows(self, leaf: Any) -> Any:
+        """Returns no row of what the made-up example brought."""
+        if isinstance(leaf, Tensor):
+            one_row = leaf.dim() > self._axis and leaf.shape[self._axis] == 1
+            return leaf.narrow(self._axis, 0, 0) if one_row else leaf
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            empty = copy.copy(leaf)
+            for f in dataclasses.fields(leaf):
+                object.__setattr__(empty, f.name, tree_map(self._without_rows, getattr(leaf, f.name)))
+            return empty
+        return leaf
+
     def _outputs(self, output: Any) -> list[Tensor]:
         return [t for t in tensors_in(output) if t.requires_grad]
 
-    def _check_outputs(self, outputs: list[Tensor]) -> None:
-        examples = self.capture.examples
+    def _check_outputs(self, outputs: list[Tensor], examples: int | None) -> None:
         for o in outputs:
             if o.dim() == 0:
                 self._fail(UnsupportedModelError(
@@ -203,9 +190,7 @@ class Instrument:
         def run(inputs: Any) -> list[Tensor]:
             positional, keyword = inputs
             outputs = self._outputs(self._module(*positional, **keyword))
-            for o in outputs:
-                if o.dim() == 0:
-                    self._check_outputs([o])
+            self._check_outputs(outputs, examples_in(inputs, self._axis))
             return outputs
 
         self._suspended = True

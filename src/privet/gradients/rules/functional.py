@@ -20,22 +20,31 @@ from privet.gradients.rules.registry import Call, Operation, Rule
 from privet.gradients.strategy import row_chunks
 from privet.gradients.use import Uses
 
-__all__ = ["Mapped", "fallback"]
+__all__ = ["Mapped", "fallback", "mapped_call"]
 
 
 class Mapped(Operation):
     """Any function of data (examples on axis 0) and parameters, by its leaves in order."""
 
-    def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], tree: Any, name: str) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        leaves: Sequence[Any],
+        tree: Any,
+        name: str,
+        *,
+        user_rule: Callable[..., Mapping[int | str, Tensor]] | None = None,
+    ) -> None:
         self._function = function
         self._leaves = tuple(leaves)  # ("data", k), ("value", role) or a constant in a tuple of one
         self._tree = tree
+        self._user_rule = user_rule
         self.name = name
         self.rules = {part[1]: _MappedRule(self, part[1]) for part in leaves if part[0] == "value"}
         self._values: Mapping[str, Tensor] = {}
 
-    def run(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
-        """Returns the function's output."""
+    def _arguments(self, data: Sequence[Tensor], values: Mapping[str, Any]) -> Any:
+        """Returns the arguments as the user wrote them."""
         filled = []
         for part in self._leaves:
             match part:
@@ -45,7 +54,11 @@ class Mapped(Operation):
                     filled.append(values[role])
                 case ("constant", constant):
                     filled.append(constant)
-        args, kwargs = tree_unflatten(filled, self._tree)
+        return tree_unflatten(filled, self._tree)
+
+    def run(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
+        """Returns the function's output."""
+        args, kwargs = self._arguments(data, values)
         return self._function(*args, **kwargs)
 
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
@@ -80,6 +93,8 @@ class Mapped(Operation):
 
     def row_gradients(self, role: str, data: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Returns the gradient of one parameter for each row, (R, *shape)."""
+        if self._user_rule is not None:
+            return self._by_user_rule(role, data, gradients)
 
         def one(row: Sequence[Tensor], row_gradients: Sequence[Tensor]) -> Tensor:
             def of_value(value: Tensor) -> Any:
@@ -99,6 +114,23 @@ class Mapped(Operation):
                 f"{self.name} could not be mapped over the examples: {error} Register a rule of your own for it "
                 "(privet.register_rule)."
             ) from error
+
+
+    def _by_user_rule(self, role: str, data: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        assert self._user_rule is not None
+        args, kwargs = self._arguments(data, self._values)
+        places, named = self._arguments([None] * len(data), {r: r for r in self._values})  # type: ignore[list-item]
+        found = self._user_rule(gradients[0] if len(gradients) == 1 else tuple(gradients), *args, **kwargs)
+        place = next((k for k, p in (*enumerate(places), *named.items()) if p == role), None)
+        expected = (gradients[0].shape[0], *self._values[role].shape)
+        rows = found.get(place) if place is not None else None
+        if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:
+            got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else "nothing"
+            raise UnsupportedModelError(
+                f"the rule registered for {self.name} returned {got} for the parameter at {place!r}. Expected per-example "
+                f"gradients of shape {expected}, by the parameter's position or keyword."
+            )
+        return rows
 
 
 class _MappedRule(Rule):
@@ -129,7 +161,19 @@ class _MappedRule(Rule):
 
 
 def fallback(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Returns `func(*args, **kwargs)` with its parameters captured, whatever it is.
+    """Returns `func(*args, **kwargs)` with its parameters captured, whatever it is; see `mapped_call`."""
+    return mapped_call(call, func, args, kwargs)
+
+
+def mapped_call(
+    call: Call,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    user_rule: Callable[..., Mapping[int | str, Tensor]] | None = None,
+) -> Any:
+    """Returns `func(*args, **kwargs)` with its parameters captured, by vmap or by a rule of the user's own.
 
     Raises:
         UnsupportedModelError: if the batch is not on axis 0 of an argument, or an argument without a batch axis was
@@ -161,7 +205,8 @@ def fallback(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
             )
         else:
             parts.append(("constant", leaf))
-    return call.apply(Mapped(func, parts, tree, f"{name} of {_named(call, leaves)}"), data, roots, layout=Layout.ROWS)
+    operation = Mapped(func, parts, tree, f"{name} of {_named(call, leaves)}", user_rule=user_rule)
+    return call.apply(operation, data, roots, layout=Layout.ROWS)
 
 
 def _named(call: Call, leaves: Sequence[Any]) -> str:

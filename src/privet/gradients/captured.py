@@ -1,0 +1,77 @@
+"""One captured operation as autograd sees it, and what a backward brings of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from privet.gradients.derived import Derivation
+from privet.gradients.layout import Layout
+from privet.gradients.rules.registry import Operation
+from privet.gradients.use import Use
+
+if TYPE_CHECKING:
+    from privet.gradients.capture import Capture
+
+__all__ = ["CapturedCall", "CapturedOperation", "Recorded"]
+
+
+@dataclass(eq=False)
+class Recorded:
+    """What one backward brought: the uses by parameter name, and by derivation, and how many examples there were."""
+
+    examples: int | None = None
+    direct: dict[str, list[Use]] = field(default_factory=dict)
+    derived: dict[Derivation, list[Use]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class CapturedCall:
+    """All of one captured operation that is not a tensor."""
+
+    capture: Capture
+    recorded: Recorded  # of the forwards that this operation is part of
+    operation: Operation
+    layout: Layout
+    examples: int
+    roles: tuple[str, ...]  # of the values, in order
+    targets: dict[str, str | Derivation]  # role -> what is to be given a gradient
+    data_count: int
+
+
+class CapturedOperation(torch.autograd.Function):
+    """Runs an operation without autograd, gives the data their gradients, and hands the rest to the capture.
+
+    The last argument is a parameter of the model. It gets no gradient; it makes the output a part of the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: CapturedCall, *tensors: Tensor) -> Any:
+        data, values = tensors[: call.data_count], tensors[call.data_count : -1]
+        ctx.call = call
+        ctx.save_for_backward(*data, *values)
+        output = call.operation.forward(data, dict(zip(call.roles, values, strict=True)))
+        # A fresh result that is a view of another fresh one (as linear's is) must allow in-place activations.
+        fresh_view = call.data_count and isinstance(output, Tensor) and output._is_view()
+        return output.data if fresh_view else output
+
+    @staticmethod
+    @once_differentiable  # a gradient of a gradient would miss the parameters, without a word
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        call: CapturedCall = ctx.call
+        saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
+        with torch._C.DisableTorchFunctionSubclass():
+            data, values = saved[: call.data_count], saved[call.data_count :]
+            call.capture.record(call, data, values, gradients)
+            needed = ctx.needs_input_grad[1 : 1 + call.data_count]
+            results: Sequence[Tensor | None] = (None,) * call.data_count
+            if any(needed):
+                by_role = dict(zip(call.roles, values, strict=True))
+                gradient = gradients[0] if len(gradients) == 1 else gradients
+                results = call.operation.data_gradients(data, by_role, gradient, needed)
+        return (None, *results, *(None for _ in values), None)

@@ -1,0 +1,43 @@
+"""A hook on a module: called as it is on the module itself, and refusing to train on a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from privet.errors import ProtocolError
+
+__all__ = ["Hook", "nothing", "refuse_copy"]
+
+
+class Hook:
+    """A hook of one instrument. A copy of the module carries a copy of the hook, which refuses to train."""
+
+    def __init__(self, function: Callable[..., Any], in_copy: Callable[..., Any]) -> None:
+        self._function = function
+        self._in_copy = in_copy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(self._in_copy, self._in_copy)
+
+    def __reduce__(self) -> Any:
+        return (Hook, (self._in_copy, self._in_copy))
+
+
+def refuse_copy(module: nn.Module, *rest: Any) -> None:
+    """Raises if a copy of a private module is to be trained."""
+    if module.training and torch.is_grad_enabled():
+        raise ProtocolError(
+            "this is a copy of a private model, and trains without privacy. Expected eval() or no_grad() of a copy. Copy "
+            "the model before make_private, and make each copy private that is to be trained."
+        )
+
+
+def nothing(*arguments: Any) -> None:
+    """The forward hook of a copy."""
