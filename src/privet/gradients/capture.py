@@ -140,6 +140,7 @@ class Capture:
         self._depth += 1
         for parameter in self.parameters.values():
             if parameter.requires_grad and type(parameter) is nn.Parameter:
+                parameter.grad = None  # the last step's private gradient, which is done with
                 parameter.__class__ = self._parameter_class
 
     def end(self, outputs: Iterable[Tensor] = ()) -> None:

@@ -52,14 +52,17 @@ class Tripwires:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Lets gradients arrive for a while, for a check that compares and drops them."""
+        """Lets gradients arrive for a while, for a check that compares and drops them; what was there is put back."""
+        before = [(p, p.grad) for p in self._parameters.values()]
+        for p, _ in before:
+            p.grad = None
         self._quiet = True
         try:
             yield
         finally:
             self._quiet = False
-            for p in self._parameters.values():
-                p.grad = None
+            for p, gradient in before:
+                p.grad = gradient
 
     def remove(self) -> None:
         """Removes the hooks."""
