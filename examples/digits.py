@@ -46,7 +46,7 @@ class Recipe:
     momentum: float = 0.0
 
 
-PRIVATE = Recipe(batch_size=288, epochs=30, learning_rate=1.4, momentum=0.9)
+PRIVATE = Recipe(batch_size=288, epochs=40, learning_rate=1.4, momentum=0.9)
 PLAIN = Recipe(batch_size=64, epochs=30, learning_rate=0.1, momentum=0.9)
 CLIP_NORM = 0.1
 DELTA = 1e-5
