@@ -153,7 +153,8 @@ _FACTORIES: dict[str, Callable[[], Accountant]] = {}
 
 def register_accountant(name: str, factory: Callable[[], Accountant]) -> None:
     """Makes `get_accountant(name)` return what `factory()` makes. Registering a name again replaces it."""
-    if not isinstance(name, str) or not name or not callable(factory):
+    given: object = name
+    if not isinstance(given, str) or not given or not callable(factory):
         raise ConfigurationError(f"An accountant is registered by a name and a factory, got {name!r}, {factory!r}.")
     _FACTORIES[name] = factory
 
@@ -167,7 +168,8 @@ def get_accountant(accountant: str | Accountant = "pld") -> Accountant:
     """Returns the accountant of that name, or the object itself if it is one already."""
     if isinstance(accountant, Accountant):
         return accountant
-    if not isinstance(accountant, str) or accountant not in _FACTORIES:
+    given: object = accountant
+    if not isinstance(given, str) or given not in _FACTORIES:
         known = ", ".join(repr(name) for name in known_accountants())
         raise ConfigurationError(f"accountant must be one of {known} or an Accountant, got {accountant!r}.")
     return _FACTORIES[accountant]()

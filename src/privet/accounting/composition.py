@@ -200,11 +200,12 @@ class Frame:
         self.window, self.tilt, self.reference = window, tilt, reference
         # Only positive losses matter for ε >= 0; those so far below the reference that weights overflow set the floor.
         self.floor = max(0.0, reference - 600.0 / (tilt + 1.0))
-        self.skip = min(max(0, math.floor(self.floor / step) - window.low), window.size - 1)
+        self.skip = min(max(0, math.ceil(self.floor / step) - window.low), window.size - 1)
         self.losses = step * (window.low + self.skip + np.arange(window.size - self.skip, dtype=np.float64))
         self.top = step * (window.low + window.size - 1)
         distance = self.losses - reference
-        self.weights = np.exp(-tilt * distance)
+        # A window that lies below the floor as a whole has no loss that counts.
+        self.weights = np.where(self.losses < self.floor, 0.0, np.exp(np.clip(-tilt * distance, -745.0, 690.0)))
         self.rising = np.exp(np.clip(distance, -690.0, 690.0))
         self.falling = 1.0 / self.rising
 
@@ -215,9 +216,7 @@ class Profile:
     def __init__(self, frame: Frame, mass: Array, rounding: float, *, log_scale: float, infinity: float) -> None:
         self._frame, self._losses, self._floor = frame, frame.losses, frame.floor
         self._log_scale = log_scale - frame.tilt * frame.reference
-        # Tilted mass above the window weighs at most as much as at its top.
-        log_beyond = log_scale - frame.tilt * frame.top + frame.window.log_above
-        self._beyond = infinity + math.exp(min(log_beyond, 0.0))
+        self._infinity = infinity
         self._mass, self._rounding = mass[frame.skip :], rounding
         self._upper = frame.weights * (np.maximum(self._mass, 0.0) + rounding)
 
@@ -229,7 +228,13 @@ class Profile:
         """Returns an upper bound on δ at ε."""
         if epsilon < self._floor:
             return 1.0
-        return min(1.0, self._beyond + self._at(epsilon, self._upper) * (1.0 + 1e-12))
+        return min(1.0, self._beyond(epsilon) + self._at(epsilon, self._upper) * (1.0 + 1e-12))
+
+    def _beyond(self, epsilon: float) -> float:
+        """Returns what losses outside the window may add at ε: tilted, they weigh at most as at the top, or at ε."""
+        frame = self._frame
+        log_weight = self._log_scale - frame.tilt * (max(frame.top, epsilon) - frame.reference)
+        return self._infinity + math.exp(min(log_weight + frame.window.log_above, 0.0))
 
     def delta_below(self, epsilon: float) -> float:
         """Returns δ at ε of the composed grid distribution, rounded down: what lies beyond is left out."""
@@ -241,8 +246,15 @@ class Profile:
         return math.exp(min(self._log_scale + math.log(value), 0.0)) if value > 0.0 else 0.0
 
     def epsilon(self, delta: float) -> float:
-        """Returns an upper bound on the smallest ε >= 0 with at most δ; infinity where mass beyond exceeds δ."""
-        return self._solve(delta - self._beyond, self._upper, 1e-13) * (1.0 + 1e-12)
+        """Returns an upper bound on the smallest ε >= 0 with at most δ; infinity if more than δ is at infinity."""
+        if delta <= self._infinity:
+            return math.inf
+        inside = self._solve(delta - self._beyond(0.0), self._upper, 1e-13)
+        # Above the window only what lies beyond it counts, and that falls like e^-λε.
+        frame = self._frame
+        needed = self._log_scale + frame.window.log_above - math.log(delta - self._infinity)
+        above = max(frame.top, self._floor, frame.reference + needed / frame.tilt)
+        return min(inside, above) * (1.0 + 1e-12)
 
     def epsilon_below(self, delta: float) -> float:
         """Returns a lower bound on the smallest ε >= 0 at which the composed grid distribution has at most δ."""

@@ -79,7 +79,7 @@ class Event:
         return values
 
     @staticmethod
-    def from_dict(values: Mapping[str, object]) -> Event:
+    def from_dict(values: object) -> Event:
         """Returns the event that `to_dict` described; an unknown kind or field is an error."""
         if not isinstance(values, Mapping) or values.get("kind") not in Event._kinds:
             found = values.get("kind") if isinstance(values, Mapping) else values

@@ -26,8 +26,8 @@ from privet.accounting.terms import Term
 
 __all__ = ["Goal", "Grid", "grid_for"]
 
-_LARGEST_LATTICE = 2**21
-_LARGEST_CIRCLE = 2**22
+_LARGEST_LATTICE = 2**20
+_LARGEST_CIRCLE = 2**21
 _MOST_TERMS_KEPT = 512
 
 
@@ -192,13 +192,14 @@ def grid_for(counts: Mapping[Term, int], goal: Goal, *, tolerance: float) -> Gri
     truncation = max(math.exp(max(goal.log_delta, -660.0)) * 2e-5 / steps, 1e-290)
     spans = [_span(term, truncation) for term in counts]
     finest = max(spans) / _LARGEST_LATTICE
-    allowed = tolerance * max(goal.aim, 1e-9)
+    allowed = tolerance * max(goal.aim, 2e-3)
     step = max(finest, min(math.sqrt(12.0 * allowed / (goal.tilt * steps)), max(spans) / 64.0))
     # A few terms tell how fine the grid has to be for all.
     every = -(-len(counts) // 6)
     probes = dict(list(counts.items())[::every])
     share = steps / sum(probes.values())
     prepared: dict[Term, tuple[_Prepared, ...]] = {}
+    last = math.inf
     for _ in range(8):
         prepared = {term: _prepared(term, step, truncation, goal.tilt) for term in probes}
         sides = _sides(prepared, counts)
@@ -207,10 +208,10 @@ def grid_for(counts: Mapping[Term, int], goal: Goal, *, tolerance: float) -> Gri
         if size > _LARGEST_CIRCLE:
             step *= 1.1 * size / _LARGEST_CIRCLE
             finest = step
-        elif error <= 1.5 * allowed or step <= finest:
-            break
+        elif error <= 1.5 * allowed or step <= finest or error > 0.8 * last:
+            break  # fine enough, or refining does not help: what is left is rounding
         else:
-            step = max(finest, step * min(0.8, max(0.1, (allowed / error) ** 0.6)))
+            step, last = max(finest, step * min(0.7, max(0.1, (allowed / error) ** 0.6))), error
     prepared |= {term: _prepared(term, step, truncation, goal.tilt) for term in counts if term not in prepared}
     size = max(window_for(side, step).size for side in _sides(prepared, counts))
     grid = Grid(goal, step=step, size=good_size(int(1.1 * size) + 64), truncation=truncation)

@@ -146,7 +146,8 @@ class Ledger:
 
     def mark(self, text: str) -> None:
         """Adds a remark, once."""
-        if not isinstance(text, str) or not text:
+        given: object = text
+        if not isinstance(given, str) or not given:
             raise ConfigurationError(f"A mark must be a non-empty text, got {text!r}.")
         self._marks[text] = None
 
@@ -201,7 +202,7 @@ class Ledger:
             "phases": phases_to(self._phases),
         }
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: object) -> None:
         """Takes over a saved ledger. Steps begun here since it was saved stay billed.
 
         Raises:

@@ -89,7 +89,7 @@ class Mixtures:
         """
         q = float(self.p_weights[-1])
         if len(self.p_weights) == 1:
-            return self.sigma**2 * losses / self.p_shifts[0] + self.p_shifts[0] / 2.0
+            return np.asarray(self.sigma**2 * losses / self.p_shifts[0] + self.p_shifts[0] / 2.0, dtype=np.float64)
         if len(self.p_weights) == 2 and len(self.q_weights) == 1:
             with np.errstate(divide="ignore", over="ignore"):
                 ratio = np.maximum(np.expm1(np.minimum(losses, 700.0)) / q, -1.0)
@@ -103,7 +103,7 @@ class Mixtures:
         for _ in range(5):
             slope = np.maximum(self.slope(x), 1e-300)
             x = np.clip(x - (self.loss(x) - losses) / slope, table[place - 1], table[place])
-        return x
+        return np.asarray(x, dtype=np.float64)
 
 
 def mixtures(part: Part) -> Mixtures:

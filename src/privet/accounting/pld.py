@@ -96,6 +96,8 @@ class PldAccountant(Accountant):
                 return readings, Goal(quick, math.log(delta), goal.order, quick)
         epsilon, order = renyi_epsilon(cumulant, delta)
         goal = Goal(epsilon, math.log(delta), order, epsilon)
+        if epsilon == 0.0:
+            return [], goal  # nothing is smaller, and no grid can be aimed at it
         readings = self._fresh(counts, goal)
         found = max((each.profile.epsilon(delta) for each in readings), default=epsilon)
         if 0.0 < found < 0.8 * epsilon:
