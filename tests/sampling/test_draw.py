@@ -11,8 +11,7 @@ from scipy import stats
 
 from privet.noise import Keystream, NoiseKey
 from privet.sampling.draw import poisson_indices, shuffled_indices
-
-LEVEL = 1e-6
+from tests.sampling.law import LEVEL, refutations
 
 
 def stream(seed: int = 0) -> Keystream:
@@ -25,30 +24,6 @@ def masks(rate: float, size: int, batches: int, seed: int = 0) -> np.ndarray:  #
     for step in range(batches):
         out[step, poisson_indices(source, rate=rate, size=size, step=step, name="p")] = True
     return out
-
-
-def refutations(mask: np.ndarray, rate: float) -> list[str]:
-    """Returns what refutes that every entry is an independent coin of probability `rate`."""
-    batches, size = mask.shape
-    spread = rate * (1 - rate)
-    found = {}
-    total = stats.binomtest(int(mask.sum()), batches * size, rate).pvalue
-    found["total"] = total
-    per_example = ((mask.sum(0) - batches * rate) ** 2 / (batches * spread)).sum()
-    found["frequency of each example"] = 2 * min(stats.chi2.sf(per_example, size), stats.chi2.cdf(per_example, size))
-    sizes = mask.sum(1)
-    edges = np.unique(stats.binom.ppf(np.linspace(0.1, 0.9, 9), size, rate))
-    edges = edges[edges < size]
-    expected = np.diff(np.concatenate([[0.0], stats.binom.cdf(edges, size, rate), [1.0]])) * batches
-    counts = np.bincount(np.searchsorted(edges, sizes, side="left"), minlength=len(edges) + 1)
-    found["law of the batch size"] = stats.chisquare(counts, expected).pvalue
-    centred = (mask - rate) / np.sqrt(spread)
-    pairs = centred.T @ centred / np.sqrt(batches)
-    off = pairs[np.triu_indices(size, 1)]
-    found["pairs of examples"] = 2 * stats.norm.sf(abs(np.sum(off**2) - off.size) / np.sqrt(2 * off.size))
-    neighbours = (centred[1:] * centred[:-1]).sum() / np.sqrt(size * (batches - 1))
-    found["neighbouring batches"] = 2 * stats.norm.sf(abs(neighbours))
-    return [name for name, chance in found.items() if chance < LEVEL]
 
 
 @pytest.mark.parametrize("rate", [0.003, 0.1, 1 / 3, 0.5, 0.97])

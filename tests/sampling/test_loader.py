@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -24,6 +25,7 @@ from torch.utils.data import (
 from privet.errors import ConfigurationError, ProtocolError
 from privet.noise import NoiseKey
 from privet.sampling import Partition, Poisson, PrivateLoader, loader_for, privatize_loader
+from tests.sampling.law import refutations
 
 SIZE = 40
 DATA = TensorDataset(torch.arange(SIZE), torch.arange(SIZE)[:, None].expand(SIZE, 3).float())
@@ -131,6 +133,16 @@ def test_sizes_are_random_and_the_rate_is_that_of_the_public_numbers():
     assert len(loader) == 5
     counts = Counter(number for _ in range(200) for batch in indices(loader) for number in batch)
     assert all(abs(counts[number] - 225) < 6 * (1000 * 0.225 * 0.775) ** 0.5 for number in range(SIZE))
+
+
+def test_the_batches_of_a_loader_have_the_law_within_and_across_passes():
+    loader = loader_for(DATA, sampling=Poisson(0.2), key=known(), steps=5)
+    mask = np.zeros((2500, SIZE), dtype=bool)
+    batches = [batch for _ in range(500) for batch in indices(loader)]
+    for row, batch in zip(mask, batches, strict=True):
+        row[batch] = True
+    assert refutations(mask, 0.2) == []
+    assert refutations(mask.reshape(500, 5, SIZE).transpose(1, 0, 2).reshape(2500, SIZE), 0.2) == []
 
 
 def test_passes_and_concurrent_passes_draw_different_batches():
@@ -389,6 +401,13 @@ def test_any_other_run_resumes_with_a_fresh_key():
     tickets = heard(shuffled)
     assert sorted(number for batch in indices(shuffled) for number in batch) == list(range(SIZE))
     assert {ticket.passes for ticket in tickets} == {2}  # its order is lost, so a new pass is billed
+
+    whole = privatize_loader(DataLoader(DATA, batch_size=20, shuffle=True), poisson=False)
+    list(whole)
+    state = whole.state_dict()
+    second = indices(whole)
+    whole.load_state_dict(state)
+    assert indices(whole) != second
 
     ordered = privatize_loader(DataLoader(DATA, batch_size=20), poisson=False)
     run = iter(ordered)
