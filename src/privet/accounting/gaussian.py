@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy.special import erfcx, log_ndtr, ndtr, ndtri
+
+from privet.accounting import _special as special
 
 __all__ = [
     "bisected",
@@ -37,15 +38,15 @@ def gaussian_log_delta(mu: float, epsilon: float) -> float:
     if upper > 1.0:
         # Both terms are φ(upper) times a Mills ratio, since e^ε φ(lower) = φ(upper): no underflow, less cancellation.
         left, right = upper / math.sqrt(2.0), lower / math.sqrt(2.0)
-        ratio = float(erfcx(left) - erfcx(right))
+        ratio = float(special.erfcx(left) - special.erfcx(right))
         if mu < 1e-6 or ratio <= 0.0:
             # The difference would be rounding; |erfcx'(x)| <= 2 / (√π (2x² + 1)) bounds it from above.
             ratio = (right - left) * 2.0 / (math.sqrt(math.pi) * (2.0 * left**2 + 1.0))
         return math.log(ratio / 2.0) - upper**2 / 2.0 if ratio > 0.0 else -math.inf
     if epsilon > 700.0:
-        first, second = float(log_ndtr(-upper)), epsilon + float(log_ndtr(-lower))
+        first, second = float(special.log_ndtr(-upper)), epsilon + float(special.log_ndtr(-lower))
         return first + math.log(max(-math.expm1(second - first), 1e-16))
-    difference = float(ndtr(-upper)) - math.exp(epsilon) * float(ndtr(-lower))
+    difference = float(special.ndtr(-upper)) - math.exp(epsilon) * float(special.ndtr(-lower))
     # Where the difference is nothing but rounding, δ(0) <= 0.4 μ still bounds it.
     return math.log(difference if difference > 0.0 else 0.4 * mu)
 
@@ -86,7 +87,7 @@ def gaussian_power(mu: float, false_positive_rate: float) -> float:
     """Returns the greatest true positive rate of a test at this false positive rate against N(μ, 1), N(0, 1)."""
     if false_positive_rate in {0.0, 1.0}:
         return false_positive_rate if math.isfinite(mu) else 1.0
-    return float(ndtr(ndtri(false_positive_rate) + mu))
+    return float(special.ndtr(special.ndtri(false_positive_rate) + mu))
 
 
 def bisected(holds: Callable[[float], bool], low: float, high: float) -> float:
@@ -131,6 +132,6 @@ def _covers(mu: float, a: float, at_a: float, b: float, at_b: float) -> bool:
     edges = np.linspace(a, b, 65)
     share = np.expm1(edges[:-1] - a) / np.expm1(b - a) if b - a < 700.0 else np.zeros(64)
     chord = at_a + (at_b - at_a) * share
-    above = log_ndtr(mu / 2.0 - edges[1:] / mu)
-    taken = edges[1:] + log_ndtr(-mu / 2.0 - edges[1:] / mu) - above
+    above = special.log_ndtr(mu / 2.0 - edges[1:] / mu)
+    taken = edges[1:] + special.log_ndtr(-mu / 2.0 - edges[1:] / mu) - above
     return bool(np.all(above + np.log(np.maximum(-np.expm1(taken), 1e-300)) >= np.log(chord)))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, ndtr, ndtri
 
+from privet.accounting import _special as special
 from privet.accounting.terms import Pair, Part
 
 __all__ = ["Cells", "Mixtures", "cells", "mixtures"]
@@ -78,7 +78,7 @@ class Mixtures:
         weights = np.concatenate([self.p_weights, self.q_weights])
         shifts = np.concatenate([self.p_shifts, self.q_shifts])
         with np.errstate(divide="ignore"):
-            z = -ndtri(np.minimum(0.5, tail / np.maximum(weights * len(self.p_weights), 1e-300)))
+            z = -special.ndtri(np.minimum(0.5, tail / np.maximum(weights * len(self.p_weights), 1e-300)))
         used = weights > tail / (4.0 * len(weights))
         return float((shifts - self.sigma * z)[used].min()), float((shifts + self.sigma * z)[used].max())
 
@@ -116,7 +116,7 @@ def mixtures(part: Part) -> Mixtures:
     if part.pair is Pair.GROUP:
         i = np.arange(part.group_size + 1.0)
         size = float(part.group_size)
-        logs = gammaln(size + 1.0) - gammaln(i + 1.0) - gammaln(size - i + 1.0) + i * math.log(q)
+        logs = special.log_binomial(size, i) + i * math.log(q)
         weights = np.exp(logs + (size - i) * math.log1p(-q))
         return Mixtures(weights / weights.sum(), i, none, one, sigma)
     if part.pair is Pair.SYMMETRIC:
@@ -160,12 +160,12 @@ def _masses(x: Array, weights: Array, shifts: Array, sigma: float) -> tuple[Arra
     below = above = 0.0
     for weight, shift in zip(weights, shifts, strict=True):
         z = (x - shift) / sigma
-        tail = ndtr(-np.abs(z))
+        tail = special.ndtr(-np.abs(z))
         signed = np.where(z > 0.0, -tail, tail)  # increasing in z but for a jump from 1/2 to -1/2 at 0
         difference = np.diff(signed)
         crossing = (z[:-1] <= 0.0) & (z[1:] > 0.0)
         mass += weight * np.maximum(np.where(crossing, difference + 1.0, difference), 0.0)
         rounding += weight * 4e-16 * np.where(crossing, 1.0, np.maximum(tail[:-1], tail[1:]))
-        below += weight * float(ndtr(z[0]))
-        above += weight * float(ndtr(-z[-1]))
+        below += weight * float(special.ndtr(z[0]))
+        above += weight * float(special.ndtr(-z[-1]))
     return mass, rounding, below, above

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, gammasgn, log_ndtr
 
+from privet.accounting import _special as special
 from privet.accounting.terms import Pair, Part, Reduced
 
 __all__ = ["Cumulant", "fixed_size_cumulant", "mixture_cumulant", "pair_cumulant"]
@@ -46,7 +46,7 @@ def mixture_cumulant(rate: Array, noise_multiplier: Array, order: float) -> Arra
 def _whole_order(rate: Array, noise_multiplier: Array, order: int) -> Array:
     """1908.10530, section 3.3: A = Σ C(α,k) (1-q)^(α-k) q^k e^(k(k-1)/2σ²), less the 1 that k = 0, 1 sum to."""
     k = np.arange(2, order + 1, dtype=np.float64)
-    binomial = gammaln(order + 1.0) - gammaln(k + 1.0) - gammaln(order - k + 1.0)
+    binomial = special.log_binomial(order, k)
     q, sigma = rate[:, None], noise_multiplier[:, None]
     exponent = k * (k - 1.0) / (2.0 * sigma**2)
     with np.errstate(divide="ignore"):
@@ -63,13 +63,13 @@ def _signed_series(rate: Array, noise_multiplier: Array, order: float) -> Array:
     """
     count = math.ceil(order) + 160
     i = np.arange(count, dtype=np.float64)
-    sign = gammasgn(order - i + 1.0)
-    binomial = gammaln(order + 1.0) - gammaln(i + 1.0) - gammaln(order - i + 1.0)
+    sign = special.gammasgn(order - i + 1.0)
+    binomial = special.log_binomial(order, i)
     q, sigma = rate[:, None], noise_multiplier[:, None]
     split = sigma**2 * (np.log1p(-q) - np.log(q)) + 0.5
     j = order - i
-    left = j * np.log1p(-q) + i * np.log(q) + i * (i - 1.0) / (2.0 * sigma**2) + log_ndtr((split - i) / sigma)
-    right = i * np.log1p(-q) + j * np.log(q) + j * (j - 1.0) / (2.0 * sigma**2) + log_ndtr((j - split) / sigma)
+    left = j * np.log1p(-q) + i * np.log(q) + i * (i - 1.0) / (2.0 * sigma**2) + special.log_ndtr((split - i) / sigma)
+    right = i * np.log1p(-q) + j * np.log(q) + j * (j - 1.0) / (2.0 * sigma**2) + special.log_ndtr((j - split) / sigma)
     logs = binomial + np.logaddexp(left, right)
     largest = logs.max(axis=-1, keepdims=True)
     sums = np.cumsum(sign * np.exp(logs - largest), axis=-1)[:, -60:]
@@ -106,7 +106,7 @@ def _log_ratio(part: Part, x: Array) -> Array:
     if part.pair is Pair.GROUP:
         i = np.arange(part.group_size + 1.0)[:, None]
         size = float(part.group_size)
-        logs = gammaln(size + 1.0) - gammaln(i + 1.0) - gammaln(size - i + 1.0) + i * math.log(q)
+        logs = special.log_binomial(size, i) + i * math.log(q)
         logs = logs + (size - i) * math.log1p(-q) + (2.0 * i * x - i**2) / (2.0 * sigma**2)
         return _logsumexp(logs.T)
     return tilted(1.0)
@@ -156,8 +156,8 @@ def fixed_size_cumulant(rate: float, noise_multiplier: float, order: int) -> flo
     """
     rho = [j / (2.0 * noise_multiplier**2) for j in range(order + 1)]
     log_terms = []
-    j = np.arange(2, order + 1)
-    binomial = gammaln(order + 1.0) - gammaln(j + 1.0) - gammaln(order - j + 1.0) + j * math.log(rate)
+    j = np.arange(2.0, order + 1.0)
+    binomial = special.log_binomial(order, j) + j * math.log(rate)
     central = _log_central_moments(noise_multiplier, 2 * ((order + 1) // 2))
     for index, each in enumerate(range(2, order + 1)):
         general = math.log(2.0) + (each - 1) * rho[each]

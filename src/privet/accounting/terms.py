@@ -11,9 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from scipy.special import bdtrc
-
 from privet._checks import check_count
+from privet.accounting import _special as special
 from privet.accounting.event import (
     ClipCountEvent,
     ComposedEvent,
@@ -217,9 +216,13 @@ class _Reduction:
         on both sides, as in sampling of fixed size, and the profile is the symmetrised one.
         """
         others = event.dataset_size - 1
-        full = float(bdtrc(event.cap - 1, others, event.rate)) if others >= event.cap else 0.0
+        full = float(special.bdtrc(event.cap - 1, others, event.rate)) if others >= event.cap else 0.0
         if full > 0.0:
-            over = float(bdtrc(event.cap, event.dataset_size, event.rate)) if event.dataset_size > event.cap else 0.0
+            over = (
+                float(special.bdtrc(event.cap, event.dataset_size, event.rate))
+                if event.dataset_size > event.cap
+                else 0.0
+            )
             # Rounded up: a larger rate is never more private.
             kept = min(1.0, over * event.cap / (full * event.dataset_size) * (1.0 + 1e-9))
             full = min(1.0, full * (1.0 + 1e-9))

@@ -1,0 +1,29 @@
+"""SciPy's special functions, loaded when the first one is used: an import of privet's accounting stays quick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["log_binomial"]
+
+
+def log_binomial(n: float, k: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns log |C(n, k)|; n may be fractional."""
+    import scipy.special
+
+    total: NDArray[np.float64] = scipy.special.gammaln(n + 1.0) - scipy.special.gammaln(k + 1.0)
+    return total - scipy.special.gammaln(n - k + 1.0)
+
+
+def __getattr__(name: str) -> Any:
+    """Returns the function of that name from scipy.special, and keeps it for the next time."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    import scipy.special
+
+    value = getattr(scipy.special, name)
+    globals()[name] = value
+    return value
