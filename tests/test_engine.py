@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -137,7 +136,7 @@ def test_a_second_forward_and_backward_before_the_step_is_refused() -> None:
 def test_several_forwards_may_share_a_backward() -> None:
     net = Net()
     before = copy.deepcopy(net)
-    _, optimizer, data_loader, seen = private(net)
+    _, optimizer, _, seen = private(net)
     x, y = torch.randn(4, 3), torch.randn(4, 3)
     (squares(net(x)) + squares(net(y))).sum().backward()
     with pytest.warns(UserWarning, match="did not come"):
@@ -313,7 +312,10 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
 
 # -- empty batches -----------------------------------------------------------------------------------------------------
 
-Pair = namedtuple("Pair", ["logits", "name"])
+
+class Pair(NamedTuple):
+    logits: Tensor
+    name: str
 
 
 @dataclasses.dataclass
@@ -372,8 +374,8 @@ def test_an_empty_batch_keeps_its_structure_and_adds_nothing(kind: str, first: b
 def test_an_empty_batch_gets_noise_and_is_billed() -> None:
     net = Net()
     engine, optimizer, _, seen = private(net, noise_multiplier=1.0)
+    net(torch.zeros(0, 3)).sum().backward()
     with pytest.warns(UserWarning, match="did not come"):
-        net(torch.zeros(0, 3)).sum().backward()
         optimizer.step()
     assert size(seen[-1]) > 0
     assert engine.ledger.steps == 1

@@ -56,7 +56,7 @@ class _Watched:
             update.parameters,
             batch_first=batch_first,
             on_backward=self._received,
-            on_check=lambda args, kwargs: refuse_mixing(module, args, kwargs),
+            on_check=lambda args, kwargs: refuse_mixing(module, args, kwargs, batch_axis=0 if batch_first else 1),
         )
 
     def _received(self, recorded: Recorded) -> None:

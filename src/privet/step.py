@@ -204,9 +204,11 @@ class PrivateStep:
         self._update.receive(clipped, examples=recorded.examples or 0)
 
 
-def refuse_mixing(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def refuse_mixing(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, batch_axis: int = 0
+) -> None:
     """Raises if an example's output depends on the other examples of its batch."""
-    mixed = find_mixing(module, args, kwargs)
+    mixed = find_mixing(module, args, kwargs, batch_axis=batch_axis)
     if mixed:
         from privet.errors import UnsupportedModelError
 

@@ -23,6 +23,15 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """Returns a copy without what earlier forwards left as attributes, which torch cannot copy."""
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                delattr(part, name)
+    return copy.deepcopy(module)
+
+
 def loader(n: int = 16, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.zeros(n, 2), torch.zeros(n)), batch_size=batch_size, **options)
 
@@ -42,7 +51,7 @@ def paper_sum(
     module: nn.Module, *batches: Any, loss: Loss, policy: ClippingPolicy, **options: Any
 ) -> dict[str, Tensor]:
     """Returns the sum of the last batch; the ones before are trained on first, with a learning rate of zero."""
-    module = copy.deepcopy(module)
+    module = copied(module)
     optimizer = torch.optim.SGD(trainable(module), lr=0.0)
     PrivacyEngine(accountant="rdp").make_private(
         module=module,
@@ -66,7 +75,7 @@ def paper_sum(
 
 def explicit_sum(module: nn.Module, *batches: Any, loss: Loss, policy: ClippingPolicy) -> dict[str, Tensor]:
     """Returns the sum of the last batch; the ones before are trained on first, with a learning rate of zero."""
-    module = copy.deepcopy(module)
+    module = copied(module)
     optimizer = torch.optim.SGD(trainable(module), lr=0.0)
     mechanism = Mechanism(sampling=Poisson(0.1), clipping=policy, noise=Gaussian(0.0))
     step = PrivateStep(module, optimizer=optimizer, mechanism=mechanism, loss_per_example=loss, expected_batch_size=1.0)

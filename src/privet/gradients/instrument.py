@@ -121,7 +121,7 @@ class Instrument:
         if self._empty:
             examples = 1
             args, kwargs = replaced = tree_map(self._one_zero, args), tree_map(self._one_zero, kwargs)
-        elif self._checked < min(examples, 2):
+        if self._checked < min(examples, 2):  # an empty batch too needs to know the axis of its one zero example
             self._check(args, kwargs, examples)
         self.capture.begin(examples)
         self._begun = True

@@ -7,6 +7,7 @@ runs the model twice on the first example, once beside the others and once besid
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -21,22 +22,22 @@ __all__ = ["find_mixing"]
 T = TypeVar("T")
 
 
-def _first_rows_only(value: T, batch: int) -> T:
+def _first_rows_only(value: T, batch: int, axis: int) -> T:
     """Returns the value with every tensor over the batch made of copies of its first row."""
 
     def repeat(leaf: object) -> object:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch:
-            return leaf[:1].expand_as(leaf).clone()
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == batch:
+            return leaf.narrow(axis, 0, 1).expand_as(leaf).clone()
         return leaf
 
     repeated: T = tree_map(repeat, value)
     return repeated
 
 
-def _first_rows(value: object, batch: int) -> Iterator[tuple[str, Tensor]]:
+def _first_rows(value: object, batch: int, axis: int) -> Iterator[tuple[str, Tensor]]:
     for path, leaf in tree_flatten_with_path(value)[0]:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch:
-            yield f"output{keystr(path)}", leaf[0].detach()
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == batch:
+            yield f"output{keystr(path)}", leaf.select(axis, 0).detach()
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -55,22 +56,22 @@ def find_mixing(
     args: tuple[object, ...],
     kwargs: Mapping[str, object] | None = None,
     *,
+    batch_axis: int = 0,
     tolerance: float | None = None,
 ) -> list[str]:
     """Returns the outputs whose first row depends on the other rows, and the buffers that learn from the data.
 
-    The batch is the first axis of every tensor whose first axis is as long as that of the first tensor argument. It
-    needs two examples that differ. Both runs use the same random numbers (dropout), take place in the module's own mode
+    The batch is axis `batch_axis` of every tensor that is as long there as the first tensor argument. It needs two examples that differ. Both runs use the same random numbers (dropout), take place in the module's own mode
     without gradients, and leave its buffers and torch's global generators as they were.
 
     Guarantees: none that nothing mixes. What it names does mix; a model that mixes only for some inputs, or by less
     than `tolerance` (relative; by default 1e-3 for half precision, 1e-4 otherwise), goes unseen.
     """
     kwargs = dict(kwargs or {})
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim() > batch_axis]
     if not tensors:
-        raise ConfigurationError("find_mixing needs a tensor argument whose first axis is the batch, and found none.")
-    batch = tensors[0].shape[0]
+        raise ConfigurationError(f"find_mixing needs a tensor argument with the batch on axis {batch_axis}, and found none.")
+    batch = tensors[0].shape[batch_axis]
     if batch < 2:
         raise ConfigurationError(f"find_mixing compares examples and needs a batch of at least 2, got {batch}.")
     if tolerance is None:
@@ -80,9 +81,10 @@ def find_mixing(
     saved = {name: buffer.clone() for name, buffer in module.named_buffers()}
     outputs: list[object] = []
     buffers: list[dict[str, Tensor]] = []
-    alone = (_first_rows_only(args, batch), _first_rows_only(kwargs, batch))
+    alone = (_first_rows_only(args, batch, batch_axis), _first_rows_only(kwargs, batch, batch_axis))
     for positional, named in ((args, kwargs), alone):
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints
             torch.manual_seed(0)
             try:
                 outputs.append(module(*positional, **named))
@@ -93,7 +95,7 @@ def find_mixing(
     mixed = [
         f"{name}: its row for one example depends on the other examples of the batch"
         for (name, beside_others), (_, beside_itself) in zip(
-            _first_rows(outputs[0], batch), _first_rows(outputs[1], batch), strict=True
+            _first_rows(outputs[0], batch, batch_axis), _first_rows(outputs[1], batch, batch_axis), strict=True
         )
         if _differ(beside_others, beside_itself, tolerance)
     ]
