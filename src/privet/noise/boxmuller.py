@@ -26,10 +26,10 @@ _local = threading.local()
 
 def scratch(role: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns `count` elements of a buffer that a thread keeps for a role: fresh memory costs more than arithmetic."""
-    kept: dict[tuple[str, torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
-    buffer = kept.get((role, device))
+    kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
+    buffer = kept.get((role, dtype, device))
     if buffer is None or buffer.numel() < count:
-        buffer = kept[role, device] = torch.empty(max(count, 64), dtype=dtype, device=device)
+        buffer = kept[role, dtype, device] = torch.empty(max(count, 64), dtype=dtype, device=device)
     return buffer[:count]
 
 
