@@ -14,8 +14,8 @@ def log_binomial(n: float, k: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns log |C(n, k)|; n may be fractional."""
     import scipy.special
 
-    total: NDArray[np.float64] = scipy.special.gammaln(n + 1.0) - scipy.special.gammaln(k + 1.0)
-    return total - scipy.special.gammaln(n - k + 1.0)
+    gammaln = scipy.special.gammaln
+    return np.asarray(gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0), dtype=np.float64)
 
 
 def __getattr__(name: str) -> Any:
