@@ -167,14 +167,15 @@ class Capture:
         if self._opaque:
             args, kwargs = tree_map(self._hidden, (args, kwargs))
         tensors = list(_tensors_in(itertools.chain(args, kwargs.values())))
-        roots = [t for t in tensors if self.is_root(t)]
+        rooted = [self.is_root(t) for t in tensors]
+        roots = [t for t, is_root in zip(tensors, rooted, strict=True) if is_root]
         if not roots:
             return func(*args, **kwargs)
         met, self._met = self._met, {}
         try:
             labels = tuple(self.label(root) for root in roots)
             for place, t in enumerate(tensors):
-                if t.dim() and not self.is_root(t):
+                if not rooted[place] and t.dim():
                     self._met[id(t)] = self._layout(Site(func, labels, place, t.dim()), t)
             if func in EXPANSIONS:
                 result = expansion(self, func, args, kwargs)
@@ -198,8 +199,8 @@ class Capture:
 
     def is_root(self, value: object) -> bool:
         """Returns whether `value` is a watched parameter, or derived from watched parameters alone."""
-        return isinstance(value, self._parameter_class | self._derived_class) and (
-            id(value) in self._names or isinstance(value, self._derived_class)
+        return isinstance(value, self._derived_class) or (
+            isinstance(value, self._parameter_class) and id(value) in self._names
         )
 
     def label(self, root: Tensor) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -41,8 +42,7 @@ class Layout(Enum):
                 raise AssertionError("a constant has no examples")
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """One tensor argument of one operation on one parameter."""
 
     operation: Hashable
@@ -98,7 +98,8 @@ class Layouts:
         return layout
 
     def _decided(self, site: Site, t: Tensor, examples: int) -> Layout:
-        fits = [layout for layout in self.known.get(site, ()) if _fits(layout, t, examples)]
+        known = self.known.get(site, ())
+        fits = [layout for layout in known if _fits(layout, t, examples)]
         if len(fits) == 1:
             return fits[0]
         if site not in self.known:

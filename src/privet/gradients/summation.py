@@ -235,11 +235,11 @@ def clipped_sum(
     gathered = _gathered(recorded, parameters, owner)
     device = next(iter(parameters.values())).device
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-    squared = torch.zeros(max(groups) + 1, owner.units, device=device, dtype=dtype)
-    for name, group in zip(names, groups, strict=True):
-        if name in gathered:
-            squared[group] += gathered[name].squared_norms()
-            squared[group] += parameters[name].numel() * torch.finfo(dtype).tiny  # squares that underflowed
+    squared = torch.stack([
+        _group_norms([(gathered[n], parameters[n]) for n, g in zip(names, groups, strict=True) if g == k and n in gathered],
+                     owner.units, dtype=dtype, device=device)
+        for k in range(max(groups) + 1)
+    ])  # fmt: skip
     squared = reducer.sum(squared * scale**2)
     weights, dropped = _weights(policy, squared)
     if device.type != "cpu" or bool(dropped.any()):
@@ -253,6 +253,17 @@ def clipped_sum(
             value = torch.zeros(parameter.shape, device=device, dtype=torch.promote_types(parameter.dtype, torch.float32))
         sink.put(name, value)
     return ClippedSum(sink.values(), policy.sensitivity, {"dropped": dropped.sum(), "norms": squared.detach()})
+
+
+def _group_norms(
+    group: Sequence[tuple[_Gathered, nn.Parameter]], units: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:  # (B,)
+    """Returns the squared norms over a group of parameters, squares that underflowed counted as the smallest number."""
+    if not group:
+        return torch.zeros(units, dtype=dtype, device=device)
+    norms = [gathered.squared_norms() for gathered, _ in group]
+    total = torch.stack([n.to(dtype) for n in norms]).sum(0) if len(norms) > 1 else norms[0].to(dtype)
+    return total + sum(p.numel() for _, p in group) * torch.finfo(dtype).tiny
 
 
 def _weights(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K, B) -> (K, B), (B,) bool
