@@ -17,6 +17,7 @@ from privet.gradients.reference import example_gradients, reference_sum
 
 Loss = Callable[[nn.Module, Any], Tensor]  # per example, (B,)
 DOORS = ("paper", "explicit")
+torch.set_num_threads(1)  # small models: more threads cost more than they bring
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

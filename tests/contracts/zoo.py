@@ -1,7 +1,7 @@
 """Models that use their parameters in every way that has been seen to break a library of this field.
 
-Each is a class; `Case` says what a batch of n examples looks like and what the loss of each example is. T, the number of
-positions, is 4 throughout, so that batches of 4 are ambiguous to whoever guesses from shapes.
+Each is a class; `Case` says what a batch of n examples looks like and what the loss of each example is. T, the number
+of positions, is 4 throughout, so that batches of 4 are ambiguous to whoever guesses from shapes.
 """
 
 from __future__ import annotations

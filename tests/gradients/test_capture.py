@@ -10,8 +10,6 @@ from privet.clipping import PerLayer
 from tests.contracts.doors import DOORS, assert_exact, door_sum, reference
 from tests.contracts.zoo import ZOO, batch_of, model_of, plain
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", ZOO)
