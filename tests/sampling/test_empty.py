@@ -188,3 +188,9 @@ def test_an_augmentation_does_not_notice():
     next(asked)
     EmptyBatch(Augmented(), default_collate).make()
     assert next(asked) == plain
+
+
+def test_no_content_of_the_example_is_kept():
+    maker = EmptyBatch([{"x": IMAGE, "a": 2.5}], default_collate)
+    maker.make()
+    assert all(not leaf.any() for collated in maker._pair for leaf in collated.values())

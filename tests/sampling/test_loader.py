@@ -448,3 +448,12 @@ def test_the_explicit_door():
 def test_rate_zero_gives_empty_batches_and_rate_one_everybody():
     assert indices(loader_for(DATA, sampling=Poisson(0.0), steps=3)) == [[], [], []]
     assert indices(loader_for(DATA, sampling=Poisson(1.0))) == [list(range(SIZE))]
+
+
+def test_a_state_is_of_the_newest_pass():
+    loader = privatize_loader(DataLoader(DATA, batch_size=10), poisson=False)
+    older, newer = iter(loader), iter(loader)
+    for run in (older, newer, older, older):
+        next(run)
+    state = loader.state_dict()["batches"]
+    assert (state["passes"], state["handed_over"]) == (2, 1)
