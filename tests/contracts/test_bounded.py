@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privet import Flat
-from privet.clipping import ClippingPolicy, PerLayer
+from privet.clipping import PerLayer
 from privet.gradients import rules
 from tests.contracts.doors import DOORS, assert_exact, distance, door_sum, paper_sum, reference, size
 from tests.contracts.zoo import ZOO, D, batch_of, model_of, plain, squares

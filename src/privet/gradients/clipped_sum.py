@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from privet.errors import ProtocolError
@@ -19,7 +20,8 @@ class ClippedSum:
     Attributes:
         sensitivity: the Euclidean distance by which one example, added or removed, can move `values` as a whole.
         statistics: secret counts that a policy or a report may want, such as how many examples were dropped because
-            their norm was not finite. Tensors on the device; nothing here may be shown without noise.
+            their norm was not finite, and values of each example, which are on the last axis. Tensors on the device;
+            nothing here may be shown without noise.
     """
 
     values: Mapping[str, Tensor] = field(repr=False)
@@ -53,6 +55,8 @@ class ClippedSum:
         theirs = other.take()
         for name, value in self.values.items():
             value.add_(theirs[name])
-        counts = {key: count + other.statistics[key] for key, count in self.statistics.items()}
-        self.statistics = counts
+        self.statistics = {
+            key: torch.cat([mine, other.statistics[key]], dim=-1) if mine.dim() else mine + other.statistics[key]
+            for key, mine in self.statistics.items()
+        }
         return self

@@ -6,6 +6,7 @@ example i is `sum_t g_it a_it^T`; a matrix used several times met one longer seq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ __all__ = ["Linear"]
 
 
 def _sequence(t: Tensor) -> Tensor:  # (B, ..., F) -> (B, T, F)
-    return t.reshape(t.shape[0], -1, t.shape[-1]) if t.dim() != 3 else t
+    return t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1]) if t.dim() != 3 else t
 
 
 def _joined(uses: Uses) -> tuple[Tensor, Tensor]:  # -> a (B, T, I), g (B, T, O)
