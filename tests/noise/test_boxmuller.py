@@ -24,7 +24,7 @@ def fast(words: list[int], std: float = 1.0) -> torch.Tensor:
 def slow(radius_word: int, angle_word: int) -> tuple[float, float]:
     with mpmath.workdps(50):
         radius = mpmath.sqrt(-2 * mpmath.log(mpmath.mpf((radius_word & LAST) + 1) / 2**53))
-        angle = 2 * mpmath.pi * (angle_word & LAST) / mpmath.mpf(2) ** 53
+        angle = mpmath.pi * ((angle_word + 2**31) % 2**32 - 2**31) / mpmath.mpf(2) ** 31
         return radius * mpmath.cos(angle), radius * mpmath.sin(angle)
 
 
@@ -36,12 +36,26 @@ words = st.integers(-(2**63), 2**63 - 1)
 @example(radius_word=0, angle_word=0)
 @example(radius_word=LAST, angle_word=1)
 @example(radius_word=-1, angle_word=-1)
-@example(radius_word=LAST - 1, angle_word=2**52)
-@example(radius_word=2**52, angle_word=2**51)
+@example(radius_word=LAST - 1, angle_word=2**31)
+@example(radius_word=2**52, angle_word=2**31 - 1)
 def test_values_are_those_of_high_precision(radius_word, angle_word):
     found = fast([radius_word, angle_word]).tolist()
     for value, exact in zip(found, slow(radius_word, angle_word), strict=True):
         assert abs(value - exact) < 1e-14 * max(1.0, abs(float(exact)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(radius_word=words, angle_word=words)
+@example(radius_word=0, angle_word=2**31)
+@example(radius_word=LAST, angle_word=1)
+@example(radius_word=LAST - 1, angle_word=-1)
+def test_float32_differs_from_high_precision_by_its_last_places(radius_word, angle_word):
+    out = torch.empty(2, dtype=torch.float32)
+    normals_into(out, torch.tensor([radius_word, angle_word], dtype=torch.int64), std=1.0)
+    exact = [float(value) for value in slow(radius_word, angle_word)]
+    for value, right in zip(out.tolist(), exact, strict=True):
+        # The angle is rounded to 2**-24 of up to pi, and moves the value by so much of the radius.
+        assert abs(value - right) <= 4e-7 * math.hypot(*exact)
 
 
 def test_the_tails_reach_the_radius_of_53_bits():

@@ -126,12 +126,12 @@ def test_a_scalar_and_an_empty_parameter(kind):
 
 
 @both
-def test_float32_gets_the_same_noise_rounded(kind):
+def test_float32_gets_the_same_noise_but_for_rounding(kind):
     source = fixed(kind)
     sums = torch.linspace(-3, 3, 1000)
     narrow = source.add_(sums.clone(), std=0.7, name="w", step=0)
     noise = source.fill_(torch.empty(1000, dtype=torch.float64), std=0.7, name="w", step=0)
-    assert torch.equal(narrow, sums + noise.float())
+    assert torch.allclose(narrow, sums + noise.float(), rtol=0, atol=5e-6)  # of values up to 6
 
 
 @both

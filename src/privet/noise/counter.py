@@ -25,7 +25,7 @@ from torch import Tensor
 
 from privet._checks import check_at_least, check_count
 from privet.errors import ConfigurationError
-from privet.noise.boxmuller import CHUNK, scratch
+from privet.noise.boxmuller import CHUNK
 from privet.noise.key import NoiseKey
 
 __all__ = ["CounterNoise", "Span"]
@@ -96,7 +96,7 @@ class CounterNoise(ABC):
         std, spans = self._prepared(tensors, std=std, step=step, offsets=offsets)
         if std > 0.0:
             for span, values in self._drawn(spans, step=step, std=std):
-                span.target.add_(_rounded(values, span.target))
+                span.target.add_(values)
 
     @final
     def fill_many(
@@ -158,19 +158,10 @@ class CounterNoise(ABC):
             for span in group:
                 first = start + span.offset % 2
                 values = normals[first : first + span.size]
-                if values.device != span.target.device:  # MPS has no float64
-                    wide = torch.float32 if span.target.device.type == "mps" else torch.float64
-                    values = values.to(span.target.device, wide)
+                if values.device != span.target.device:
+                    values = values.to(span.target.device)
                 yield span, values if span.target.dim() == 1 else values.view(span.target.shape)
                 start += 2 * span.blocks
-
-
-def _rounded(values: Tensor, target: Tensor) -> Tensor:
-    """Returns the values in the target's type: adding across types is a hundred times slower than rounding first."""
-    if values.dtype == target.dtype:
-        return values
-    kept = scratch("rounded", values.numel(), target.dtype, values.device)
-    return kept.view(values.shape).copy_(values)
 
 
 def _chunks(tensor: Tensor, name: str, offset: int) -> Iterator[Span]:
@@ -197,13 +188,17 @@ def _chunks(tensor: Tensor, name: str, offset: int) -> Iterator[Span]:
             yield from _chunks(part, name, offset + start * inner)
 
 
+def _kind(span: Span) -> tuple[torch.device, torch.dtype]:
+    return span.target.device, span.target.dtype
+
+
 def _grouped(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """Yields the spans in groups of one device that fill about one chunk."""
+    """Yields the spans in groups of one device and type that fill about one chunk."""
     group: list[Span] = []
     size = 0
     for span in spans:
         grown = size + 2 * span.blocks
-        if group and (grown > CHUNK + 2 or span.target.device != group[0].target.device):
+        if group and (grown > CHUNK + 2 or _kind(span) != _kind(group[0])):
             yield group
             group, grown = [], 2 * span.blocks
         group.append(span)

@@ -20,7 +20,7 @@ __all__ = ["DeviceNoise"]
 class DeviceNoise(CounterNoise):
     """The default source on accelerators with float64. See `CounterNoise` for what it guarantees.
 
-    The values have the law, the precision (53-bit uniforms, float64 arithmetic) and the addresses of `SecureNoise`, and
+    The values have the law, the precision (a radius of 53-bit uniforms, its logarithm in float64) and the addresses of `SecureNoise`, and
     are drawn on the device of the tensor they are added to; the CPU is such a device, on which tests run.
     The generator, Philox4x32-10, is not cryptographic: against someone who sees many exact outputs and computes the key
     from them, use `secure_mode=True`, which draws on the host.
@@ -47,6 +47,6 @@ class DeviceNoise(CounterNoise):
             signed = int.from_bytes(self._tags.tag(span.name).to_bytes(8, "big"), "big", signed=True)
             tags.append(torch.full((span.blocks,), signed, dtype=torch.int64, device=device))
         words = philox_words(torch.cat(blocks), torch.cat(tags), key=key)
-        out = torch.empty(words.numel(), dtype=torch.float64, device=device)
+        out = torch.empty(words.numel(), dtype=spans[0].target.dtype, device=device)
         normals_into(out, words, std=std)
         return out

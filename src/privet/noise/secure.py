@@ -1,4 +1,4 @@
-"""Cryptographically secure Gaussian noise, drawn on the host: AES-256 in counter mode and Box-Muller in float64."""
+"""Cryptographically secure Gaussian noise, drawn on the host: AES-256 in counter mode and Box-Muller."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ class SecureNoise(CounterNoise):
             )
             start += part
         words = raw[:size].view(torch.int64)
-        out = scratch("normals", words.numel(), torch.float64, _HOST)
+        out = scratch("normals", words.numel(), spans[0].target.dtype, _HOST)
         normals_into(out, words, std=std)
         return out
