@@ -32,7 +32,8 @@ def convolution_strategy(pairing: Pairing, *, budget: int = ROWS_BYTES) -> Convo
     on_device = pairing.source.is_cuda
     costs: dict[ConvolutionStrategy, float] = {}
     if size <= budget:
-        costs[ConvolutionStrategy.ROWS] = 1 + 25 / outputs + (35 if size > 32e6 else 15) / places
+        turned = 0.15 if pairing.pixels_first and pairing.source.is_contiguous() else 0.0
+        costs[ConvolutionStrategy.ROWS] = 1 + 25 / outputs + (35 if size > 32e6 else 15) / places + turned
         if _blocks_fit(pairing) and not on_device:
             costs[ConvolutionStrategy.GROUPED] = 1 + 75 / places
     else:

@@ -169,7 +169,7 @@ class _Bias(Rule):
     """A vector added at every place: the sum of the gradient over the places."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        return _summed([wide(use.gradient).flatten(2).sum(2) for use in uses])
+        return _summed([g.sum(tuple(range(2, g.dim()))) for g in (wide(use.gradient) for use in uses)])
 
 
 class Convolution(Operation):

@@ -84,15 +84,22 @@ class _ChannelScale(Rule):
         per_channel = (rows, channels, *[1] * (x.dim() - 2))
         spread = channels // mean.shape[1]
         mean, rstd = (t.repeat_interleave(spread, dim=1) for t in (mean, rstd))
-        centred = (x - mean.view(per_channel)).mul_(wide(use.gradient))
-        return centred.flatten(2).sum(2) * rstd
+        buffer = scratch(x.shape, x)
+        if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+            buffer = buffer.view(rows, *x.shape[2:], channels).movedim(-1, 1)  # as x lies
+        torch.sub(x, mean.view(per_channel), out=buffer).mul_(wide(use.gradient))
+        return _over_places(buffer) * rstd
+
+
+def _over_places(t: Tensor) -> Tensor:  # (B, C, *places) -> (B, C)
+    return t.sum(tuple(range(2, t.dim()))) if t.dim() > 2 else t
 
 
 class _ChannelShift(Rule):
     """The shift of a group norm: the sum of the gradient over an example's places."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        return _summed([wide(use.gradient).flatten(2).sum(2) for use in uses])
+        return _summed([_over_places(wide(use.gradient)) for use in uses])
 
 
 class LayerNorm(Operation):

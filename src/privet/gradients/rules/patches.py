@@ -59,8 +59,9 @@ class Pairing:
 
     @property
     def pixels_first(self) -> bool:
-        """Returns whether patches are better copied channel by channel than pixel by pixel."""
-        return self.groups == 1 and self.source.shape[1] > 4
+        """Returns whether patches are better copied pixel by pixel than channel by channel."""
+        single = math.prod(self.kernel) == 1 and self.source.is_contiguous()
+        return self.groups == 1 and self.source.shape[1] > 4 and not single
 
     def narrowed(self, start: int, stop: int) -> Pairing:
         """Returns the pairing of some rows alone."""
