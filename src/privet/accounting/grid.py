@@ -236,4 +236,4 @@ def _span(term: Term, truncation: float) -> float:
         pair = mixtures(part)
         ends = pair.loss(np.array(pair.reach(truncation)))
         spans.append(float(ends[1] - ends[0]))
-    return max(spans)
+    return max(*spans, 1e-6)

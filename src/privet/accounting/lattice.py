@@ -87,7 +87,8 @@ def _spread(table: Cells, step: float) -> Lattice:
     mass = np.zeros(len(table.p) + 1)
     mass[:-1] = table.p - upper
     mass[1:] += upper
-    mass[0] += table.p_below
+    # Losses below the first cell may still be above its lower end, where losses are bounded from below.
+    mass[1] += table.p_below
     return Lattice(table.first, mass, table.p_above, _added(table.p, upper, step), table.p_below)
 
 

@@ -86,7 +86,7 @@ class PldAccountant(Accountant):
     # -- grids: an old one where it still serves, a new one otherwise ------------------------------------------------
 
     def _at_delta(self, counts: dict[Term, int], cumulant: Cumulant, delta: float) -> tuple[list[Readings], Goal]:
-        for goal, grid in reversed(self._grids.items()):
+        for goal, grid in reversed(list(self._grids.items())):
             if not -0.5 <= math.log(delta) - goal.log_delta <= 8.0 or not _alike(grid, counts):
                 continue
             # Rényi's bound at the kept order is as valid as at the best one, and says where the answer must lie.
@@ -106,7 +106,7 @@ class PldAccountant(Accountant):
         return readings, goal
 
     def _at_epsilon(self, counts: dict[Term, int], cumulant: Cumulant, epsilon: float) -> tuple[list[Readings], Goal]:
-        for goal, grid in reversed(self._grids.items()):
+        for goal, grid in reversed(list(self._grids.items())):
             if not _alike(grid, counts):
                 continue
             quick = renyi_delta_at(cumulant, goal.order, epsilon)
@@ -116,7 +116,15 @@ class PldAccountant(Accountant):
                     return readings, Goal(epsilon, quick, goal.order, epsilon)
         log_delta, order = renyi_delta(cumulant, epsilon)
         goal = Goal(epsilon, log_delta, order, max(epsilon, 1e-3))
-        return self._fresh(counts, goal), goal
+        readings, aimed = self._fresh(counts, goal), goal
+        for _ in range(6):
+            # What a grid cuts off is sized by the δ it was made for, which Rényi's bound may put far too high.
+            found = max((each.profile.delta(epsilon) for each in readings), default=0.0)
+            if found == 0.0 or math.log(found) > aimed.log_delta - 2.5:
+                break
+            aimed = replace(aimed, log_delta=math.log(found))
+            readings = self._fresh(counts, aimed)
+        return readings, goal
 
     def _reread(self, grid: Grid, counts: dict[Term, int], epsilon: float) -> list[Readings]:
         """Returns what a kept grid says, or nothing if it does not fit or would be coarser than it should."""

@@ -1,0 +1,201 @@
+"""Bounds against δ computed without any grid: closed forms for one step, an integral over the first outcome for two."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from accounting_oracles import composed_delta, one_step_delta, pair_delta, poisson
+from scipy.stats import binom
+
+from privet.accounting import (
+    ComposedEvent,
+    FixedSizeEvent,
+    GaussianEvent,
+    PldAccountant,
+    PoissonEvent,
+    RdpAccountant,
+    Relation,
+    TruncatedPoissonEvent,
+)
+from privet.accounting.gaussian import gaussian_delta, gaussian_epsilon, gaussian_mu
+from privet.accounting.lattice import lattices
+from privet.accounting.terms import Pair, Part, Term
+
+
+def check_one_step(lattice, step, exact, *, slack=1e-12):
+    """δ of the grid is never below the exact one, and near it where the grid is fine."""
+    losses = step * (lattice.first + np.arange(len(lattice.mass)))
+    for epsilon in (-2.0, -0.5, 0.0, 0.3, 1.0, 2.5, 4.0):
+        found = lattice.infinity + float(np.maximum(-np.expm1(epsilon - losses), 0.0) @ lattice.mass)
+        assert found >= exact(epsilon) * (1 - slack) - 1e-15, epsilon
+
+
+@pytest.mark.parametrize(("rate", "sigma"), [(0.01, 1.0), (0.3, 0.7), (0.9, 2.0)])
+@pytest.mark.parametrize(("step", "tail"), [(0.1, 1e-3), (0.01, 1e-12)])
+def test_a_grid_of_any_step_and_truncation_bounds_one_step(rate, sigma, step, tail):
+    forward, backward = lattices(Term(((1.0, Part(Pair.MIXTURE, rate, sigma)),)), step, tail)
+    check_one_step(forward, step, lambda epsilon: one_step_delta(rate, sigma, epsilon))
+    check_one_step(backward, step, lambda epsilon: one_step_delta(rate, sigma, epsilon, remove=False))
+
+
+@pytest.mark.parametrize("step", [0.1, 0.01])
+def test_a_grid_bounds_groups_and_replacement(step):
+    rate, sigma = 0.2, 0.8
+    replace = ((0.8, 0.2), (0.0, 1.0)), ((0.8, 0.2), (0.0, -1.0)), sigma
+    forward, backward = lattices(Term(((1.0, Part(Pair.REPLACE, rate, sigma)),)), step, 1e-6)
+    assert backward is None
+    check_one_step(forward, step, lambda epsilon: pair_delta(replace, epsilon), slack=1e-9)
+    weights = tuple(binom.pmf(range(4), 3, rate))
+    ahead, back = (weights, (0.0, 1.0, 2.0, 3.0)), ((1.0,), (0.0,))
+    forward, backward = lattices(Term(((1.0, Part(Pair.GROUP, rate, sigma, 3)),)), step, 1e-6)
+    check_one_step(forward, step, lambda epsilon: pair_delta((ahead, back, sigma), epsilon), slack=1e-9)
+    check_one_step(backward, step, lambda epsilon: pair_delta((back, ahead, sigma), epsilon), slack=1e-9)
+
+
+@pytest.mark.parametrize(("sigma", "rate", "epsilon"), [(1.0, 0.1, 0.5), (0.6, 0.02, 2.0), (1.5, 0.5, 0.1)])
+def test_two_steps_lie_between_the_bounds(sigma, rate, epsilon):
+    mixed, plain = ((1 - rate, rate), (0.0, 1.0)), ((1.0,), (0.0,))
+    exact = max(
+        composed_delta(((mixed, plain, sigma), (mixed, plain, sigma)), epsilon),
+        composed_delta(((plain, mixed, sigma), (plain, mixed, sigma)), epsilon),
+    )
+    bound = PldAccountant().delta_bounds(poisson(sigma, rate, 2), epsilon)
+    assert bound.lower * (1 - 1e-6) <= exact <= bound.upper * (1 + 1e-6)
+    assert bound.upper == pytest.approx(exact, rel=2e-3)
+
+
+def test_different_steps_lie_between_the_bounds():
+    one, two = (((0.9, 0.1), (0.0, 1.0)), ((1.0,), (0.0,)), 0.8), (((0.7, 0.3), (0.0, 1.0)), ((1.0,), (0.0,)), 2.0)
+    exact = composed_delta((one, two), 1.0)
+    event = ComposedEvent((PoissonEvent(0.1, GaussianEvent(0.8)), PoissonEvent(0.3, GaussianEvent(2.0))))
+    bound = PldAccountant().delta_bounds(event, 1.0)
+    assert bound.lower <= exact * (1 + 1e-6)
+    assert exact <= bound.upper * (1 + 1e-6)
+    assert bound.upper == pytest.approx(exact, rel=2e-3)
+
+
+def batches_of(n, rate, cap, *, record_value, other_values):
+    """Returns the law of the clipped sum (weights, shifts) of one truncated Poisson step: every subset enumerated."""
+    values = [*other_values, *([] if record_value is None else [record_value])]
+    weights: dict[float, float] = {}
+    assert len(values) == n - (record_value is None)
+    for size in range(len(values) + 1):
+        for drawn in itertools.combinations(range(len(values)), size):
+            chance = rate**size * (1 - rate) ** (len(values) - size)
+            kept = list(itertools.combinations(drawn, min(cap, size)))
+            for batch in kept:
+                total = round(sum(values[index] for index in batch), 9)
+                weights[total] = weights.get(total, 0.0) + chance / len(kept)
+    return tuple(weights.values()), tuple(weights)
+
+
+def numeric_delta(p_law, q_law, sigma, epsilon):
+    """Returns δ of two mixtures by a fine Riemann sum; the loss need not be monotone."""
+    x = np.linspace(min(*p_law[1], *q_law[1]) - 12 * sigma, max(*p_law[1], *q_law[1]) + 12 * sigma, 40_001)
+
+    def density(law):
+        z = (x[:, None] - np.array(law[1])) / sigma
+        return (np.exp(-(z**2) / 2) / (sigma * math.sqrt(2 * math.pi))) @ np.array(law[0])
+
+    return float(np.maximum(density(p_law) - math.exp(epsilon) * density(q_law), 0.0).sum() * (x[1] - x[0]))
+
+
+@pytest.mark.parametrize("others", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("relation", list(Relation))
+def test_truncated_poisson_bounds_every_enumerated_data_set(others, relation):
+    n, rate, cap = 5, 0.4, 2
+    event = TruncatedPoissonEvent(rate, cap, n, GaussianEvent(0.7))
+    laws = {
+        value: batches_of(n, rate, cap, record_value=value, other_values=[others] * (n - 1))
+        for value in (None, 0.0, 1.0, -1.0)
+    }
+    pairs = {
+        Relation.ADD_OR_REMOVE_ONE: [(1.0, None), (-1.0, None)],
+        Relation.ZERO_OUT: [(1.0, 0.0), (-1.0, 0.0)],
+        Relation.REPLACE_ONE: [(1.0, -1.0), (-1.0, 1.0)],
+    }[relation]
+    accountant = PldAccountant()
+    for epsilon in (0.0, 0.5, 1.5, 3.0):
+        bound = accountant.delta(event, epsilon, relation=relation)
+        for first, second in pairs:
+            for p, q in ((laws[first], laws[second]), (laws[second], laws[first])):
+                assert numeric_delta(p, q, 0.7, epsilon) <= bound * (1 + 1e-6), (epsilon, first, second)
+
+
+@pytest.mark.parametrize("others", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("relation", [Relation.ZERO_OUT, Relation.REPLACE_ONE])
+def test_fixed_size_bounds_every_enumerated_data_set(others, relation):
+    n, size, sigma = 6, 2, 0.8
+
+    def law(value):
+        values = [others] * (n - 1) + [value]
+        found: dict[float, float] = {}
+        chosen = list(itertools.combinations(range(n), size))
+        for batch in chosen:
+            total = sum(values[index] for index in batch)
+            found[total] = found.get(total, 0.0) + 1 / len(chosen)
+        return tuple(found.values()), tuple(found)
+
+    first, second = (law(1.0), law(0.0)) if relation is Relation.ZERO_OUT else (law(1.0), law(-1.0))
+    event = FixedSizeEvent(size, n, GaussianEvent(sigma))
+    for epsilon in (0.0, 0.4, 1.0, 2.5):
+        bound = PldAccountant().delta(event, epsilon, relation=relation)
+        assert numeric_delta(first, second, sigma, epsilon) <= bound * (1 + 1e-6)
+        assert numeric_delta(second, first, sigma, epsilon) <= bound * (1 + 1e-6)
+    if relation is Relation.REPLACE_ONE and others == -1.0:
+        # Tight here: the others sit where the replaced record may go.
+        assert PldAccountant().delta(event, 1.0, relation=relation) == pytest.approx(
+            numeric_delta(first, second, sigma, 1.0), rel=2e-2
+        )
+
+
+@pytest.mark.parametrize(
+    ("mu", "delta", "epsilon"),
+    [
+        (0.5, 1e-5, 1.99309),
+        (1, 1e-5, 4.37718),
+        (2, 1e-5, 9.99726),
+        (4, 1e-5, 24.38161),
+        (0.5, 1e-6, 2.25408),
+        (1, 1e-6, 4.88655),
+        (2, 1e-6, 10.99715),
+        (4, 1e-6, 26.35696),
+        (1 / 3.7306316, 1e-5, 1.0),
+        (1 / 0.6002291, 1e-5, 8.0),
+        (1 / 36.3046904, 1e-6, 0.1),
+        (1 / 0.6830440, 1e-10, 10.0),
+        (1 / 4.2246789, 1e-6, 1.0),
+    ],
+)
+def test_the_gaussian_mechanism(mu, delta, epsilon):
+    assert gaussian_epsilon(mu, delta) == pytest.approx(epsilon, rel=3e-6)
+    assert gaussian_mu(epsilon, delta) == pytest.approx(mu, rel=3e-6)
+    assert gaussian_delta(mu, gaussian_epsilon(mu, delta)) <= delta * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("mu", [1e-9, 1e-5, 0.1, 3.0, 40.0])
+@pytest.mark.parametrize("delta", [1e-300, 1e-30, 1e-5, 0.5])
+def test_the_gaussian_mechanism_against_forty_digits(mu, delta):
+    import mpmath as mp
+
+    with mp.workdps(60):
+        m = mp.mpf(mu)
+
+        def exact(e):
+            return mp.ncdf(m / 2 - e / m) - mp.exp(e) * mp.ncdf(-m / 2 - e / m)
+
+        epsilon = gaussian_epsilon(mu, delta)
+        assert exact(mp.mpf(epsilon)) <= delta * (1 + 1e-6)
+        if epsilon > 0.0:
+            # For tiny μ a closed-form bound replaces a difference that would be rounding.
+            assert exact(mp.mpf(epsilon) * (1 - 1e-6)) >= delta * ((1 - 1e-3) if mu > 1e-6 else 0.9)
+
+
+def test_renyi_is_never_below_pld_nor_below_the_truth():
+    for rate, sigma in [(0.1, 1.0), (0.5, 2.0)]:
+        for epsilon in (0.2, 1.0, 3.0):
+            exact = max(one_step_delta(rate, sigma, epsilon), one_step_delta(rate, sigma, epsilon, remove=False))
+            assert RdpAccountant().delta(PoissonEvent(rate, GaussianEvent(sigma)), epsilon) >= exact
