@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from privet.clipping import Flat, PerLayer
 from privet.gradients.reference import example_gradients, reference_sum
@@ -70,3 +71,72 @@ def test_outputs_and_input_gradients_are_those_of_the_plain_module(case: Case):
     assert torch.allclose(seen[-1], losses, rtol=1e-12, atol=1e-12)
     for t, expected in zip(inputs, plain, strict=True):
         assert torch.allclose(t.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+class _Attended(nn.Module):
+    def __init__(self, **call) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        self.call = call
+
+    def forward(self, x):
+        return self.attention(x, x, x, **self.call)[0]
+
+
+DROPPING = {
+    "attention": _Attended,
+    "attention, light": lambda: _Attended(need_weights=False),
+    "LSTM": lambda: nn.LSTM(8, 4, 3, dropout=0.5, batch_first=True),
+    "GRU, both directions": lambda: nn.GRU(8, 4, 3, dropout=0.5, batch_first=True, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_the_same_entries_are_dropped_as_by_the_plain_module(name):
+    module, x, seen = DROPPING[name]().double(), torch.randn(5, 4, 8, dtype=torch.float64), []
+
+    def seeded(m, b):
+        torch.manual_seed(11)
+        output = m(*b)
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        return seen[-1].flatten(1).square().sum(1)
+
+    recorded_of(module, (x,), seeded)
+    seeded(module, (x,))
+    assert torch.allclose(seen[-1], seen[-2], rtol=1e-12, atol=1e-12)
+
+
+HALF = (
+    "stride and padding",
+    "depthwise",
+    "conv_transpose2d, groups",
+    "many entries",
+    "layer norm over",
+    "group norm of",
+)
+
+
+@pytest.mark.parametrize("row", HALF)
+def test_half_precision_accumulates_in_float32(row):
+    case = next(case for case in CASES if row in str(case))
+    module, batch = case.module().bfloat16(), case.inputs(4, torch.bfloat16)
+    examples = [tuple(t[i : i + 1] for t in batch) for i in range(4)]
+    gradients = example_gradients(module, examples, lambda m, b: loss(m, b).sum())
+    found = clipped_sum(recorded_of(module, batch, loss), trainable(module), Flat(0.1)).values
+    assert all(value.dtype == torch.float32 for value in found.values())
+    assert relative_error(found, reference_sum(gradients, Flat(0.1))) < 2e-2
+
+
+@pytest.mark.parametrize("row", ["stride and padding", "conv1d", "layer norm over", "self, light, causal"])
+def test_autocast_is_covered(row):
+    case = next(case for case in CASES if row in str(case))
+    module, batch = case.module(), case.inputs(3, torch.float32)
+
+    def mixed(m, b):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(m, b).float()
+
+    examples = [tuple(t[i : i + 1] for t in batch) for i in range(3)]
+    gradients = example_gradients(module, examples, lambda m, b: mixed(m, b).sum())
+    found = clipped_sum(recorded_of(module, batch, mixed), trainable(module), Flat(0.1)).values
+    assert relative_error(found, reference_sum(gradients, Flat(0.1))) < 5e-2

@@ -166,8 +166,15 @@ def _recurrent(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwar
             lasts.append(last)
         x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
         if a.dropout and a.train and layer < a.num_layers - 1:
-            x = F.dropout(x, a.dropout)
+            x = _dropped(x, a.dropout, batch_first=a.batch_first)
     return x, *(torch.stack(tuple(group)) for group in zip(*lasts, strict=True))
+
+
+def _dropped(x: Tensor, share: float, *, batch_first: bool) -> Tensor:
+    """Returns `x` with the same entries dropped as torch's own function would drop, from the same random state."""
+    if not batch_first:
+        return F.dropout(x, share)
+    return F.dropout(x.transpose(0, 1).contiguous(), share).transpose(0, 1)
 
 
 def _parts(params: Sequence[Tensor], *, biases: bool) -> list[Tensor | None]:
