@@ -53,6 +53,8 @@ def test_the_surface_of_every_module_is_declared_and_sorted(name):
 
 @pytest.mark.parametrize("name", ["privet", *MODULES])
 def test_what_a_module_defines_in_public_it_lists(name):
+    if name.startswith("privet.cli."):
+        return  # a command is public by its name on the command line
     module = importlib.import_module(name)
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     defined = {
