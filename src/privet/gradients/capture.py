@@ -110,6 +110,7 @@ class Capture:
         self._depth = 0
         self._examples: int | None = None
         self._recorded = Recorded()
+        self._cycle = object()  # the forwards that share the next backward
         self._queued = False
         self._met: dict[int, Layout] = {}
         self._opaque: list[frozenset[int]] = []  # the parameters of modules that are one operation, while they run
@@ -146,10 +147,10 @@ class Capture:
     def end(self, outputs: Iterable[Tensor] = ()) -> None:
         """Ends the forward. The parameters stay watched until the backward, which may recompute parts of it."""
         self._depth = max(self._depth - 1, 0)
-        recorded = self._recorded
+        cycle = self._cycle
         for output in outputs:
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._queue(recorded))
+                output.register_hook(lambda gradient: self._queue(cycle))
 
     def release(self) -> None:
         """Stops watching: the parameters are ordinary again, and what was recorded is forgotten."""
@@ -311,7 +312,7 @@ class Capture:
                 targets[role] = root.derivation if isinstance(root, _DerivedTensor) else self._names[id(root)]
         plain = [self._plain(value) for value in values.values()]
         edge = self.parameters[next(s for r in values.values() if self.is_root(r) for s in self._sources(r))]
-        call = CapturedCall(self, self._recorded, operation, layout, self._examples, tuple(values), targets, len(data))
+        call = CapturedCall(self, self._cycle, operation, layout, self._examples, tuple(values), targets, len(data))
         return CapturedOperation.apply(call, *data, *plain, edge)
 
     def _plain(self, value: Tensor) -> Tensor:
@@ -327,7 +328,7 @@ class Capture:
 
     def record(self, call: CapturedCall, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Records the uses of one operation, when the gradient of its output has come."""
-        self._queue(call.recorded)
+        self._queue(call.cycle)
         recorded = self._recorded
         recorded.examples = call.examples
         operation = call.operation
@@ -348,9 +349,9 @@ class Capture:
             else:
                 recorded.derived.setdefault(target, []).append(use)
 
-    def _queue(self, recorded: Recorded) -> None:
-        """Asks autograd to call back at the end of this backward, once. `recorded` is that of the forward."""
-        if recorded is not self._recorded:
+    def _queue(self, cycle: object) -> None:
+        """Asks autograd to call back at the end of this backward, once. `cycle` is that of the forward."""
+        if cycle is not self._cycle:
             raise ProtocolError(
                 "backward ran again, or late, through a forward whose gradient was taken, or given up, before. Expected one "
                 "backward for each forward: add the losses and call backward once, without retain_graph."

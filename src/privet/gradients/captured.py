@@ -35,7 +35,7 @@ class CapturedCall:
     """All of one captured operation that is not a tensor."""
 
     capture: Capture
-    recorded: Recorded  # of the forwards that this operation is part of
+    cycle: object  # the forwards it is part of: a token, for what they recorded would hold the graph that holds it
     operation: Operation
     layout: Layout
     examples: int
