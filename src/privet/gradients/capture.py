@@ -334,7 +334,9 @@ class Capture:
         operation = call.operation
 
         def examples_first(t: Tensor) -> Tensor:
-            if not operation.positionwise:
+            if not operation.positionwise:  # its rows stay rows: those of one example have to lie together
+                if call.layout is Layout.MERGED and not self.batch_first:
+                    return t.unflatten(0, (-1, call.examples)).movedim(1, 0).flatten(0, 1)
                 return t
             return call.layout.examples_first(t, call.examples, batch_first=self.batch_first)
 
