@@ -46,7 +46,7 @@ NOISE = 1 + 4e-4  # both sides are upper bounds; this is how far above the truth
 class TestMonotone:
     @quick
     @given(SIGMAS, RATES, STEPS, DELTAS, st.floats(1.01, 3.0))
-    def test_in_every_argument(self, accountant, sigma, rate, steps, delta, factor):
+    def test_in_every_argument(self, accountant, sigma, rate, steps, delta, factor):  # noqa: PLR0917  fixtures
         ask = accountant().epsilon
         epsilon = ask(poisson(sigma, rate, steps), delta) * NOISE + 1e-6
         assert ask(poisson(sigma, rate / factor, steps), delta) <= epsilon

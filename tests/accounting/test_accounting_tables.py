@@ -34,7 +34,7 @@ def test_one_epoch_with_and_without_amplification(sigma, batches, delta, plain, 
 
 
 @pytest.mark.parametrize(("epsilon", "rate", "steps", "delta", "by_pld", "by_rdp"), CALIBRATION)
-def test_least_noise_is_the_tables(epsilon, rate, steps, delta, by_pld, by_rdp):
+def test_least_noise_is_the_tables(epsilon, rate, steps, delta, by_pld, by_rdp):  # noqa: PLR0917  one row
     found = calibrate_noise_multiplier(epsilon, delta, lambda sigma: poisson(sigma, rate, steps))
     assert found.value == pytest.approx(by_pld, rel=1e-3)
     assert found.epsilon <= epsilon < found.epsilon_inside

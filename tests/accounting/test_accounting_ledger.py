@@ -1,0 +1,212 @@
+"""The ledger: nothing is taken back, nothing is counted twice, and the budget stops a step before it is taken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from accounting_oracles import poisson
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privet.accounting import (
+    Budget,
+    ComposedEvent,
+    GaussianEvent,
+    Ledger,
+    NoEvent,
+    NonPrivateEvent,
+    PartitionEvent,
+    Phase,
+    PoissonEvent,
+    Relation,
+    SelfComposedEvent,
+    Unit,
+    get_epsilon,
+)
+from privet.errors import BudgetExceededError, ConfigurationError, LedgerError
+
+STEP = PoissonEvent(0.01, GaussianEvent(1.0))
+OTHER = PoissonEvent(0.02, GaussianEvent(1.2))
+
+
+def begin_often(ledger):
+    for _ in range(100_000):
+        ledger.begin(STEP)
+
+
+def test_an_empty_ledger_costs_nothing():
+    assert Ledger().event() == NoEvent()
+    assert Ledger().epsilon(1e-5) == 0.0
+    assert Ledger().epsilon(0.0) == 0.0
+
+
+def test_phases_are_run_length_encoded_and_cost_what_ran():
+    ledger = Ledger()
+    for _ in range(300):
+        ledger.begin(STEP)
+    ledger.begin(OTHER, 200)
+    ledger.begin(STEP, 700)
+    assert ledger.phases == (Phase(STEP, 300), Phase(OTHER, 200), Phase(STEP, 700))
+    assert ledger.steps == 1200
+    expected = ComposedEvent((SelfComposedEvent(STEP, 1000), SelfComposedEvent(OTHER, 200)))
+    assert ledger.epsilon(1e-5) == pytest.approx(get_epsilon(expected, 1e-5), rel=1e-9)
+    assert ledger.epsilon(1e-5, accountant="rdp") > ledger.epsilon(1e-5)
+    assert ledger.epsilon(1e-5, relation=Relation.REPLACE_ONE) > ledger.epsilon(1e-5)
+
+
+def test_passes_over_a_partition_are_one_phase():
+    ledger = Ledger(relation=Relation.ZERO_OUT)
+    for _ in range(4):
+        ledger.begin(PartitionEvent(1, GaussianEvent(2.0)))
+    assert ledger.event() == PartitionEvent(4, GaussianEvent(2.0))
+    assert ledger.epsilon(1e-5) == pytest.approx(4.37718, rel=1e-5)
+
+
+def test_a_phase_knows_its_whole_event_even_for_mechanisms_that_do_not_compose_by_step():
+    assert Phase(PartitionEvent(2, GaussianEvent(1.0)), 3).whole() == PartitionEvent(6, GaussianEvent(1.0))
+    assert Phase(STEP, 3).whole() == SelfComposedEvent(STEP, 3)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_the_budget_stops_the_first_step_that_does_not_fit(accountant):
+    ledger = Ledger(budget=Budget(1.0, 1e-5), accountant=accountant)
+    with pytest.raises(BudgetExceededError, match=r"budget is ε = 1\. Nothing was begun"):
+        begin_often(ledger)
+    taken = ledger.steps
+    assert ledger.epsilon(1e-5) <= 1.0
+    assert get_epsilon(SelfComposedEvent(STEP, taken + 1), 1e-5, accountant=accountant) > 1.0 - 2e-4
+    before = ledger.state_dict()
+    with pytest.raises(BudgetExceededError):
+        ledger.begin(STEP)
+    with pytest.raises(BudgetExceededError):
+        ledger.begin(NonPrivateEvent())
+    assert ledger.state_dict() == before
+    ledger.budget = Budget(2.0, 1e-5)
+    ledger.begin(STEP)
+    ledger.budget = Budget(0.5, 1e-5)
+    with pytest.raises(BudgetExceededError):
+        ledger.begin(STEP)
+
+
+def test_a_budget_is_checked_for_counts_and_after_a_change_of_mechanism():
+    ledger = Ledger(budget=Budget(2.0, 1e-5), accountant="rdp")
+    with pytest.raises(BudgetExceededError):
+        ledger.begin(STEP, 10**7)
+    assert ledger.steps == 0
+    ledger.begin(STEP, 10)
+    with pytest.raises(BudgetExceededError):
+        ledger.begin(GaussianEvent(0.5))
+    assert ledger.phases == (Phase(STEP, 10),)
+
+
+def test_a_ledger_survives_json_and_says_what_it_must():
+    ledger = Ledger(relation=Relation.ZERO_OUT, unit=Unit.USER)
+    ledger.begin(STEP, 3)
+    ledger.mark("reproducible key")
+    ledger.mark("reproducible key")
+    state = json.loads(json.dumps(ledger.state_dict(), allow_nan=False))
+    again = Ledger(relation=Relation.ZERO_OUT, unit=Unit.USER)
+    again.load_state_dict(state)
+    assert again.phases == ledger.phases
+    assert again.marks == ("reproducible key",)
+    with pytest.raises(LedgerError, match="under zero_out, user"):
+        Ledger().load_state_dict(state)
+
+
+def test_steps_begun_after_a_checkpoint_stay_billed():
+    ledger = Ledger()
+    ledger.begin(STEP, 100)
+    checkpoint = ledger.state_dict()
+    ledger.begin(STEP, 50)
+    ledger.begin(OTHER, 5)
+    ledger.load_state_dict(checkpoint)
+    assert ledger.phases == (Phase(STEP, 150), Phase(OTHER, 5))
+    behind = Ledger()
+    behind.begin(STEP, 40)
+    behind.load_state_dict(checkpoint)
+    assert behind.phases == (Phase(STEP, 100),)
+    elsewhere = Ledger()
+    elsewhere.begin(OTHER, 1)
+    with pytest.raises(LedgerError, match="both hold steps that the other lacks"):
+        elsewhere.load_state_dict(checkpoint)
+    assert elsewhere.phases == (Phase(OTHER, 1),)
+
+
+PHASES = st.lists(st.tuples(st.sampled_from([STEP, OTHER]), st.integers(1, 5)), max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(PHASES, PHASES)
+def test_merging_and_loading_never_lower_a_count(mine, theirs):
+    first, second = Ledger(), Ledger()
+    for ledger, phases in ((first, mine), (second, theirs)):
+        for event, count in phases:
+            ledger.begin(event, count)
+
+    def counts(ledger):
+        return {e: sum(p.count for p in ledger.phases if p.event == e) for e in (STEP, OTHER)}
+
+    before = counts(first)
+    try:
+        first.load_state_dict(second.state_dict())
+        assert all(counts(first)[e] >= max(before[e], counts(second)[e]) for e in before)
+    except LedgerError:
+        assert counts(first) == before
+    before = counts(first)
+    first.merge(second)
+    assert all(counts(first)[e] == before[e] + counts(second)[e] for e in before)
+
+
+def test_merging_with_itself_counts_twice_and_different_relations_do_not_merge():
+    ledger = Ledger()
+    ledger.begin(STEP, 3)
+    ledger.merge(ledger)
+    assert ledger.steps == 6
+    with pytest.raises(LedgerError, match="one relation and unit"):
+        ledger.merge(Ledger(relation=Relation.REPLACE_ONE))
+
+
+GOOD = {"version": 1, "relation": "add_or_remove_one", "unit": "example", "marks": [], "phases": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 1, got 2"),
+        ({"phases": [{"event": STEP.to_dict(), "count": 0}]}, "phase 0 is damaged.*at least 1, got 0"),
+        ({"phases": [{"event": STEP.to_dict(), "count": 1.5}]}, "phase 0 is damaged"),
+        ({"phases": [{"event": STEP.to_dict(), "count": 1}, {"event": 3, "count": 1}]}, "phase 1 is damaged"),
+        ({"phases": [{"event": STEP.to_dict()}]}, "exactly an event and a count"),
+        ({"phases": "none"}, "phases must be a list"),
+        ({"marks": [1]}, "marks must be a list of texts"),
+        ({"extra": 1}, "has the keys"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
+    ledger = Ledger()
+    ledger.begin(STEP)
+    with pytest.raises(LedgerError, match=message):
+        ledger.load_state_dict({**GOOD, **change})
+    assert ledger.phases == (Phase(STEP, 1),)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "3"])
+def test_steps_that_are_not_whole_are_refused(count):
+    with pytest.raises(ConfigurationError, match="count must be a whole number of at least 1"):
+        Ledger().begin(STEP, count)
+
+
+def test_bad_budgets_are_refused():
+    with pytest.raises(ConfigurationError, match="epsilon must be"):
+        Budget(-1.0, 1e-5)
+    with pytest.raises(ConfigurationError, match=r"delta must be a number in \[0, 1\]"):
+        Budget(1.0, 2.0)
+
+
+def test_a_running_ledger_answers_as_a_fresh_one_does():
+    ledger = Ledger()
+    ledger.begin(STEP, 1000)
+    for steps in range(1001, 1010):
+        ledger.begin(STEP)
+        assert ledger.epsilon(1e-5) == pytest.approx(get_epsilon(poisson(1.0, 0.01, steps), 1e-5), rel=3e-4)
