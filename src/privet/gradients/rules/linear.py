@@ -73,7 +73,7 @@ class _Weight(Rule):
         if uses.rows_memo is not None:
             rows = _in_memory_order(uses.rows_memo)
             total = weighted_rows(rows, weights)
-            return total if rows is uses.rows_memo else total.t()
+            return total if rows is uses.rows_memo else total.t().contiguous()  # as noise and optimizer want it
         left, right = self._oriented(uses)
         weights = weights.to(left.dtype).view(-1, 1, 1)
         # The smaller factor takes the weights: it is the one that is copied.
