@@ -186,7 +186,7 @@ class PrivateStep:
         return losses
 
     def _check(self, batch: Any, examples: int) -> None:
-        check_coverage(
+        conclusive = check_coverage(
             self.model,
             self._capture,
             lambda inputs: [self._losses(inputs, examples_in(inputs))],
@@ -196,7 +196,7 @@ class PrivateStep:
         )
         if examples > 1:
             refuse_mixing(self._loss, (batch,), {})
-        self._checked = min(examples, 2)
+        self._checked = min(examples, 2) if conclusive else 0
 
     def _received(self, recorded: Recorded) -> None:
         trainable = {name: p for name, p in self._update.parameters.items() if p.requires_grad}

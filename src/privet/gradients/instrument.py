@@ -195,7 +195,7 @@ class Instrument:
 
         self._suspended = True
         try:
-            check_coverage(
+            conclusive = check_coverage(
                 self._module,
                 self.capture,
                 run,
@@ -208,5 +208,5 @@ class Instrument:
                 self._on_check(args, kwargs)
         finally:
             self._suspended = False
-        self._checked = min(examples, 2)
+        self._checked = min(examples, 2) if conclusive else 0
 
