@@ -72,6 +72,8 @@ class Indexed(nn.Module):
                 return self.table[(places,)]
             case "select":
                 return torch.index_select(self.table, 0, places.flatten()).view(*places.shape, *self.table.shape[1:])
+            case "torch":
+                return torch.embedding(self.table, places, 2)
             case "twice":
                 return F.embedding(places, self.table).cumsum(1) * F.embedding(places.flip(1), self.table)
             case _:
@@ -137,6 +139,7 @@ def _embeddings() -> list[Case]:
         ("getitem", lambda: Indexed("getitem", 6, 2, 3), ids(6, 4)),
         ("getitem of a tuple", lambda: Indexed("tuple", 6, 3), ids(6, 4)),
         ("index_select", lambda: Indexed("select", 6, 3), ids(6, 4)),
+        ("torch.embedding with padding", lambda: Indexed("torch", 6, 3), ids(6, 4)),
         ("used twice", lambda: Indexed("twice", 6, 3), ids(6, 4)),
     ]
     return [Case("embedding", *row) for row in rows]
@@ -152,6 +155,18 @@ class _Free(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
+
+
+class Called(nn.Module):
+    """A scale and a shift given to a function of torch itself, by position."""
+
+    def __init__(self, size: int, call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(size))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.scale, self.shift)
 
 
 def _normalizations() -> list[Case]:
@@ -174,6 +189,14 @@ def _normalizations() -> list[Case]:
         ),
         ("group norm without shift", lambda: _Free(nn.GroupNorm(2, 8), "bias"), image),
         ("group norm used twice", lambda: Twice(nn.GroupNorm(2, 8)), image),
+        ("torch.layer_norm", lambda: Called(6, lambda x, a, b: torch.layer_norm(x, [6], a, b)), sequence),
+        ("torch.rms_norm", lambda: Called(6, lambda x, a, b: torch.rms_norm(x, [6], a) + b), sequence),
+        ("torch.group_norm", lambda: Called(8, lambda x, a, b: torch.group_norm(x, 4, a, b)), image),
+        (
+            "torch.instance_norm",
+            lambda: Called(8, lambda x, a, b: torch.instance_norm(x, a, b, None, None, True, 0.1, 1e-5, False)),
+            image,
+        ),
         ("instance norm", lambda: nn.InstanceNorm2d(8, affine=True), image),
         ("instance norm of lines", lambda: nn.InstanceNorm1d(3, affine=True), reals((3, 6))),
     ]

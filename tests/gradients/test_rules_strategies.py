@@ -12,12 +12,16 @@ from torch.nn import functional as F
 from privet.clipping import Flat
 from privet.errors import UnsupportedModelError
 from privet.gradients import pool
-from privet.gradients.convolution_strategy import ConvolutionStrategy
+from privet.gradients.capture import Capture
+from privet.gradients.convolution_strategy import ConvolutionStrategy, convolution_strategy
+from privet.gradients.coverage import _learn
 from privet.gradients.rules import attention, cells, embedding, normalization, recurrent
 from privet.gradients.rules.convolution import Convolution, Geometry
 from privet.gradients.rules.linear import Linear
+from privet.gradients.rules.patches import Pairing
+from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Use, Uses
-from tests.gradients.harness import captured_sum, recorded_of, reference, relative_error
+from tests.gradients.harness import captured_sum, recorded_of, reference, relative_error, trainable
 from tests.gradients.rule_cases import CASES, loss
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -284,5 +288,45 @@ def test_kept_memory_never_aliases_what_is_alive():
     assert float(view.sum()) == 2 * 400, "a view alone keeps its memory"
 
 
+@pytest.mark.parametrize("shape", [(16, 3), (16, 12), (3, 12)])
+def test_rows_are_kept_only_where_they_fit(shape):
+    channels, size = shape
+    x, weight = torch.randn(5, channels, size, size), torch.randn(32, channels, 3, 3)
+    operation = Convolution(torch.conv2d, Geometry((1, 1), (1, 1), (1, 1), 1))
+    use = Use(operation, "weight", (x,), operation.forward((x,), {"weight": weight}), tuple(weight.shape))
+    pairing = Pairing(x, use.gradient, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    keeping = {ConvolutionStrategy.ROWS, ConvolutionStrategy.GROUPED}
+    assert convolution_strategy(pairing, budget=0) is ConvolutionStrategy.TILES
+    assert convolution_strategy(pairing) in keeping | {ConvolutionStrategy.PIXELS}
+    for strategy in ConvolutionStrategy:
+        uses = Uses((use,))
+        operation.rules["weight"].norms_by(strategy, uses)
+        assert (uses.rows_memo is not None) == (strategy in keeping)
+
+
 def test_a_slot_shares_its_rule_with_the_linear_operation():
     assert recurrent.Slot.rules["weight"] is Linear().rules["weight"]
+
+
+class TimeMajor(nn.Module):
+    """A convolution that sees positions and batch on one axis, positions outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(2, 3, 2)
+
+    def forward(self, x):
+        steps = x.shape[1]
+        return self.layer(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (steps, -1)).transpose(0, 1)
+
+
+def test_rows_merged_with_the_batch_inside_belong_to_their_examples():
+    module, batch, found = TimeMajor().double(), (torch.randn(4, 3, 2, 5, dtype=torch.float64),), []
+    capture = Capture(trainable(module), batch_first=False, on_backward=found.append)
+    _learn(capture, lambda b: (loss(module, b),), batch, examples=4, batch_axis=0, restore=lambda: None)
+    capture.begin(4)
+    losses = loss(module, batch)
+    capture.end()
+    losses.sum().backward()
+    total = clipped_sum(found[0], trainable(module), Flat(1e-2)).values
+    assert relative_error(total, reference(module, batch, loss, Flat(1e-2))) < 1e-9

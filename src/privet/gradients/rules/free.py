@@ -48,6 +48,8 @@ def _reduced(gradient: Tensor, shape: tuple[int, ...], operation: Operation) -> 
     assert isinstance(operation, Broadcast)
     kept = operation.trailing  # the axes of the parameter that line up with the data's last axes
     rows = gradient.shape[0]
+    if not gradient.numel():
+        return gradient.new_zeros(rows, *shape)
     body = gradient.reshape(rows, -1, *gradient.shape[gradient.dim() - len(kept) :]) if kept else gradient.reshape(rows, -1)
     body = body.sum(1)
     for axis, size in enumerate(kept):
