@@ -24,7 +24,7 @@ from privet.accounting.lattice import Lattice, lattices
 from privet.accounting.pairs import mixtures
 from privet.accounting.terms import Term
 
-__all__ = ["Goal", "Grid", "grid_for"]
+__all__ = ["Goal", "Grid", "Readings", "grid_for"]
 
 _LARGEST_LATTICE = 2**20
 _LARGEST_CIRCLE = 2**21

@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from privet.gradients.rules.registry import Operation, Rule
 
-__all__ = ["Owner", "Use", "Uses"]
+__all__ = ["Owner", "Use", "Uses", "wide"]
 
 
 @dataclass(frozen=True, eq=False)
