@@ -92,3 +92,5 @@ class BatchTicket:
     passes: int  # passes begun, this one included: the epoch, counted from 1; a new number is a pass to be billed
     size: int  # SECRET under Poisson sampling: the realised number of examples; never a divisor
     last: bool = True  # whether it ends its logical batch; False for all but the last of several physical ones
+    first: bool = True  # whether it begins its logical batch
+    sampling: Poisson | Partition | None = None  # the law that it was drawn under, if that may differ from today's

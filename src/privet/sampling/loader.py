@@ -19,10 +19,10 @@ from torch.utils.data import (
 )
 
 from privet._checks import check_count
-from privet.errors import ProtocolError
+from privet.errors import ConfigurationError, ProtocolError
 from privet.sampling.base import BatchTicket, Partition, Poisson
 from privet.sampling.empty import EmptyBatch
-from privet.sampling.sampler import LogicalBatches
+from privet.sampling.sampler import Drawn, LogicalBatches
 
 __all__ = ["PrivateLoader"]
 
@@ -94,34 +94,67 @@ class PrivateLoader(DataLoader[Any]):
         return end
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for ticket, batch in self.drawn():
+            self.announce(ticket)
+            yield batch
+
+    def drawn(self, most: Callable[[], int | None] | None = None) -> Iterator[tuple[BatchTicket, Any]]:
+        """Yields a pass of batches, in parts of at most `most()` examples, each with a ticket yet to be announced."""
         run = self._batches.begin()
+        run.most = most
         inner = super().__iter__()
         while True:
             counted = next(inner, _END)
             # What was drawn before this batch and is empty never went through the workers: it comes first.
-            while run.sizes:
-                index, size = run.sizes.popleft()
-                if size:
-                    yield self._announced(run.number, index, size, counted)
+            while run.drawn:
+                found = run.drawn.popleft()
+                if found.size:
+                    yield self._ticket(run.number, found, counted), counted[1]
                     break
-                yield self._announced(run.number, index, 0, (0, self._empty.make()))
+                yield self._ticket(run.number, found, (0, None)), self._empty.make()
             if counted is _END:
                 return
 
-    def _announced(self, number: int, index: int, size: int, counted: Any) -> Any:
-        """Returns the batch, after the listeners have heard of it."""
-        if counted is _END or counted[0] != size:
+    def _ticket(self, number: int, found: Drawn, counted: Any) -> BatchTicket:
+        """Returns the ticket of a batch that has as many examples as were drawn."""
+        if counted is _END or counted[0] != found.size:
             raise ProtocolError(
-                f"Batch {index} of pass {number} was drawn with another number of examples than arrived: "
+                f"Batch {found.index} of pass {number} was drawn with another number of examples than arrived: "
                 "the loader's workers lost or reordered batches. Do not change the loader while it runs."
             )
-        ticket = BatchTicket(step=self._steps_done, index=index, passes=number, size=size)
-        self._steps_done += 1
-        if number == self._batches.passes:  # an older pass may still run beside the newest, from which a run resumes
-            self._handed_over = index + 1
+        return BatchTicket(
+            step=self._steps_done,
+            index=found.index,
+            passes=number,
+            size=found.size,
+            first=found.first,
+            last=found.last,
+            sampling=found.sampling,
+        )
+
+    def announce(self, ticket: BatchTicket) -> None:
+        """Tells the listeners of a batch that is handed over now, and counts it if it ends a logical batch."""
+        if ticket.last:
+            self._steps_done += 1
+            if (
+                ticket.passes == self._batches.passes
+            ):  # an older pass may run beside the newest, from which a run resumes
+                self._handed_over = ticket.index + 1
         for listener in tuple(self._listeners):
             listener(ticket)
-        return counted[1]
+
+    def resample(self, sampling: Poisson) -> None:
+        """Draws all batches from now on under another rate; a pass keeps its number of steps.
+
+        Batches that the workers have prefetched keep the rate that they were drawn under, which their tickets tell.
+        """
+        if not isinstance(self._batches.sampling, Poisson) or not isinstance(sampling, Poisson):
+            raise ConfigurationError(
+                f"{self._batches.sampling} cannot become {sampling}: a partition has a batch size and no rate. "
+                "Expected "
+                "Poisson sampling, before and after."
+            )
+        self._batches.sampling = sampling
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, without any key."""

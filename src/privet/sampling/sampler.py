@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any, final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, final
 
 from torch.utils.data import Sampler
 
@@ -15,9 +15,20 @@ from privet.noise.keystream import Keystream
 from privet.sampling.base import Partition, Poisson
 from privet.sampling.draw import poisson_indices, shuffled_indices
 
-__all__ = ["LogicalBatches", "Pass"]
+__all__ = ["Drawn", "LogicalBatches", "Pass"]
 
 _MOST_STEPS = 2**32  # a batch's address is pass * 2**32 + index
+Most = Callable[[], int | None]  # the examples that a physical batch may have now; None: all of its logical batch
+
+
+class Drawn(NamedTuple):
+    """A batch, or a physical part of one, that was drawn and not yet handed over."""
+
+    index: int  # the logical batch's place in the pass
+    size: int
+    first: bool  # whether it begins its logical batch
+    last: bool  # whether it ends it
+    sampling: Poisson | Partition  # the law that it was drawn under
 
 
 class Pass:
@@ -26,20 +37,28 @@ class Pass:
     def __init__(self, batches: LogicalBatches, *, number: int, first: int) -> None:
         self._batches = batches
         self.number = number
-        self.sizes: deque[tuple[int, int]] = deque()  # (index, size) of the drawn batches, empty ones included
+        self.drawn: deque[Drawn] = deque()  # empty batches included
         self._next = first
+        self.most: Most | None = None  # asked before each part is drawn
         self.started = False
 
     def draw(self) -> Iterator[list[int]]:
-        """Yields the examples of every batch that has some; `sizes` also learns of those that have none."""
+        """Yields the examples of every batch that has some, in parts; `drawn` also learns of batches that have none."""
         self.started = True
         while self._next < len(self._batches):
             index = self._next
             self._next += 1
+            sampling = self._batches.sampling
             examples = self._batches.examples(self.number, index)
-            self.sizes.append((index, len(examples)))
-            if examples:
-                yield examples
+            if not examples:
+                self.drawn.append(Drawn(index, 0, first=True, last=True, sampling=sampling))
+            start = 0
+            while start < len(examples):
+                stop = start + ((self.most() if self.most else None) or len(examples))
+                part = examples[start:stop]
+                self.drawn.append(Drawn(index, len(part), start == 0, stop >= len(examples), sampling))
+                yield part
+                start = stop
 
 
 @final
