@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map
 
 from privet.errors import ConfigurationError
+from privet.gradients.coverage import undisturbed
 
 __all__ = ["find_mixing"]
 
@@ -61,7 +62,8 @@ def find_mixing(
 ) -> list[str]:
     """Returns the outputs whose first row depends on the other rows, and the buffers that learn from the data.
 
-    The batch is axis `batch_axis` of every tensor that is as long there as the first tensor argument. It needs two examples that differ. Both runs use the same random numbers (dropout), take place in the module's own mode
+    The batch is axis `batch_axis` of every tensor that is as long there as the first tensor argument. It needs two
+    examples that differ. Both runs use the same random numbers (dropout), take place in the module's own mode
     without gradients, and leave its buffers and torch's global generators as they were.
 
     Guarantees: none that nothing mixes. What it names does mix; a model that mixes only for some inputs, or by less
@@ -70,7 +72,9 @@ def find_mixing(
     kwargs = dict(kwargs or {})
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim() > batch_axis]
     if not tensors:
-        raise ConfigurationError(f"find_mixing needs a tensor argument with the batch on axis {batch_axis}, and found none.")
+        raise ConfigurationError(
+            f"find_mixing needs a tensor argument with the batch on axis {batch_axis}, and found none."
+        )
     batch = tensors[0].shape[batch_axis]
     if batch < 2:
         raise ConfigurationError(f"find_mixing compares examples and needs a batch of at least 2, got {batch}.")
@@ -78,20 +82,15 @@ def find_mixing(
         half = any(p.dtype in {torch.float16, torch.bfloat16} for p in module.parameters())
         tolerance = 1e-3 if half else 1e-4
 
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers()}
     outputs: list[object] = []
     buffers: list[dict[str, Tensor]] = []
     alone = (_first_rows_only(args, batch, batch_axis), _first_rows_only(kwargs, batch, batch_axis))
-    for positional, named in ((args, kwargs), alone):
-        with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints
-            torch.manual_seed(0)
-            try:
-                outputs.append(module(*positional, **named))
-                buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})
-            finally:
-                for name, buffer in module.named_buffers():
-                    buffer.copy_(saved[name])
+    with undisturbed(module) as restore, torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints
+        for positional, named in ((args, kwargs), alone):
+            restore()
+            outputs.append(module(*positional, **named))
+            buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})
     mixed = [
         f"{name}: its row for one example depends on the other examples of the batch"
         for (name, beside_others), (_, beside_itself) in zip(
