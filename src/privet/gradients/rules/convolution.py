@@ -82,8 +82,13 @@ def _grouped(use: Use) -> Tensor:  # (R, *shape)
     return result.view(rows, *use.shape)  # type: ignore[no-any-return]
 
 
+def _memory_order(rows: Tensor) -> list[int]:
+    """Returns the axes of `rows` in the order of memory, the rows first."""
+    return [0, *sorted(range(1, rows.dim()), key=lambda axis: -rows.stride()[axis])]
+
+
 def _flat(rows: Tensor) -> Tensor:  # (R, O, C, *kernel) -> (R, ...), in the order of memory
-    return rows if rows.is_contiguous() else rows.movedim(2, -1)
+    return rows if rows.is_contiguous() else rows.permute(_memory_order(rows))
 
 
 class _Weight(Rule):
@@ -119,9 +124,12 @@ class _Weight(Rule):
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
-            rows = _flat(uses.rows_memo)
-            total = weighted_rows(rows, weights)
-            return total if rows is uses.rows_memo else total.movedim(-1, 1).contiguous()
+            order = _memory_order(uses.rows_memo)
+            total = weighted_rows(_flat(uses.rows_memo), weights)
+            if uses.rows_memo.is_contiguous():
+                return total
+            back = [order.index(axis) - 1 for axis in range(1, len(order))]
+            return total.permute(back).contiguous()
         return _summed([_weighted(use, weights) for use in uses])
 
 

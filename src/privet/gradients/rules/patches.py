@@ -71,9 +71,11 @@ class Pairing:
         )  # fmt: skip
 
     def instantiated(self) -> Tensor:  # (R, O, C/G, *kernel)
-        """Returns every row's gradient. Where pixels come first in memory the result is a view: (R, O, *kernel, C)."""
+        """Returns every row's gradient, as a view whose order in memory is that in which it was cheapest to form."""
         rows, channels, outputs = self.rows, self.source.shape[1], self.field.shape[1]
-        gradients = scratch((rows, outputs, self.depth), self.source)
+        turned = self.groups == 1 and self.depth < outputs  # a product is faster with its longer side last
+        sides = (self.depth, outputs) if turned else (outputs, self.depth)
+        gradients = scratch((rows, *sides), self.source)
         if gradients.numel() and not self.places:
             gradients.zero_()
         elif gradients.numel():
@@ -83,23 +85,27 @@ class Pairing:
             for start in range(0, rows, step):
                 count = min(step, rows - start)
                 copied = copies[:count].copy_(patches[start : start + count])
-                self._multiply(copied, start, count, gradients[start : start + count])
+                self._multiply(copied, start, gradients[start : start + count], turned=turned)
+        if turned:
+            gradients = gradients.mT
         if self.pixels_first:
-            return gradients.view(rows, outputs, *self.kernel, channels).movedim(-1, 2)
-        return gradients.view(rows, outputs, channels // self.groups, *self.kernel)
+            return gradients.unflatten(2, (*self.kernel, channels)).movedim(-1, 2)  # type: ignore[no-any-return, no-untyped-call]
+        return gradients.unflatten(2, (channels // self.groups, *self.kernel))  # type: ignore[no-any-return, no-untyped-call]
 
-    def _multiply(self, copied: Tensor, start: int, count: int, out: Tensor) -> None:
+    def _multiply(self, copied: Tensor, start: int, out: Tensor, *, turned: bool) -> None:
+        count, groups = len(copied), self.groups
         field = self.field_matrix(start, start + count)  # (count, O, T)
+        if groups > 1:
+            field = field.reshape(count * groups, -1, self.places)
+            out = out.view(count * groups, -1, self.depth)
         if self.pixels_first:
-            torch.bmm(field, copied.view(count, self.places, self.depth), out=out)
-            return
-        outputs = self.field.shape[1]
-        many = count * self.groups
-        torch.bmm(
-            field.reshape(many, outputs // self.groups, self.places),
-            copied.view(many, self.depth, self.places).mT,
-            out=out.view(many, outputs // self.groups, self.depth),
-        )
+            patches = copied.view(count, self.places, self.depth)
+        else:
+            patches = copied.view(count * groups, self.depth, self.places).mT
+        if turned:
+            torch.bmm(patches.mT, field.mT, out=out)
+        else:
+            torch.bmm(field, patches, out=out)
 
     def field_matrix(self, start: int, stop: int) -> Tensor:  # (stop - start, O, T)
         """Returns the field of some rows as matrices, a view if it can be."""
