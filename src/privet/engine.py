@@ -78,8 +78,8 @@ class PrivacyEngine:
         secure_mode: whether noise must be cryptographically secure on every device, at the price of drawing it on the
             host. On CPU it always is.
 
-    ε is for zero-out neighbours: one example is replaced by one that contributes nothing, the number of examples n being
-    public. Where `dataset_size` declares a public n, the same figure holds for adding or removing one example.
+    ε is for zero-out neighbours: one example is replaced by one that contributes nothing, the number of examples n
+    being public. Where `dataset_size` declares a public n, the same figure holds for adding or removing one example.
 
     One engine has one ledger. Several networks trained on the same data (a GAN) take one `make_private` each, of the
     same engine, and their costs add up.
@@ -124,8 +124,8 @@ class PrivacyEngine:
             clipping: `"flat"`, `"per_layer"`, or a policy (then `max_grad_norm` must be its sensitivity).
             loss_reduction: whether the loss is the mean or the sum of the examples' losses over the rows of the batch.
             batch_first: whether inputs have the batch on axis 0, else on axis 1.
-            poisson_sampling: whether to draw each batch afresh at rate batch_size / n. If not, the loader's own order is
-                kept, and no amplification by sampling is claimed.
+            poisson_sampling: whether to draw each batch afresh at rate batch_size / n. If not, the loader's own order
+                is kept, and no amplification by sampling is claimed.
             dataset_size: a public number to be used in place of `len(dataset)`.
             noise_generator: makes noise and batches reproducible, and says so in the ledger; for tests.
             grad_sample_mode: `"auto"`.
@@ -165,6 +165,7 @@ class PrivacyEngine:
         if key.predictable:
             self.ledger.mark("reproducible key")
         optimizer.register_step_pre_hook(update.before_step)
+        optimizer.register_step_post_hook(update.after_step)
         optimizer.zero_grad(set_to_none=True)
         optimizer.zero_grad = _guarded(optimizer.zero_grad, update)  # type: ignore[method-assign]
         loader.on_batch(update.announce)
@@ -194,7 +195,8 @@ class PrivacyEngine:
     ) -> Any:
         """Returns what `make_private` does, with the least noise whose `epochs` cost at most the target.
 
-        The target becomes the engine's budget: the step that would exceed it raises BudgetExceededError before it is taken.
+        The target becomes the engine's budget: the step that would exceed it raises BudgetExceededError before it is
+        taken.
 
         Raises:
             ConfigurationError: if no noise reaches the target, or steps were taken already.
@@ -203,8 +205,9 @@ class PrivacyEngine:
         check_count("epochs", epochs, 1)
         if self.ledger.phases:
             raise ConfigurationError(
-                "this engine has steps on its ledger, which the target would have to pay for too. Expected a fresh engine for "
-                "make_private_with_epsilon. Make a new PrivacyEngine, or use make_private with a noise_multiplier of your own."
+                "this engine has steps on its ledger, which the target would have to pay for too. Expected a fresh "
+                "engine for make_private_with_epsilon. Make a new PrivacyEngine, or use make_private with a "
+                "noise_multiplier of your own."
             )
         planned = privatize_loader(data_loader, poisson=poisson_sampling, dataset_size=dataset_size)
         steps = epochs * len(planned) if planned.sampling.billed_per == "step" else epochs
@@ -265,20 +268,25 @@ class PrivacyEngine:
         for thing in (module, optimizer):
             if thing in _PRIVATE:
                 raise ProtocolError(
-                    f"this {type(thing).__name__} was made private before: its gradients would be clipped and noised twice. "
-                    "Expected one make_private for each module. Build a new module and optimizer, or go on with the ones "
-                    "that make_private returned."
+                    f"this {type(thing).__name__} was made private before: its gradients would be clipped and noised "
+                    "twice. Expected one make_private for each module. Build a new module and optimizer, or go on "
+                    "with the ones that make_private returned."
                 )
         inside = [name for name, child in module.named_modules() if name and child in _PRIVATE]
         if inside:
-            raise ProtocolError(f"parts of the module were made private before: {', '.join(inside)}. Make one of the two private.")
+            raise ProtocolError(
+                f"parts of the module were made private before: {', '.join(inside)}. Make one of the two private."
+            )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_checkpoint(
         self, path: Any, *, module: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes model, optimizer, ledger and counters to a file. No key is in it. The file replaces an older one at once."""
+        """Writes model, optimizer, ledger and counters to a file, which replaces an older one at once.
+
+        No key is in it.
+        """
         from privet.checkpoint import save
 
         save(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates(module), extra=extra)
@@ -296,9 +304,12 @@ class PrivacyEngine:
         return load(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates(module))
 
     def _updates(self, module: nn.Module) -> list[PrivateUpdate]:
-        found = [w.update for w in self._watched if any(p is q for p in module.parameters() for q in w.update.parameters.values())]
+        ours = {id(p) for p in module.parameters()}
+        found = [w.update for w in self._watched if any(id(p) in ours for p in w.update.parameters.values())]
         if not found:
-            raise ProtocolError("this module is not private here. Call make_private first, with the settings of the saved run.")
+            raise ProtocolError(
+                "this module is not private here. Call make_private first, with the settings of the saved run."
+            )
         return found
 
 
@@ -322,7 +333,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _guarded(zero_grad: Callable[..., None], update: PrivateUpdate) -> Callable[..., None]:
-    def guarded(set_to_none: bool = True) -> None:
+    def guarded(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's own signature
         update.refuse_zero_grad()
         zero_grad(set_to_none=set_to_none)
 

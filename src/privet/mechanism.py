@@ -52,8 +52,8 @@ class Mechanism:
         for name, kind in (("sampling", Poisson | Partition), ("clipping", ClippingPolicy), ("noise", Gaussian)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigurationError(
-                    f"{name} of a Mechanism must be a description such as Poisson(0.01), Flat(1.0) or Gaussian(1.1), got "
-                    f"{getattr(self, name)!r}."
+                    f"{name} of a Mechanism must be a description such as Poisson(0.01), Flat(1.0) or Gaussian(1.1), "
+                    f"got {getattr(self, name)!r}."
                 )
         object.__setattr__(self, "steps", check_count("steps", self.steps))
 
@@ -71,7 +71,7 @@ class Mechanism:
         """Returns the same mechanism with the least noise whose planned steps cost at most `epsilon` at `delta`.
 
         Raises:
-            ConfigurationError: if no noise reaches the target.
+            AccountingError: if no noise reaches the target.
         """
         from privet.accounting import calibrate_noise_multiplier
 

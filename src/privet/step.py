@@ -57,7 +57,8 @@ class PrivateStep:
         noise_generator: makes the run reproducible, and says so in the ledger; for tests.
 
     Guarantees:
-        One example, added or removed, moves the sum of one step by at most the clipping's sensitivity, whatever the model
+        One example, added or removed, moves the sum of one step by at most the clipping's sensitivity, whatever the
+        model
         and the loss, as long as each example's loss depends on that example alone, which is checked on the first batch.
         Every step is written to the ledger before its noise is drawn.
     """
@@ -79,6 +80,10 @@ class PrivateStep:
         require_valid(model)
         if not isinstance(mechanism, Mechanism):
             raise ConfigurationError(f"mechanism must be a privet.Mechanism, got {type(mechanism).__name__}.")
+        if not callable(loss_per_example):
+            raise ConfigurationError(
+                f"loss_per_example must be a function of model and batch, got {type(loss_per_example).__name__}."
+            )
         parameters = private_parameters(model, optimizer)
         mechanism.clipping.groups(list(parameters))
         key = noise_key(secure_mode=secure_mode, generator=noise_generator)
@@ -100,6 +105,7 @@ class PrivateStep:
         self._tripwires = Tripwires(parameters, self._capture.release)
         optimizer.zero_grad(set_to_none=True)
         optimizer.register_step_pre_hook(self._update.before_step)
+        optimizer.register_step_post_hook(self._update.after_step)
 
     @property
     def mechanism(self) -> Mechanism:
@@ -175,13 +181,13 @@ class PrivateStep:
         if not isinstance(losses, Tensor) or losses.shape != (examples,):
             found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ConfigurationError(
-                f"loss_per_example returned {found} for a batch of {examples}. Expected one loss for each example, of shape "
-                f"({examples},): use reduction='none', and take the mean or sum over all axes but the first."
+                f"loss_per_example returned {found} for a batch of {examples}. Expected one loss for each example, of "
+                f"shape ({examples},): use reduction='none', and take the mean or sum over all axes but the first."
             )
         if not losses.requires_grad:
             raise ConfigurationError(
-                "loss_per_example returned losses that need no gradient. Expected them to depend on the model's trainable "
-                "parameters. Do not detach them, and do not compute them under no_grad()."
+                "loss_per_example returned losses that need no gradient. Expected them to depend on the model's "
+                "trainable parameters. Do not detach them, and do not compute them under no_grad()."
             )
         return losses
 
@@ -204,17 +210,15 @@ class PrivateStep:
         self._update.receive(clipped, examples=recorded.examples or 0)
 
 
-def refuse_mixing(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, batch_axis: int = 0
-) -> None:
+def refuse_mixing(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, batch_axis: int = 0) -> None:
     """Raises if an example's output depends on the other examples of its batch."""
     mixed = find_mixing(module, args, kwargs, batch_axis=batch_axis)
     if mixed:
         from privet.errors import UnsupportedModelError
 
         raise UnsupportedModelError(
-            "examples are mixed inside the model: " + "; ".join(mixed) + ". Expected each row to depend on its own example "
-            "alone. Take statistics over each example, not over the batch, and keep none in buffers."
+            "examples are mixed inside the model: " + "; ".join(mixed) + ". Expected each row to depend on its own "
+            "example alone. Take statistics over each example, not over the batch, and keep none in buffers."
         )
 
 
@@ -224,8 +228,7 @@ def noise_key(*, secure_mode: bool, generator: torch.Generator | None) -> NoiseK
         return NoiseKey.fresh()
     if secure_mode:
         raise ConfigurationError(
-            "noise_generator makes the noise reproducible, and secure_mode demands noise that nobody can reproduce. Give one "
-            "of the two."
+            "noise_generator makes the noise reproducible, and secure_mode demands noise that nobody can reproduce. "
+            "Give one of the two."
         )
     return NoiseKey.from_generator(generator)
-

@@ -71,6 +71,8 @@ class PrivateUpdate:
         self._ticket: BatchTicket | None = None
         self._billed: tuple[int, Mechanism | None] = (0, None)  # the last pass that was written, and under what
         self._warned = False
+        self._stepping = False  # between the release and the end of the optimizer's step
+        self._closure: Callable[[], Any] | None = None
 
     # -- where the batch came from -----------------------------------------------------------------------------------
 
@@ -84,9 +86,9 @@ class PrivateUpdate:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
-                    "as a Gaussian release without amplification by sampling. Train on the loader that make_private "
-                    "returned, one step for each of its batches.",
+                    "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is "
+                    "billed as a Gaussian release without amplification by sampling. Train on the loader that "
+                    "make_private returned, one step for each of its batches.",
                     stacklevel=2,
                 )
             return self.mechanism.noise.event
@@ -110,10 +112,10 @@ class PrivateUpdate:
         """
         if self._pending is not None:
             raise ProtocolError(
-                "a second backward came before the optimizer's step. Expected one backward for each step: add the losses "
-                "and call backward once, or use virtual steps to accumulate physical batches."
+                "a second backward came before the optimizer's step. Expected one backward for each step: add the "
+                "losses and call backward once, or use virtual steps to accumulate physical batches."
             )
-        self._pending = clipped
+        self._pending, self._stepping = clipped, False
         self._sampled = self._ticket is not None and self._ticket.size == examples
 
     def discard(self) -> None:
@@ -129,8 +131,8 @@ class PrivateUpdate:
         """
         if self._pending is None:
             raise ProtocolError(
-                "optimizer.step() without a private gradient: there was no backward since the last step. Expected forward, "
-                "loss.backward(), then one optimizer.step(), with the model in train() mode."
+                "optimizer.step() without a private gradient: there was no backward since the last step. Expected "
+                "forward, loss.backward(), then one optimizer.step(), with the model in train() mode."
             )
         event = self._bill()
         if event is not None:
@@ -154,22 +156,31 @@ class PrivateUpdate:
         """Releases the pending sum; with a closure, releases what the closure brings. An optimizer's step pre-hook."""
         self._refuse_other_gradients(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # Where a subclass's step calls that of its base, torch runs the hooks of both: the inner ones find it all done.
         if closure is None:
-            self.release()
+            if self._pending is not None or not self._stepping:
+                self.release()
+                self._stepping = True
             return None
-        wrapped = self._released_after(closure, optimizer)
+        if closure is self._closure:
+            return None
+        wrapped = self._closure = self._released_after(closure, optimizer)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
+
+    def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        """Takes note that the gradient was used. An optimizer's step post-hook."""
+        self._stepping, self._closure = False, None
 
     def _refuse_other_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         private = {id(p) for p in self.parameters.values()}
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if p.grad is not None and id(p) not in private:
                 raise ProtocolError(
-                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient that nothing clipped: it "
-                    "was frozen, or not there, when training became private. Expected the same parameters all along. "
-                    "Make the whole model private anew, or give the parameter an optimizer of its own."
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient that nothing clipped: "
+                    "it was frozen, or not there, when training became private. Expected the same parameters all "
+                    "along. Make the whole model private anew, or give the parameter an optimizer of its own."
                 )
 
     def _released_after(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
@@ -191,8 +202,8 @@ class PrivateUpdate:
         """Raises if a gradient would be thrown away between backward and step."""
         if self._pending is not None:
             raise ProtocolError(
-                "zero_grad() between backward and step throws the gradient away, after it was computed from data. Expected "
-                "zero_grad() before backward, or after step."
+                "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
+                "Expected zero_grad() before backward, or after step."
             )
 
     # -- to and from a checkpoint ------------------------------------------------------------------------------------

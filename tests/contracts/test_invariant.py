@@ -379,6 +379,37 @@ def test_an_optimizer_that_calls_its_closure_twice_is_stopped() -> None:
     assert engine.ledger.steps == 1
 
 
+@pytest.mark.parametrize("closure", [False, True])
+def test_an_optimizer_that_refines_another_takes_one_step_a_gradient(closure: bool) -> None:
+    class Refined(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # torch puts hooks on a class at its first instance
+    net = nn.Linear(2, 1)
+    optimizer = Refined(net.parameters(), lr=0.1)
+    engine = PrivacyEngine(accountant="rdp")
+    _, _, private = engine.make_private(
+        module=net, optimizer=optimizer, data_loader=loader(), noise_multiplier=1.0, max_grad_norm=1.0
+    )
+    for x, _ in private:
+
+        def evaluate() -> Tensor:
+            optimizer.zero_grad()
+            loss = net(x).sum()  # noqa: B023
+            loss.backward()
+            return loss
+
+        if closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
+        with pytest.raises(ProtocolError):
+            optimizer.step()
+    assert engine.ledger.steps == 4
+
+
 def test_positions_are_told_from_examples_whatever_the_sizes_of_the_batches() -> None:
     """A private epoch over sequences of T, whose batches are of T examples now and then."""
     model = model_of("positions by arange")
