@@ -21,7 +21,18 @@ _FORMAT = 1
 
 def _settings(update: PrivateUpdate) -> dict[str, Any]:
     """Returns what must be the same on resuming."""
-    return {"mechanism": repr(update.mechanism), "divisor": update.divisor, "parameters": list(update.parameters)}
+    return {"mechanism": repr(update.settled), "divisor": update.divisor, "parameters": list(update.parameters)}
+
+
+def _refuse_other_shapes(path: object, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises before torch would, which loads what fits and only then complains of the rest."""
+    found, expected = ({n: tuple(getattr(v, "shape", ())) for n, v in state.items()} for state in (saved, now))
+    if found != expected:
+        names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        raise ConfigurationError(
+            f"{path} holds another module: {', '.join(f'{n}: saved {found.get(n)}, now {expected.get(n)}' for n in names)}. "
+            "Expected the same names and shapes. Build the module of the saved run."
+        )
 
 
 def save(
@@ -77,9 +88,12 @@ def load(
             if a.get(key) != b.get(key)
         ]
         raise ConfigurationError(
-            f"{path} was saved under other settings: {'; '.join(differences) or 'another number of private modules'}. Expected "
-            "the same. Call make_private with the saved run's settings before loading."
+            f"{path} was saved under other settings: {'; '.join(differences) or 'another number of private modules'}. "
+            "Expected the same. Call make_private with the saved run's settings before loading."
         )
+    for update, saved in zip(updates, state["updates"], strict=True):
+        update.refuse_state(saved["state"])
+    _refuse_other_shapes(path, state["module"], module.state_dict())
     ledger.load_state_dict(state["ledger"])  # first: it may refuse, and nothing is changed then
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])

@@ -155,6 +155,7 @@ class PrivacyEngine:
             noise=GaussianNoise(noise_for(device, secure_mode=self._secure_mode, key=key)),
             ledger=self.ledger,
             divisor=loader.expected_batch_size if loss_reduction == "mean" else 1.0,
+            follows_rate=loss_reduction == "mean",
         )
         private_criterion = None
         if criterion is not None:  # what can fail comes before anything is touched
@@ -164,11 +165,11 @@ class PrivacyEngine:
         watched = _Watched(module, update, batch_first=batch_first, mean=loss_reduction == "mean")
         if key.predictable:
             self.ledger.mark("reproducible key")
-        optimizer.register_step_pre_hook(update.before_step)
-        optimizer.register_step_post_hook(update.after_step)
+        update.attach(optimizer)
         optimizer.zero_grad(set_to_none=True)
         optimizer.zero_grad = _guarded(optimizer.zero_grad, update)  # type: ignore[method-assign]
-        loader.on_batch(update.announce)
+        update.follow(loader)
+        update.on_forget(watched.instrument.capture.release)
         self._watched.append(watched)
         _PRIVATE.update((module, optimizer))
         returned = (module, optimizer, loader)

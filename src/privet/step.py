@@ -104,8 +104,7 @@ class PrivateStep:
         watch_custom_modules(model, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
         optimizer.zero_grad(set_to_none=True)
-        optimizer.register_step_pre_hook(self._update.before_step)
-        optimizer.register_step_post_hook(self._update.after_step)
+        self._update.attach(optimizer)
 
     @property
     def mechanism(self) -> Mechanism:
@@ -135,7 +134,7 @@ class PrivateStep:
             collate_fn=collate_fn,
             num_workers=num_workers,
         )
-        loader.on_batch(self._update.announce)
+        self._update.follow(loader)
         return loader
 
     def __call__(self, batch: Any) -> Tensor:  # (B,)

@@ -6,21 +6,24 @@ Order matters, and is kept in one place: the ledger first, then noise, then `p.g
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from privet.accounting.event import Event
 from privet.accounting.ledger import Ledger
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
+from privet.logical_sum import LogicalSum
 from privet.mechanism import Mechanism
 from privet.noise import NoiseMechanism
-from privet.sampling import BatchTicket
+from privet.sampling import BatchTicket, Partition, Poisson, PrivateLoader
 
-__all__ = ["PrivateUpdate", "refuse_optimizer"]
+__all__ = ["PrivateUpdate", "Scheduled", "refuse_optimizer", "update_of"]
 
 _REFUSED = {
     "LBFGS": "it evaluates the gradient many times in one step, and each evaluation is a release",
@@ -40,15 +43,29 @@ def refuse_optimizer(optimizer: object) -> None:
             )
 
 
+class Scheduled(Protocol):
+    """A schedule of the mechanism, as a checkpoint sees it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the schedule is."""
+
+    def refuse_state(self, state: Mapping[str, Any]) -> None:
+        """Raises if the state is of another schedule."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+
+
 class PrivateUpdate:
     """Holds a clipped sum until the optimizer steps; then bills it, adds noise, and hands over `p.grad`.
 
     Args:
         parameters: the private parameters by name.
-        mechanism: what is released at each step. It may be replaced between steps.
+        mechanism: what is released at each step. It may be replaced between logical steps, never inside of one.
         noise: turns clipped sums into private gradients.
         ledger: where every step is written before its noise is drawn.
         divisor: a public constant: the expected batch size for a mean loss, 1 for a sum.
+        follows_rate: whether the divisor is an expected batch size, and so changes with the sampling rate.
     """
 
     def __init__(
@@ -59,30 +76,95 @@ class PrivateUpdate:
         noise: NoiseMechanism,
         ledger: Ledger,
         divisor: float,
+        follows_rate: bool = True,
     ) -> None:
         self.parameters = dict(parameters)
-        self.mechanism = mechanism
         self.noise = noise
         self.ledger = ledger
         self.divisor = divisor
         self.steps = 0
-        self._pending: ClippedSum | None = None
-        self._sampled = False
-        self._ticket: BatchTicket | None = None
-        self._billed: tuple[int, Mechanism | None] = (0, None)  # the last pass that was written, and under what
+        self.schedules: list[Scheduled] = []
+        self._mechanism = self.settled = mechanism
+        self._first_rate = getattr(mechanism.sampling, "rate", None) if follows_rate else None
+        self._sum = LogicalSum()
+        self._loaders: list[weakref.ref[PrivateLoader]] = []
+        self._billed: tuple[int, Event | None] = (0, None)  # the last pass that was written, and what it cost
+        self._released: list[Callable[[], None]] = []
         self._warned = False
         self._stepping = False  # between the release and the end of the optimizer's step
         self._closure: Callable[[], Any] | None = None
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes every step of the optimizer a release of this update."""
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
+        _UPDATES[optimizer] = self
+
+    # -- what is released --------------------------------------------------------------------------------------------
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What the next step releases. Setting it opens a new phase; `settled` is the same without any schedules.
+
+        Raises:
+            ProtocolError: if a logical step is under way.
+        """
+        return self._mechanism
+
+    @mechanism.setter
+    def mechanism(self, mechanism: Mechanism) -> None:
+        self.reschedule(mechanism)
+        self.settled = mechanism
+
+    def reschedule(self, mechanism: Mechanism) -> None:
+        """Replaces the mechanism, on behalf of a schedule.
+
+        Raises:
+            ProtocolError: if a logical step is under way: a part of it was clipped as the mechanism says now.
+        """
+        if self._sum.begun or self._sum.unfinished:
+            raise ProtocolError(
+                "the mechanism was to change inside a logical step, of which a part is clipped already. Expected "
+                "changes between logical steps. Call schedule.step() after the optimizer's step; with "
+                "physical batches, after that of the last one of its logical batch, or once a pass."
+            )
+        mechanism.clipping.groups(list(self.parameters))
+        sampling = mechanism.sampling
+        if sampling != self._mechanism.sampling:
+            if not isinstance(sampling, Poisson) or not isinstance(self._mechanism.sampling, Poisson):
+                raise ConfigurationError(
+                    f"{self._mechanism.sampling} cannot become {sampling} in mid-run. Expected Poisson sampling, "
+                    "before and after."
+                )
+            for loader in (reference() for reference in self._loaders):
+                if loader is not None:
+                    loader.resample(sampling)
+        self._mechanism = mechanism
+
     # -- where the batch came from -----------------------------------------------------------------------------------
+
+    def follow(self, loader: PrivateLoader) -> None:
+        """Hears of every batch of a loader, which follows changes of the sampling rate in turn."""
+        loader.on_batch(self.announce)
+        self._loaders = [kept for kept in self._loaders if kept() is not None] + [weakref.ref(loader)]
+
+    def follows(self, loader: PrivateLoader) -> bool:
+        """Returns whether the loader's batches are announced here."""
+        return any(kept() is loader for kept in self._loaders)
 
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch that the private loader is about to hand over."""
-        self._ticket = ticket
+        self._sum.announce(ticket)
 
-    def _bill(self) -> Event | None:
+    def _as_drawn(self, sampling: Poisson | Partition | None) -> Mechanism:
+        """Returns the mechanism with the law that a batch was drawn under, maybe before a schedule changed it."""
+        if sampling is None or sampling == self._mechanism.sampling:
+            return self._mechanism
+        return replace(self._mechanism, sampling=sampling)
+
+    def _bill(self, ticket: BatchTicket | None) -> Event | None:
         """Returns the event to be written for this step, or None if the pass that it is part of is written already."""
-        if not self._sampled or self._ticket is None:
+        if ticket is None:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -91,18 +173,22 @@ class PrivateUpdate:
                     "make_private returned, one step for each of its batches.",
                     stacklevel=2,
                 )
-            return self.mechanism.noise.event
-        if self.mechanism.sampling.billed_per == "step":
-            return self.mechanism.event(1)
-        passes, mechanism = self._billed
-        return None if passes == self._ticket.passes and mechanism == self.mechanism else self.mechanism.event(1)
+            return self._mechanism.noise.event
+        mechanism = self._as_drawn(ticket.sampling)
+        event = mechanism.event(1)
+        return None if mechanism.sampling.billed_per == "pass" and self._billed == (ticket.passes, event) else event
 
     # -- the three moments of a step ---------------------------------------------------------------------------------
 
     @property
     def pending(self) -> bool:
         """Returns whether a sum waits for its step."""
-        return self._pending is not None
+        return self._sum.pending
+
+    @property
+    def unfinished(self) -> bool:
+        """Returns whether physical batches of the logical batch at hand are still to come."""
+        return self._sum.unfinished
 
     def receive(self, clipped: ClippedSum, *, examples: int) -> None:
         """Takes the sum of one backward.
@@ -110,45 +196,67 @@ class PrivateUpdate:
         Raises:
             ProtocolError: if the sum of another backward still waits.
         """
-        if self._pending is not None:
-            raise ProtocolError(
-                "a second backward came before the optimizer's step. Expected one backward for each step: add the "
-                "losses and call backward once, or use virtual steps to accumulate physical batches."
-            )
-        self._pending, self._stepping = clipped, False
-        self._sampled = self._ticket is not None and self._ticket.size == examples
+        self._sum.receive(clipped, examples=examples)
+        self._stepping = False
+
+    def accumulate(self) -> None:
+        """Takes the step of a physical batch that is not the last of its logical batch: nothing is released.
+
+        Raises:
+            ProtocolError: if there was no backward on it.
+        """
+        self._sum.accumulate()
 
     def discard(self) -> None:
         """Forgets the sum that waits; nothing of it was released."""
-        self._pending = None
+        self._sum.discard()
+
+    def on_forget(self, listener: Callable[[], None]) -> None:
+        """Calls `listener()` whenever a batch is given up, so that nothing of its forward is kept either."""
+        self._released.append(listener)
+
+    def retract(self) -> bool:
+        """Returns whether the physical batch at hand has left nothing, and may be handed over again in parts."""
+        for listener in self._released:
+            listener()
+        return self._sum.retract()
+
+    def forget(self) -> None:
+        """Gives up the logical batch at hand; nothing of it was released, and nothing of it is kept."""
+        for listener in self._released:
+            listener()
+        self._sum.forget()
 
     def release(self) -> None:
         """Bills the step, adds noise, and sets `p.grad` of every private parameter that is trainable now.
 
         Raises:
-            ProtocolError: if there is no sum to release.
+            ProtocolError: if there is no sum to release, or physical batches of its logical batch are still to come.
             BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum waits.
         """
-        if self._pending is None:
-            raise ProtocolError(
-                "optimizer.step() without a private gradient: there was no backward since the last step. Expected "
-                "forward, loss.backward(), then one optimizer.step(), with the model in train() mode."
-            )
-        event = self._bill()
+        self._sum.require()
+        ticket = self._sum.ticket()
+        event = self._bill(ticket)
         if event is not None:
             self.ledger.begin(event)
-        if self._sampled and self._ticket is not None:
-            self._billed = (self._ticket.passes, self.mechanism)
-        clipped, self._pending, self._ticket, self._sampled = self._pending, None, None, False
+        if ticket is not None:
+            self._billed = (ticket.passes, event or self._billed[1])
+        clipped = self._sum.take()
         step, self.steps = self.steps, self.steps + 1
-        private = self.noise.release(clipped, multiplier=self.mechanism.noise.multiplier, step=step)
+        private = self.noise.release(clipped, multiplier=self._mechanism.noise.multiplier, step=step)
+        divisor = self._divisor(ticket)
         for name, value in private.values.items():
             parameter = self.parameters[name]
             if parameter.requires_grad:
-                parameter.grad = self._divided(value).to(parameter.dtype).view_as(parameter)
+                divided = value if divisor == 1 else value.div_(divisor)
+                parameter.grad = divided.to(parameter.dtype).view_as(parameter)
 
-    def _divided(self, value: Tensor) -> Tensor:
-        return value if self.divisor == 1 else value.div_(self.divisor)
+    def _divisor(self, ticket: BatchTicket | None) -> float:
+        """Returns the expected batch size at the rate that the batch was drawn with, or the constant of a sum."""
+        rate = getattr(self._as_drawn(None if ticket is None else ticket.sampling).sampling, "rate", None)
+        if self._first_rate is None or rate is None or rate == self._first_rate:
+            return self.divisor
+        return self.divisor * float(rate) / float(self._first_rate)
 
     # -- the optimizer's side ----------------------------------------------------------------------------------------
 
@@ -158,7 +266,7 @@ class PrivateUpdate:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # Where a subclass's step calls that of its base, torch runs the hooks of both: the inner ones find it all done.
         if closure is None:
-            if self._pending is not None or not self._stepping:
+            if self._sum.pending or not self._stepping:
                 self.release()
                 self._stepping = True
             return None
@@ -200,7 +308,7 @@ class PrivateUpdate:
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""
-        if self._pending is not None:
+        if self._sum.pending:
             raise ProtocolError(
                 "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
                 "Expected zero_grad() before backward, or after step."
@@ -210,11 +318,44 @@ class PrivateUpdate:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, without any key."""
-        return {"steps": self.steps, "noise": self.noise.state_dict()}
+        schedules = [schedule.state_dict() for schedule in self.schedules]
+        return {"steps": self.steps, "noise": self.noise.state_dict(), "schedules": schedules}
+
+    def refuse_state(self, state: Mapping[str, Any]) -> None:
+        """Raises if the state was saved under other schedules."""
+        saved = state.get("schedules", [])
+        if len(saved) != len(self.schedules):
+            raise ConfigurationError(
+                f"the checkpoint has {len(saved)} schedules, and this run {len(self.schedules)}. Expected the same "
+                "ones. Build the schedules of the saved run, in the same order, before loading."
+            )
+        for schedule, its_state in zip(self.schedules, saved, strict=True):
+            schedule.refuse_state(its_state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes; steps already taken here are never numbered again."""
-        self.discard()
+        self.refuse_state(state)
+        self.forget()
         self.noise.load_state_dict(state["noise"])
         self.steps = max(self.steps, int(state["steps"]))
         self._billed = (0, None)  # a pass that goes on after a resume is billed again
+        for schedule, its_state in zip(self.schedules, state.get("schedules", []), strict=True):
+            schedule.load_state_dict(its_state)
+
+
+_UPDATES: weakref.WeakKeyDictionary[torch.optim.Optimizer, PrivateUpdate] = weakref.WeakKeyDictionary()
+
+
+def update_of(optimizer: object) -> PrivateUpdate:
+    """Returns the update that an optimizer's steps release.
+
+    Raises:
+        ConfigurationError: if the optimizer was not made private.
+    """
+    found = _UPDATES.get(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
+    if found is None:
+        raise ConfigurationError(
+            f"this {type(optimizer).__name__} is not the optimizer of a private module. Expected the one that "
+            "make_private returned, or that PrivateStep was given."
+        )
+    return found

@@ -102,9 +102,9 @@ class PrivateLoader(DataLoader[Any]):
         """Yields a pass of batches, in parts of at most `most()` examples, each with a ticket yet to be announced."""
         run = self._batches.begin()
         run.most = most
-        inner = super().__iter__()
+        inner: Iterator[Any] = super().__iter__()
         while True:
-            counted = next(inner, _END)
+            counted: Any = next(inner, _END)
             # What was drawn before this batch and is empty never went through the workers: it comes first.
             while run.drawn:
                 found = run.drawn.popleft()
@@ -119,12 +119,12 @@ class PrivateLoader(DataLoader[Any]):
         """Returns the ticket of a batch that has as many examples as were drawn."""
         if counted is _END or counted[0] != found.size:
             raise ProtocolError(
-                f"Batch {found.index} of pass {number} was drawn with another number of examples than arrived: "
+                f"Batch {found.place} of pass {number} was drawn with another number of examples than arrived: "
                 "the loader's workers lost or reordered batches. Do not change the loader while it runs."
             )
         return BatchTicket(
             step=self._steps_done,
-            index=found.index,
+            index=found.place,
             passes=number,
             size=found.size,
             first=found.first,
@@ -155,6 +155,7 @@ class PrivateLoader(DataLoader[Any]):
                 "Poisson sampling, before and after."
             )
         self._batches.sampling = sampling
+        self.expected_batch_size = sampling.rate * self.dataset_size
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, without any key."""

@@ -24,7 +24,7 @@ Most = Callable[[], int | None]  # the examples that a physical batch may have n
 class Drawn(NamedTuple):
     """A batch, or a physical part of one, that was drawn and not yet handed over."""
 
-    index: int  # the logical batch's place in the pass
+    place: int  # of the logical batch in the pass
     size: int
     first: bool  # whether it begins its logical batch
     last: bool  # whether it ends it
