@@ -29,8 +29,9 @@ def _refuse_other_shapes(path: object, saved: Mapping[str, Any], now: Mapping[st
     found, expected = ({n: tuple(getattr(v, "shape", ())) for n, v in state.items()} for state in (saved, now))
     if found != expected:
         names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        differences = "; ".join(f"{n}: saved {found.get(n)}, now {expected.get(n)}" for n in names)
         raise ConfigurationError(
-            f"{path} holds another module: {', '.join(f'{n}: saved {found.get(n)}, now {expected.get(n)}' for n in names)}. "
+            f"{path} holds another module: {differences}. "
             "Expected the same names and shapes. Build the module of the saved run."
         )
 

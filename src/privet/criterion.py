@@ -18,8 +18,8 @@ __all__ = ["PrivateCriterion"]
 class PrivateCriterion(nn.Module):
     """The sum or mean over the batch of `criterion` applied to each example alone.
 
-    A token average with `ignore_index`, class weights with a mean, a root of a mean: all are split as the criterion itself
-    would treat a batch of one. So one example's loss depends on that example alone.
+    A token average with `ignore_index`, class weights with a mean, a root of a mean: all are split as the criterion
+    itself would treat a batch of one. So one example's loss depends on that example alone.
 
     Args:
         criterion: a callable of tensors whose axis 0 is the batch; it returns the loss of a batch.
@@ -56,7 +56,7 @@ class PrivateCriterion(nn.Module):
         """Returns the loss of each example.
 
         Raises:
-            ConfigurationError: if an argument's axis 0 is not the batch, or the criterion cannot be evaluated on one example.
+            ConfigurationError: if an argument's axis 0 is not the batch, or the criterion refuses a batch of one.
         """
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
@@ -83,8 +83,8 @@ class PrivateCriterion(nn.Module):
                 return torch.stack([one(*(t[i] for t in tensors)) for i in range(size)])
             except RuntimeError:
                 raise ConfigurationError(
-                    f"criterion cannot be evaluated on one example: {error} Expected a criterion that accepts a batch of "
-                    "size 1."
+                    f"criterion cannot be evaluated on one example: {error} Expected a criterion that accepts a batch "
+                    "of size 1."
                 ) from error
 
     def _batch(self, tensors: list[Tensor]) -> int:
@@ -93,9 +93,9 @@ class PrivateCriterion(nn.Module):
         if len(sizes) != 1 or (expected is not None and sizes != {expected}):
             found = ", ".join(str(tuple(t.shape)) for t in tensors)
             raise ConfigurationError(
-                f"criterion got tensors of shapes {found or 'none'} for a batch of {expected}. Expected the batch on axis 0 of "
-                "each, so that the loss can be split into its examples. Do not merge the batch with other axes: for token "
-                "losses pass logits as (B, V, T) and labels as (B, T)."
+                f"criterion got tensors of shapes {found or 'none'} for a batch of {expected}. Expected the batch on "
+                "axis 0 of each, so that the loss can be split into its examples. Do not merge the batch with other "
+                "axes: for token losses pass logits as (B, V, T) and labels as (B, T)."
             )
         return sizes.pop()
 

@@ -14,8 +14,8 @@ def private_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
     """Returns the trainable parameters by canonical name; a parameter with several names has its first.
 
     Raises:
-        ConfigurationError: if the optimizer has parameters that the model lacks, or lacks trainable ones of the model, or
-            the model has none.
+        ConfigurationError: if the optimizer has parameters that the model lacks, or lacks trainable ones of the model,
+            or the model has none.
     """
     if not isinstance(module, nn.Module):
         raise ConfigurationError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
@@ -26,16 +26,16 @@ def private_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
     if foreign:
         shapes = ", ".join(str(tuple(p.shape)) for p in foreign)
         raise ConfigurationError(
-            f"the optimizer holds {len(foreign)} parameters that are not the module's, of shapes {shapes}. Expected exactly "
-            "the module's trainable parameters. Build the optimizer from module.parameters(), after any change or copy of "
-            "the module."
+            f"the optimizer holds {len(foreign)} parameters that are not the module's, of shapes {shapes}. Expected "
+            "exactly the module's trainable parameters. Build the optimizer from module.parameters(), after any "
+            "change or copy of the module."
         )
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     left_out = [name for name, p in trainable.items() if id(p) not in theirs]
     if left_out:
         raise ConfigurationError(
-            f"the optimizer lacks trainable parameters of the module: {', '.join(left_out)}. Expected all of them. Add them "
-            "to the optimizer, or freeze them with requires_grad_(False)."
+            f"the optimizer lacks trainable parameters of the module: {', '.join(left_out)}. Expected all of them. Add "
+            "them to the optimizer, or freeze them with requires_grad_(False)."
         )
     if not trainable:
         raise ConfigurationError(

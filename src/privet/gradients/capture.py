@@ -45,6 +45,10 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors_in(value.values())
 
 
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - there is no public way to ask
+
+
 class _Watched:
     """Answers for torch functions on behalf of a tensor. Each capture makes subclasses of its own that point to it."""
 
@@ -54,7 +58,7 @@ class _Watched:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
             if cls.capture.watching and torch.is_grad_enabled():
                 return cls.capture.intercept(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
@@ -68,7 +72,7 @@ class _WatchedParameter(_Watched, nn.Parameter):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class _DerivedTensor(_Watched, Tensor):
@@ -118,7 +122,7 @@ class Capture:
     @property
     def watching(self) -> bool:
         """Returns whether operations are looked at: inside a private forward, or a backward that may recompute it."""
-        return self._depth > 0 or (self._examples is not None and torch._C._current_graph_task_id() != -1)
+        return self._depth > 0 or (self._examples is not None and _in_backward())
 
     @property
     def examples(self) -> int | None:
@@ -150,13 +154,13 @@ class Capture:
         cycle = self._cycle
         for output in outputs:
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._queue(cycle))
+                output.register_hook(lambda gradient: self._queue(cycle))  # type: ignore[no-untyped-call]
 
     def release(self) -> None:
         """Stops watching: the parameters are ordinary again, and what was recorded is forgotten."""
         for parameter in self.parameters.values():
             if isinstance(parameter, _WatchedParameter):
-                parameter.__class__ = nn.Parameter
+                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
         self._release()
 
     # -- one operation -----------------------------------------------------------------------------------------------
@@ -235,7 +239,7 @@ class Capture:
                 if isinstance(t, _DerivedTensor):
                     t.derivation = Derivation(label, t.as_subclass(Tensor), sources, isometric=False)
                 return t
-            derived = t.as_subclass(self._derived_class)
+            derived: _DerivedTensor = t.as_subclass(self._derived_class)
             derived.derivation = Derivation(label, t, sources, isometric, part)
             return derived
 
@@ -266,7 +270,7 @@ class Capture:
         self.show_module()
         if any(id(p) in opaque for opaque in self._opaque for p in roots.values()):
             return data[-1]  # a part of a module that is itself one operation
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
             labels = tuple(self._names[id(p)] for p in roots.values())
             sites = (Site(type(module), labels, place, t.dim()) for place, t in enumerate(data))
             layouts = {self._layout(site, t) for site, t in zip(sites, data, strict=True)}
@@ -294,6 +298,7 @@ class Capture:
         """Returns the operation's output; its uses are recorded when the gradient comes back.
 
         Args:
+            operation: what is to run.
             data: what varies with the examples.
             roots: the parameters by role; frozen and absent ones may be among them.
             layout: how the examples lie in data and output, if not as in the first of the data.
@@ -326,7 +331,9 @@ class Capture:
     def _described(self, roots: Mapping[str, Tensor | None]) -> list[str]:
         return [self.label(root) for root in roots.values() if root is not None and self.is_root(root)]
 
-    def record(self, call: CapturedCall, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def record(
+        self, call: CapturedCall, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
         """Records the uses of one operation, when the gradient of its output has come."""
         self._queue(call.cycle)
         recorded = self._recorded
@@ -336,7 +343,7 @@ class Capture:
         def examples_first(t: Tensor) -> Tensor:
             if not operation.positionwise:  # its rows stay rows: those of one example have to lie together
                 if call.layout is Layout.MERGED and not self.batch_first:
-                    return t.unflatten(0, (-1, call.examples)).movedim(1, 0).flatten(0, 1)
+                    return t.reshape(-1, call.examples, *t.shape[1:]).movedim(1, 0).flatten(0, 1)
                 return t
             return call.layout.examples_first(t, call.examples, batch_first=self.batch_first)
 
@@ -355,12 +362,12 @@ class Capture:
         """Asks autograd to call back at the end of this backward, once. `cycle` is that of the forward."""
         if cycle is not self._cycle:
             raise ProtocolError(
-                "backward ran again, or late, through a forward whose gradient was taken, or given up, before. Expected one "
-                "backward for each forward: add the losses and call backward once, without retain_graph."
+                "backward ran again, or late, through a forward whose gradient was taken, or given up, before. "
+                "Expected one backward for each forward: add the losses and call backward once, without retain_graph."
             )
         if not self._queued and self._examples is not None:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # noqa: SLF001 - as torch's own DDP does
 
     def _finish(self) -> None:
         recorded = self._recorded

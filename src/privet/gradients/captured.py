@@ -57,7 +57,7 @@ class CapturedOperation(torch.autograd.Function):
         ctx.save_for_backward(*data, *values)
         output = call.operation.forward(data, dict(zip(call.roles, values, strict=True)))
         # A fresh result that is a view of another fresh one (as linear's is) must allow in-place activations.
-        fresh_view = call.data_count and isinstance(output, Tensor) and output._is_view()
+        fresh_view = call.data_count and isinstance(output, Tensor) and output._is_view()  # noqa: SLF001
         return output.data if fresh_view else output
 
     @staticmethod
@@ -65,7 +65,7 @@ class CapturedOperation(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         call: CapturedCall = ctx.call
         saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
             data, values = saved[: call.data_count], saved[call.data_count :]
             call.capture.record(call, data, values, gradients)
             needed = ctx.needs_input_grad[1 : 1 + call.data_count]

@@ -2,8 +2,8 @@
 
 It runs the model a few more times, once in a run: twice to learn the layouts (B and B + 1 examples), once under capture
 and once without, and three backwards. Two claims are tested on random output gradients, for a random half S of the
-batch and for the rest: the captured gradients of S add up to autograd's own gradient of the outputs of S. A use that was
-missed, rows given to the wrong example, and examples that meet in the backward all make the two differ.
+batch and for the rest: the captured gradients of S add up to autograd's own gradient of the outputs of S. A use that
+was missed, rows given to the wrong example, and examples that meet in the backward all make the two differ.
 
 Its gradients are compared and dropped: nothing is stored in `p.grad`, and nothing is released.
 """
@@ -94,6 +94,7 @@ def check_coverage(
         inputs: those of the first batch; no gradient reaches them.
         tripwires: kept quiet while autograd's own gradients are formed.
         examples: how many they are, at least 1.
+        batch_axis: where they are, 0 or 1.
 
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
@@ -137,7 +138,7 @@ def _learn(
             capture.begin(count)
             try:
                 run(some)
-            except Exception as error:  # a wrong guess may be the cause: what was met before it mends the guess
+            except Exception as error:  # noqa: BLE001 - a wrong guess may be the cause: what was met before it mends the guess
                 failures.append((count, error))
             finally:
                 capture.release()
@@ -158,9 +159,9 @@ def _explained(count: int, error: Exception, *, examples: int, axis: int) -> Exc
     if count == examples or isinstance(error, PrivetError):
         return error
     return UnsupportedModelError(
-        f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is run "
-        f"with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch axis is "
-        "there, and no other input of that size there."
+        f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
+        f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
+        "axis is there, and no other input of that size there."
     )
 
 
@@ -226,8 +227,8 @@ def _differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
     found = [o for o in outputs if o.requires_grad]
     if not found:
         raise UnsupportedModelError(
-            "no output of the model depends on its trainable parameters. Expected a tensor that needs a gradient, in a "
-            "tuple, list, dict or dataclass."
+            "no output of the model depends on its trainable parameters. Expected a tensor that needs a gradient, in "
+            "a tuple, list, dict or dataclass."
         )
     return found
 
@@ -270,9 +271,9 @@ def _report(
                 break
     if wrong:
         raise CoverageError(
-            "on the first batch, the per-example gradients of half of the examples do not add up to the gradient of these "
-            "examples' outputs:\n  " + "\n  ".join(wrong) + "\nEither examples are mixed (a mean over the batch, a batch "
-            "axis that is not where it seems), or a parameter is used in a way that was not captured (a custom autograd "
-            "Function). Keep examples apart, or register a rule for the operation (privet.register_rule)."
+            "on the first batch, the per-example gradients of half of the examples do not add up to the gradient of "
+            "their outputs:\n  " + "\n  ".join(wrong) + "\nEither examples are mixed (a mean over the batch, a "
+            "batch axis that is not where it seems), or a parameter is used in a way that was not captured (a custom "
+            "autograd Function). Keep examples apart, or register a rule for the operation (privet.register_rule)."
         )
     return finite

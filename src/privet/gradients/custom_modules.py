@@ -35,8 +35,9 @@ class _Watch:
         if kwargs or not isinstance(output, Tensor):
             self._capture.show_module()
             raise UnsupportedModelError(
-                f"the rule registered for {type(module).__name__} met a call with keyword arguments {sorted(kwargs)} and a "
-                f"result of type {type(output).__name__}. Expected positional arguments, and one tensor as the result."
+                f"the rule registered for {type(module).__name__} met a call with keyword arguments {sorted(kwargs)} "
+                f"and a result of type {type(output).__name__}. Expected positional arguments, and one tensor as the "
+                "result."
             )
         roots = {name: p for name, p in module.named_parameters() if p.requires_grad}
         operation = ModuleUse(module, rule, args, tuple(roots))

@@ -18,7 +18,7 @@ __all__ = ["Derivation", "disjoint", "is_isometry", "pull_back", "pull_back_rows
 _F = Tensor
 _ISOMETRIES = frozenset(
     {
-        _F.t, torch.t, _F.T.__get__, _F.mT.__get__, _F.transpose, torch.transpose, _F.swapaxes, torch.swapaxes,
+        _F.t, torch.t, _F.T.__get__, _F.mT.__get__, _F.transpose, torch.transpose, _F.swapaxes, torch.swapaxes,  # type: ignore[attr-defined]
         _F.swapdims, torch.swapdims, _F.permute, torch.permute, _F.movedim, torch.movedim, _F.view, _F.reshape,
         torch.reshape, _F.contiguous, _F.clone, torch.clone, _F.squeeze, torch.squeeze, _F.unsqueeze, torch.unsqueeze,
         _F.flatten, torch.flatten, _F.unflatten, torch.unflatten, _F.narrow, torch.narrow, _F.select, torch.select,
@@ -66,9 +66,9 @@ def pull_back(
     derivation: Derivation, parameter: Tensor, gradient: Tensor
 ) -> Tensor:  # derived shape -> parameter shape
     """Returns the parameter's gradient for a gradient of the derived tensor."""
-    (result,) = torch.autograd.grad(
+    result: Tensor | None = torch.autograd.grad(
         derivation.tensor, [parameter], gradient.to(derivation.tensor.dtype), retain_graph=True, allow_unused=True
-    )
+    )[0]
     return torch.zeros_like(parameter) if result is None else result.contiguous()  # noise is added in place
 
 

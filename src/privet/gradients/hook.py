@@ -34,8 +34,8 @@ def refuse_copy(module: nn.Module, *rest: Any) -> None:
     """Raises if a copy of a private module is to be trained."""
     if module.training and torch.is_grad_enabled():
         raise ProtocolError(
-            "this is a copy of a private model, and trains without privacy. Expected eval() or no_grad() of a copy. Copy "
-            "the model before make_private, and make each copy private that is to be trained."
+            "this is a copy of a private model, and trains without privacy. Expected eval() or no_grad() of a copy. "
+            "Copy the model before make_private, and make each copy private that is to be trained."
         )
 
 

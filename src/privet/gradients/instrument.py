@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from privet.errors import ProtocolError, UnsupportedModelError
+from privet.errors import UnsupportedModelError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.coverage import check_coverage
 from privet.gradients.custom_modules import watch_custom_modules
@@ -46,8 +46,8 @@ def examples_in(inputs: Any, batch_axis: int = 0) -> int:
         if t.dim() > batch_axis:
             return t.shape[batch_axis]
     raise UnsupportedModelError(
-        f"no input of the model is a tensor with an axis {batch_axis}, so that the examples cannot be counted. Expected "
-        "tensors as arguments, or in tuples, lists and dicts."
+        f"no input of the model is a tensor with an axis {batch_axis}, so that the examples cannot be counted. "
+        "Expected tensors as arguments, or in tuples, lists and dicts."
     )
 
 
@@ -177,13 +177,13 @@ class Instrument:
                 self._fail(UnsupportedModelError(
                     "the model returned a scalar that needs a gradient, such as a loss of its own: it hides how the "
                     "examples were put together, and so what one example can do. Return outputs with one row for each "
-                    "example, and compute the loss from them (do not pass labels to a model that then reduces a loss), "
-                    "or use PrivateStep with a loss per example."
+                    "example, and compute the loss from them (do not pass labels to a model that then reduces a "
+                    "loss), or use PrivateStep with a loss per example."
                 ))  # fmt: skip
             elif o.dim() <= self._axis or o.shape[self._axis] != examples:
                 self._fail(UnsupportedModelError(
-                    f"the model returned a tensor of shape {tuple(o.shape)} for {examples} examples. Expected the batch on "
-                    f"axis {self._axis}. Return one row for each example."
+                    f"the model returned a tensor of shape {tuple(o.shape)} for {examples} examples. Expected the "
+                    f"batch on axis {self._axis}. Return one row for each example."
                 ))  # fmt: skip
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any], examples: int) -> None:
@@ -209,4 +209,3 @@ class Instrument:
         finally:
             self._suspended = False
         self._checked = min(examples, 2) if conclusive else 0
-

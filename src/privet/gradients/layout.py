@@ -7,10 +7,10 @@ batch axis, and an axis that did not is none. What was learned is kept and held 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,9 +35,9 @@ class Layout(Enum):
             case Layout.SECOND:
                 return t.movedim(1, 0)
             case Layout.MERGED if batch_first:
-                return t.unflatten(0, (examples, -1))
+                return t.reshape(examples, -1, *t.shape[1:])
             case Layout.MERGED:
-                return t.unflatten(0, (-1, examples)).movedim(1, 0)
+                return t.reshape(-1, examples, *t.shape[1:]).movedim(1, 0)
             case Layout.CONSTANT:
                 raise AssertionError("a constant has no examples")
 
@@ -45,7 +45,7 @@ class Layout(Enum):
 class Site(NamedTuple):
     """One tensor argument of one operation on one parameter."""
 
-    operation: Hashable
+    operation: Any
     roots: tuple[str, ...]
     argument: int
     axes: int

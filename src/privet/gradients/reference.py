@@ -27,11 +27,14 @@ def example_gradients(
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for example in examples:
-        gradients = torch.autograd.grad(loss(module, example), list(parameters.values()), allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss(module, example), list(parameters.values()), allow_unused=True
+        )
         for (name, p), g in zip(parameters.items(), gradients, strict=True):
             rows[name].append(torch.zeros_like(p) if g is None else g)
     return {
-        name: torch.stack(r) if r else parameters[name].new_zeros(0, *parameters[name].shape) for name, r in rows.items()
+        name: torch.stack(r) if r else parameters[name].new_zeros(0, *parameters[name].shape)
+        for name, r in rows.items()
     }
 
 

@@ -6,6 +6,7 @@ Nothing here changes a result beyond rounding, so nothing here can change a guar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from enum import Enum
 
@@ -32,10 +33,10 @@ def gram_padding(length: int, dtype: torch.dtype) -> float:
     """Returns the relative rounding error of a product of two inner products of at most `length` terms, doubled.
 
     An inner product errs by more than `2 sqrt(n) u` times the product of the vectors' norms with negligible probability
-    (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, Theorem 2.4); 16 stands in for short vectors, where the bound is not
-    asymptotic.
+    (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, Theorem 2.4); 16 stands in for short vectors, where the bound is
+    not asymptotic.
     """
-    return 2.0 * (length**0.5 + 16.0) * torch.finfo(dtype).eps / 2
+    return 2.0 * (math.sqrt(length) + 16.0) * torch.finfo(dtype).eps / 2
 
 
 def linear_strategy(left: Tensor, right: Tensor) -> Strategy:  # (B, T, O), (B, T, I)

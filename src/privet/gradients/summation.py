@@ -143,7 +143,7 @@ class _Gathered:
         repeat = uses.rows // self.owner.units
         part = uses.narrowed(units.start * repeat, units.stop * repeat)
         rows = uses.rule.per_example(part)
-        return rows if repeat == 1 else rows.unflatten(0, (-1, repeat)).sum(1)
+        return rows if repeat == 1 else rows.view(-1, repeat, *rows.shape[1:]).sum(1)
 
     def owner_of(self, uses: Uses) -> Owner:
         """Returns the owner of each row of the uses: several rows of one example lie together."""
@@ -235,11 +235,11 @@ def clipped_sum(
     gathered = _gathered(recorded, parameters, owner)
     device = next(iter(parameters.values())).device
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-    squared = torch.stack([
-        _group_norms([(gathered[n], parameters[n]) for n, g in zip(names, groups, strict=True) if g == k and n in gathered],
-                     owner.units, dtype=dtype, device=device)
-        for k in range(max(groups) + 1)
-    ])  # fmt: skip
+    members: list[list[tuple[_Gathered, nn.Parameter]]] = [[] for _ in range(max(groups) + 1)]
+    for name, group in zip(names, groups, strict=True):
+        if name in gathered:
+            members[group].append((gathered[name], parameters[name]))
+    squared = torch.stack([_group_norms(group, owner.units, dtype=dtype, device=device) for group in members])
     squared = reducer.sum(squared * scale**2)
     weights, dropped = _weights(policy, squared)
     if device.type != "cpu" or bool(dropped.any()):
@@ -250,7 +250,8 @@ def clipped_sum(
         if name in gathered:
             value = gathered.pop(name).weighted_sum(weights[group]).view(parameter.shape)
         else:
-            value = torch.zeros(parameter.shape, device=device, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            wide_type = torch.promote_types(parameter.dtype, torch.float32)
+            value = torch.zeros(parameter.shape, device=device, dtype=wide_type)
         sink.put(name, value)
     return ClippedSum(sink.values(), policy.sensitivity, {"dropped": dropped.sum(), "norms": squared.detach()})
 

@@ -18,8 +18,9 @@ def refuse_thawed(module: nn.Module, known: Mapping[str, nn.Parameter]) -> froze
     for name, p in module.named_parameters():
         if p.requires_grad and id(p) not in names:
             raise ConfigurationError(
-                f"{name} is trainable now and was frozen, or absent, when training became private: nothing would clip its "
-                "gradients. Expected the same trainable parameters. Freeze it again, or make the model private anew."
+                f"{name} is trainable now and was frozen, or absent, when training became private: nothing would clip "
+                "its gradients. Expected the same trainable parameters. Freeze it again, or make the model private "
+                "anew."
             )
     return frozenset(name for name, p in known.items() if p.requires_grad)
 
@@ -32,7 +33,7 @@ class Tripwires:
         self._on_gradient = on_gradient
         self._quiet = False
         self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))  # type: ignore[misc]
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))  # type: ignore[no-untyped-call]
             for name, p in parameters.items()
         ]
 
@@ -43,11 +44,11 @@ class Tripwires:
             p.grad = None
         self._on_gradient()
         raise CoverageError(
-            f"a gradient reached {name} by a way that was not captured per example: a penalty on the parameter added to "
-            "the loss, a use outside of the private module's forward or in eval mode, or a custom autograd Function. It was "
-            "discarded, and nothing was released. Use weight_decay in the optimizer for a penalty; run the parameter's "
-            "layer inside the private module's forward; freeze it (requires_grad_(False)) before make_private; or "
-            "register a rule (privet.register_rule)."
+            f"a gradient reached {name} by a way that was not captured per example: a penalty on the parameter added "
+            "to the loss, a use outside of the private module's forward or in eval mode, or a custom autograd "
+            "Function. It was discarded, and nothing was released. Use weight_decay in the optimizer for a penalty; "
+            "run the parameter's layer inside the private module's forward; freeze it (requires_grad_(False)) before "
+            "make_private; or register a rule (privet.register_rule)."
         )
 
     @contextmanager

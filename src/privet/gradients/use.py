@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -88,7 +88,13 @@ class Uses(Sequence[Use]):
     items: tuple[Use, ...]
     rows_memo: Tensor | None = field(default=None, repr=False)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> Use: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Use, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Use | tuple[Use, ...]:
         return self.items[index]
 
     def __len__(self) -> int:

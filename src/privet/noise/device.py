@@ -20,8 +20,9 @@ __all__ = ["DeviceNoise"]
 class DeviceNoise(CounterNoise):
     """The default source on accelerators with float64. See `CounterNoise` for what it guarantees.
 
-    The values have the law, the precision (a radius of 53-bit uniforms, its logarithm in float64) and the addresses of `SecureNoise`, and
-    are drawn on the device of the tensor they are added to; the CPU is such a device, on which tests run.
+    The values have the law, the precision (a radius of 53-bit uniforms, its logarithm in float64) and the addresses
+    of `SecureNoise`, and are drawn on the device of the tensor they are added to; the CPU is such a device, on which
+    tests run.
     The generator, Philox4x32-10, is not cryptographic: against someone who sees many exact outputs and computes the key
     from them, use `secure_mode=True`, which draws on the host.
     """

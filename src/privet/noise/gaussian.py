@@ -79,6 +79,12 @@ class NoiseMechanism(Protocol):
     ) -> PrivateGradient:
         """Returns the private gradient of a logical step, and consumes the sum."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, without any key."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes after the saved step."""
+
 
 @final
 class GaussianNoise:

@@ -34,9 +34,9 @@ _MODULES: dict[type[nn.Module], ModuleRule] = {}
 def register_rule(target: Any) -> Callable[[F], F]:
     """Returns a decorator that registers a rule for a module class, or for a torch function.
 
-    For a module class the rule is called as `rule(module, inputs, gradient)`, the inputs being the positional arguments of
-    the forward, and returns the per-example gradients `(B, *shape)` of all trainable parameters by their names in the
-    module. It holds for instances of exactly that class. For a function it is called as
+    For a module class the rule is called as `rule(module, inputs, gradient)`, the inputs being the positional
+    arguments of the forward, and returns the per-example gradients `(B, *shape)` of all trainable parameters by their
+    names in the module. It holds for instances of exactly that class. For a function it is called as
     `rule(gradient, *args, **kwargs)`, and returns them by the parameter's position or keyword.
 
     Raises:
@@ -51,8 +51,8 @@ def register_rule(target: Any) -> Callable[[F], F]:
         return of_module
     if not callable(target):
         raise ConfigurationError(
-            f"register_rule takes a torch.nn.Module class or a torch function, got {target!r}. For a function of your own, "
-            "make it the forward of a module."
+            f"register_rule takes a torch.nn.Module class or a torch function, got {target!r}. For a function of your "
+            "own, make it the forward of a module."
         )
 
     def of_function(rule: F) -> F:
@@ -118,14 +118,14 @@ class ModuleUse(Operation):
         kind = type(self._module).__name__
         if name not in found:
             raise UnsupportedModelError(
-                f"the rule registered for {kind} returned gradients for {sorted(found)} and none for {name}. Expected every "
-                "trainable parameter of the module."
+                f"the rule registered for {kind} returned gradients for {sorted(found)} and none for {name}. Expected "
+                "every trainable parameter of the module."
             )
         rows, expected = found[name], (gradient.shape[0], *shape)
-        if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:
-            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        if tuple(getattr(rows, "shape", ())) != expected:
+            got = getattr(rows, "shape", type(rows).__name__)
             raise UnsupportedModelError(
-                f"the rule registered for {kind} returned {got} for {name}. Expected per-example gradients of shape {expected}."
+                f"the rule registered for {kind} returned {got} for {name}. Expected per-example gradients of shape "
+                f"{expected}."
             )
         return rows.detach()
-

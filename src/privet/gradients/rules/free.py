@@ -26,8 +26,8 @@ _T = Tensor
 ELEMENTWISE = (
     torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__, torch.sub, _T.sub, _T.__sub__, _T.__rsub__,
     _T.sub_, _T.__isub__, torch.subtract, _T.subtract, torch.mul, _T.mul, _T.__mul__, _T.__rmul__, _T.mul_, _T.__imul__,
-    torch.multiply, _T.multiply, torch.div, _T.div, _T.__truediv__, _T.__rtruediv__, _T.div_, _T.__itruediv__, _T.__rdiv__,
-    torch.divide, _T.divide, torch.true_divide, torch.pow, _T.pow, _T.__pow__, _T.__rpow__, torch.maximum, _T.maximum,
+    torch.multiply, _T.multiply, torch.div, _T.div, _T.__truediv__, _T.__rtruediv__, _T.div_, _T.__itruediv__,
+    _T.__rdiv__, torch.divide, _T.divide, torch.true_divide, torch.pow, _T.pow, _T.__pow__, _T.__rpow__, torch.maximum, _T.maximum,
     torch.minimum, _T.minimum, torch.where, _T.where, torch.lerp, _T.lerp, torch.addcmul, _T.addcmul, torch.addcdiv,
     _T.addcdiv, torch.clamp, _T.clamp, torch.atan2, _T.atan2, torch.hypot, torch.rsub, torch.logaddexp,
     torch.masked_fill, _T.masked_fill,
@@ -50,8 +50,8 @@ def _reduced(gradient: Tensor, shape: tuple[int, ...], operation: Operation) -> 
     rows = gradient.shape[0]
     if not gradient.numel():
         return gradient.new_zeros(rows, *shape)
-    body = gradient.reshape(rows, -1, *gradient.shape[gradient.dim() - len(kept) :]) if kept else gradient.reshape(rows, -1)
-    body = body.sum(1)
+    lined_up = gradient.shape[gradient.dim() - len(kept) :] if kept else ()
+    body = gradient.reshape(rows, -1, *lined_up).sum(1)
     for axis, size in enumerate(kept):
         if size == 1 and body.shape[axis + 1] != 1:
             body = body.sum(axis + 1, keepdim=True)
@@ -69,11 +69,13 @@ class Broadcast(Operation):
         self.trailing = tuple(trailing)
 
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        """Returns the parameter, expanded without a copy."""
         return values["value"].expand(self.shape)
 
     def data_gradients(
         self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Tensor, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
+        """Returns nothing: there are no data."""
         return ()
 
 
@@ -84,8 +86,8 @@ def _expanded(call: Call, root: Tensor, shape: Sequence[int], layout: Layout) ->
     if aligned[axis] != 1:
         raise UnsupportedModelError(
             f"{call.label(root)} of shape {tuple(root.shape)} meets data of shape {tuple(shape)} along the batch axis "
-            f"{axis}: its entries would belong to places in the batch. Expected size 1 there. Give the parameter a shape "
-            "without the batch axis."
+            f"{axis}: its entries would belong to places in the batch. Expected size 1 there. Give the parameter a "
+            "shape without the batch axis."
         )
     trailing = aligned[:axis] + aligned[axis + 1 :]  # as the gradient lies once the examples are first
     while trailing and trailing[0] == 1 and len(trailing) > 1:
@@ -96,7 +98,7 @@ def _expanded(call: Call, root: Tensor, shape: Sequence[int], layout: Layout) ->
 @handles(*ELEMENTWISE)
 def _elementwise(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
     data = [t for t in tensors if call.layout(t) is not Layout.CONSTANT]
     full = [t for t in data if t.dim() == len(shape)]
     if not full:

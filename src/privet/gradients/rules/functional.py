@@ -61,7 +61,13 @@ class Mapped(Operation):
         args, kwargs = self._arguments(data, values)
         return self._function(*args, **kwargs)
 
+    @property
+    def data_count(self) -> int:
+        """Returns how many of the arguments are data."""
+        return sum(1 for part in self._leaves if part[0] == "data")
+
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
+        """Returns the function's output, after a look at its shape."""
         self._values = dict(values)
         output = self.run(data, values)
         outputs = output if isinstance(output, tuple | list) else (output,)
@@ -78,6 +84,7 @@ class Mapped(Operation):
     def data_gradients(
         self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Any, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
+        """Returns the gradients of the data, from a second run with autograd."""
         wanted = [k for k, need in enumerate(needed) if need]
         gradients = gradient if isinstance(gradient, tuple) else (gradient,)
         with torch.enable_grad():
@@ -101,7 +108,7 @@ class Mapped(Operation):
                 output = self.run([d.unsqueeze(0) for d in row], {**self._values, role: value})
                 return tuple(output) if isinstance(output, tuple | list) else (output,)
 
-            _, pullback = torch.func.vjp(of_value, self._values[role])
+            pullback = torch.func.vjp(of_value, self._values[role])[1]
             (result,) = pullback(tuple(g.unsqueeze(0) for g in row_gradients))
             return result  # type: ignore[no-any-return]
 
@@ -115,7 +122,6 @@ class Mapped(Operation):
                 "(privet.register_rule)."
             ) from error
 
-
     def _by_user_rule(self, role: str, data: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         assert self._user_rule is not None
         args, kwargs = self._arguments(data, self._values)
@@ -127,8 +133,8 @@ class Mapped(Operation):
         if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:
             got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else "nothing"
             raise UnsupportedModelError(
-                f"the rule registered for {self.name} returned {got} for the parameter at {place!r}. Expected per-example "
-                f"gradients of shape {expected}, by the parameter's position or keyword."
+                f"the rule registered for {self.name} returned {got} for the parameter at {place!r}. Expected "
+                f"per-example gradients of shape {expected}, by the parameter's position or keyword."
             )
         return rows
 
@@ -145,7 +151,7 @@ class _MappedRule(Rule):
         for use in uses:
             operation = use.operation
             assert isinstance(operation, Mapped)
-            count = sum(1 for part in operation._leaves if part[0] == "data")
+            count = operation.data_count
             data = [d for d in use.data[:count] if d is not None]
             gradients = [use.gradient, *(d for d in use.data[count:] if d is not None)]
             size = 4 * max(1, use.gradient[:1].numel() + sum(d[:1].numel() for d in data))
@@ -193,8 +199,8 @@ def mapped_call(
             if call.layout(leaf) is not Layout.ROWS:
                 raise UnsupportedModelError(
                     f"{name} of {_named(call, leaves)} met data of shape {tuple(leaf.shape)} in which "
-                    f"{call.layout(leaf).value}. Expected the batch on axis 0 there. Move it, or register a rule of your "
-                    "own (privet.register_rule)."
+                    f"{call.layout(leaf).value}. Expected the batch on axis 0 there. Move it, or register a rule of "
+                    "your own (privet.register_rule)."
                 )
             parts.append(("data", len(data)))
             data.append(leaf)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,12 +102,13 @@ def _gram_norms(left: Tensor, right: Tensor) -> Tensor | None:  # (B, T, O), (B,
     Returns None where the bound is more than 2e-4 of some norm: then a sum of squares has to be taken instead.
     """
     gram = (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).flatten(1).sum(1)
-    scale = (torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)).sum(1).square()
+    scale: Tensor = (torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)).sum(1).square()
     padding = scale * gram_padding(max(left.shape[2], right.shape[2]), left.dtype)
     # Rows that are not finite are dropped later, whatever their norm; zero rows have zero padding.
     if bool(((padding > 2e-4 * gram) & (scale > 0) & gram.isfinite() & scale.isfinite()).any()):
         return None
-    return gram.clamp(min=0) + padding
+    norms: Tensor = gram.clamp(min=0) + padding
+    return norms
 
 
 class _Bias(Rule):
@@ -122,19 +123,23 @@ class Linear(Operation):
     """`x @ W.T + b`, or `x @ W + b` where `transposed`."""
 
     positionwise = True
-    _RULES = {kind: {"weight": _Weight(transposed=kind), "bias": _Bias()} for kind in (False, True)}
+    _RULES: ClassVar[Mapping[bool, Mapping[str, Rule]]] = {
+        kind: {"weight": _Weight(transposed=kind), "bias": _Bias()} for kind in (False, True)
+    }
 
     def __init__(self, *, transposed: bool = False) -> None:
         self.transposed = transposed
         self.rules = self._RULES[transposed]
 
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        """Returns the product, and the bias added."""
         weight, bias = values["weight"], values.get("bias")
         return F.linear(data[0], weight.t() if self.transposed else weight, bias)
 
     def data_gradients(
         self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Tensor, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
+        """Returns the gradient times the matrix; no weight gradient is computed."""
         weight = values["weight"].to(gradient.dtype)
         return [(gradient @ (weight.t() if self.transposed else weight)).to(data[0].dtype)]
 
@@ -171,9 +176,8 @@ def _applied(call: Call, x: Any, weight: Any, bias: Any, *, transposed: bool) ->
     constant_bias = bias is not None and not call.is_root(bias)
     if call.is_root(x) or not isinstance(x, Tensor) or weight.dim() != 2 or x.dim() < 2:
         return NotImplemented
-    if not call.is_root(weight):
-        if weight.requires_grad or bias is None or constant_bias:
-            return NotImplemented
+    if not call.is_root(weight) and (weight.requires_grad or bias is None or constant_bias):
+        return NotImplemented
     if constant_bias and bias.requires_grad:
         return NotImplemented
     return call.apply(Linear(transposed=transposed), (x,), {"weight": weight, "bias": bias})

@@ -28,9 +28,10 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
     length = flat.shape[1]
     whole = length - length % 1024
     if whole == 0 or flat.shape[0] == 0:
-        return torch.linalg.vector_norm(flat, dim=1).square()
-    chunks = flat[:, :whole].unflatten(1, (-1, 1024)) if whole == length else flat[:, :whole].reshape(len(flat), -1, 1024)
-    squares = torch.linalg.vector_norm(chunks, dim=2).square().sum(1)
+        short: Tensor = torch.linalg.vector_norm(flat, dim=1).square()
+        return short
+    chunks = flat[:, :whole].reshape(len(flat), -1, 1024)
+    squares: Tensor = torch.linalg.vector_norm(chunks, dim=2).square().sum(1)
     if whole < length:
         squares = squares + torch.linalg.vector_norm(flat[:, whole:], dim=1).square()
     return squares
