@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for plot and checkpoint")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # on a network this small, a second thread only waits
     console = Console()
     training, test = digits()
     console.print(
