@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from privet.gradients.custom_modules import watch_custom_modules
 from privet.gradients.instrument import examples_in
 from privet.gradients.summation import clipped_sum
 from privet.gradients.tripwire import Tripwires, refuse_thawed
+from privet.gradients.two_pass import TwoPass, refuse_several_weights
 from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.parameters import private_parameters
@@ -52,6 +53,7 @@ class PrivateStep:
         loss_per_example: `loss(model, batch)` returns the loss of each example, `(B,)`, B being axis 0 of the batch's
             first tensor.
         expected_batch_size: the public constant that the noisy sum is divided by.
+        passes: 1 for the least time; 2 for the least memory, with a second backward of the same forward.
         budget: refuses the step that would exceed it.
         secure_mode: whether noise must be cryptographically secure on every device.
         noise_generator: makes the run reproducible, and says so in the ledger; for tests.
@@ -71,6 +73,7 @@ class PrivateStep:
         mechanism: Mechanism,
         loss_per_example: LossPerExample,
         expected_batch_size: float,
+        passes: Literal[1, 2] = 1,
         budget: Budget | None = None,
         secure_mode: bool = False,
         noise_generator: torch.Generator | None = None,
@@ -86,6 +89,10 @@ class PrivateStep:
             )
         parameters = private_parameters(model, optimizer)
         mechanism.clipping.groups(list(parameters))
+        if passes not in (1, 2) or isinstance(passes, bool):
+            raise ConfigurationError(f"passes must be 1 or 2, got {passes!r}.")
+        if passes == 2:
+            refuse_several_weights(mechanism.clipping, list(parameters))
         key = noise_key(secure_mode=secure_mode, generator=noise_generator)
         device = next(iter(parameters.values())).device
         self.model = model
@@ -101,6 +108,7 @@ class PrivateStep:
         self._checked = 0
         self._trainable: frozenset[str] = frozenset()
         self._capture = Capture(parameters, on_backward=self._received)
+        self._two_pass = TwoPass(self._capture) if passes == 2 else None
         watch_custom_modules(model, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
         optimizer.zero_grad(set_to_none=True)
@@ -164,6 +172,13 @@ class PrivateStep:
         return losses
 
     def _backward(self, batch: Any, examples: int) -> Tensor:
+        if self._two_pass is not None:
+            policy, parameters = self.mechanism.clipping, self._private()
+            clipped, found = self._two_pass.clipped_sum(
+                lambda: self._losses(batch, examples), examples=examples, parameters=parameters, policy=policy
+            )
+            self._update.receive(clipped, examples=examples)
+            return found
         try:
             with torch.enable_grad():
                 self._capture.begin(examples)
@@ -204,9 +219,11 @@ class PrivateStep:
         self._checked = min(examples, 2) if conclusive else 0
 
     def _received(self, recorded: Recorded) -> None:
-        trainable = {name: p for name, p in self._update.parameters.items() if p.requires_grad}
-        clipped = clipped_sum(recorded, trainable, self.mechanism.clipping)
+        clipped = clipped_sum(recorded, self._private(), self.mechanism.clipping)
         self._update.receive(clipped, examples=recorded.examples or 0)
+
+    def _private(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._update.parameters.items() if p.requires_grad}
 
 
 def refuse_mixing(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, batch_axis: int = 0) -> None:

@@ -102,6 +102,8 @@ class Capture:
         self.layouts = Layouts()
         self.channels_last = False  # whether 2-D convolutions see their kernels with the channels innermost
         self.on_backward = on_backward
+        self.on_use: Callable[[str | Derivation, Use], None] | None = None
+        """Takes every use at once, and several backwards of one forward; then whoever set it has to `release`."""
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameter_class = type("WatchedParameter", (_WatchedParameter,), {"capture": self})
         self._derived_class = type("DerivedTensor", (_DerivedTensor,), {"capture": self})
@@ -353,7 +355,9 @@ class Capture:
         shapes = dict(zip(call.roles, (tuple(v.shape) for v in values), strict=True))
         for role, target in call.targets.items():
             use = Use(operation, role, tuple(kept), gradient, shapes[role])
-            if isinstance(target, str):
+            if self.on_use is not None:
+                self.on_use(target, use)
+            elif isinstance(target, str):
                 recorded.direct.setdefault(target, []).append(use)
             else:
                 recorded.derived.setdefault(target, []).append(use)
@@ -370,6 +374,9 @@ class Capture:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # noqa: SLF001 - as torch's own DDP does
 
     def _finish(self) -> None:
+        if self.on_use is not None:
+            self._queued = False
+            return
         recorded = self._recorded
         self.release()
         with torch.no_grad():

@@ -17,7 +17,7 @@ from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
 from privet.gradients.rules.registry import row_norms
 from privet.gradients.strategy import row_chunks
-from privet.gradients.use import Owner, Use, Uses
+from privet.gradients.use import Allowance, Owner, Use, Uses
 
 __all__ = [
     "DictSink",
@@ -26,8 +26,12 @@ __all__ = [
     "Policy",
     "SumSink",
     "clipped_sum",
+    "masked_sums",
     "per_example_gradients",
+    "squared_norms",
+    "total_norms",
     "weighted_sums",
+    "weights_of",
 ]
 
 
@@ -178,21 +182,22 @@ class _Gathered:
         return _Gathered(self.parameter, [without(uses) for uses in self.direct], derived, self.owner)
 
 
-def _by_rule(uses: Sequence[Use]) -> list[Uses]:
+def _by_rule(uses: Sequence[Use], allowance: Allowance) -> list[Uses]:
     groups: dict[tuple[int, tuple[int, ...]], list[Use]] = {}
     for use in uses:
         groups.setdefault((id(use.rule), (use.rows,)), []).append(use)
-    return [Uses(tuple(group)) for group in groups.values()]
+    return [Uses(tuple(group), allowance=allowance) for group in groups.values()]
 
 
 def _gathered(recorded: Recorded, parameters: Mapping[str, nn.Parameter], owner: Owner) -> dict[str, _Gathered]:
+    allowance = Allowance()
     found: dict[str, _Gathered] = {}
     derived: dict[str, list[tuple[Derivation, list[Uses]]]] = {}
     for derivation, uses in recorded.derived.items():
         for source in derivation.sources:
-            derived.setdefault(source, []).append((derivation, _by_rule(uses)))
+            derived.setdefault(source, []).append((derivation, _by_rule(uses, allowance)))
     for name, parameter in parameters.items():
-        direct = _by_rule(recorded.direct.get(name, ()))
+        direct = _by_rule(recorded.direct.get(name, ()), allowance)
         if direct or name in derived:
             found[name] = _Gathered(parameter, direct, derived.get(name, []), owner)
     return found
@@ -234,14 +239,12 @@ def clipped_sum(
     groups = policy.groups(names)
     gathered = _gathered(recorded, parameters, owner)
     device = next(iter(parameters.values())).device
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-    members: list[list[tuple[_Gathered, nn.Parameter]]] = [[] for _ in range(max(groups) + 1)]
+    members: list[list[tuple[Tensor, nn.Parameter]]] = [[] for _ in range(max(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
         if name in gathered:
-            members[group].append((gathered[name], parameters[name]))
-    squared = torch.stack([_group_norms(group, owner.units, dtype=dtype, device=device) for group in members])
-    squared = reducer.sum(squared * scale**2)
-    weights, dropped = _weights(policy, squared)
+            members[group].append((gathered[name].squared_norms(), parameters[name]))
+    squared = reducer.sum(total_norms(members, owner.units, parameters) * scale**2)
+    weights, dropped = weights_of(policy, squared)
     if device.type != "cpu" or bool(dropped.any()):
         gathered = {name: g.masked(dropped) for name, g in gathered.items()}
     weights = weights * scale
@@ -256,22 +259,53 @@ def clipped_sum(
     return ClippedSum(sink.values(), policy.sensitivity, {"dropped": dropped.sum(), "norms": squared.detach()})
 
 
+def total_norms(
+    groups: Sequence[Sequence[tuple[Tensor, nn.Parameter]]],  # (B,) squared norms of parameters, by group
+    units: int,
+    parameters: Mapping[str, nn.Parameter],
+) -> Tensor:  # (K, B)
+    """Returns the squared norms over each group, squares that underflowed counted as the smallest number."""
+    device = next(iter(parameters.values())).device
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+    return torch.stack([_group_norms(group, units, dtype=dtype, device=device) for group in groups])
+
+
 def _group_norms(
-    group: Sequence[tuple[_Gathered, nn.Parameter]], units: int, *, dtype: torch.dtype, device: torch.device
+    group: Sequence[tuple[Tensor, nn.Parameter]], units: int, *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:  # (B,)
-    """Returns the squared norms over a group of parameters, squares that underflowed counted as the smallest number."""
     if not group:
         return torch.zeros(units, dtype=dtype, device=device)
-    norms = [gathered.squared_norms() for gathered, _ in group]
+    norms = [norm for norm, _ in group]
     total = torch.stack([n.to(dtype) for n in norms]).sum(0) if len(norms) > 1 else norms[0].to(dtype)
     return total + sum(p.numel() for _, p in group) * torch.finfo(dtype).tiny
 
 
-def _weights(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K, B) -> (K, B), (B,) bool
+def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K, B) -> (K, B), (B,) bool
     """Returns the weights, zero for units to be dropped, and which these are."""
     dropped = ~squared.isfinite().all(0)
     weights = policy.weights(squared.masked_fill(dropped, 0.0))
     return weights.masked_fill(dropped, 0.0), dropped
+
+
+@torch.no_grad()
+def squared_norms(recorded: Recorded, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:  # name -> (B,)
+    """Returns the squared norms of the examples' gradients of every parameter that has a use."""
+    found = _gathered(recorded, parameters, Owner(recorded.examples or 0))
+    return {name: gathered.squared_norms() for name, gathered in found.items()}
+
+
+@torch.no_grad()
+def masked_sums(
+    recorded: Recorded,
+    parameters: Mapping[str, nn.Parameter],
+    weights: Tensor,  # (B,)
+    dropped: Tensor | None,  # (B,) bool
+) -> dict[str, Tensor]:
+    """Returns the weighted sums of the examples' gradients, no value of a dropped one having a part in them."""
+    found = _gathered(recorded, parameters, Owner(recorded.examples or 0))
+    if dropped is not None:
+        found = {name: gathered.masked(dropped) for name, gathered in found.items()}
+    return {name: gathered.weighted_sum(weights) for name, gathered in found.items()}
 
 
 @torch.no_grad()
