@@ -39,8 +39,8 @@ def gram_padding(length: int, dtype: torch.dtype) -> float:
     return 2.0 * (math.sqrt(length) + 16.0) * torch.finfo(dtype).eps / 2
 
 
-def linear_strategy(left: Tensor, right: Tensor) -> Strategy:  # (B, T, O), (B, T, I)
-    """Returns the cheapest way to the norms of `left_i^T right_i`."""
+def linear_strategy(left: Tensor, right: Tensor, *, budget: int = ROWS_BYTES) -> Strategy:  # (B, T, O), (B, T, I)
+    """Returns the cheapest way to the norms of `left_i^T right_i` that keeps no more bytes than the budget."""
     examples, positions, outputs = left.shape
     inputs = right.shape[2]
     size = examples * outputs * inputs * left.element_size()
@@ -50,7 +50,7 @@ def linear_strategy(left: Tensor, right: Tensor) -> Strategy:  # (B, T, O), (B, 
     precise = gram_padding(max(outputs, inputs), left.dtype) * positions < 2e-4
     if precise and positions**2 * (outputs + inputs) < wide_enough * outputs * inputs:
         return Strategy.GRAM
-    return Strategy.ROWS if size <= ROWS_BYTES else Strategy.TILES
+    return Strategy.ROWS if size <= min(budget, ROWS_BYTES) else Strategy.TILES
 
 
 def row_chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from privet.gradients.rules.registry import Operation, Rule
 
-__all__ = ["Owner", "Use", "Uses", "wide"]
+__all__ = ["Allowance", "Owner", "Use", "Uses", "wide"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,13 @@ class Use:
 
 
 @dataclass(eq=False)
+class Allowance:
+    """How many bytes of per-example gradients may still be kept from the norms to the weighted sums of one step."""
+
+    left: int = 768 * 2**20
+
+
+@dataclass(eq=False)
 class Uses(Sequence[Use]):
     """The uses of one parameter that share one rule, and what their rule wants to remember between two calls.
 
@@ -87,6 +94,7 @@ class Uses(Sequence[Use]):
 
     items: tuple[Use, ...]
     rows_memo: Tensor | None = field(default=None, repr=False)
+    allowance: Allowance = field(default_factory=Allowance, repr=False)
 
     @overload
     def __getitem__(self, index: int) -> Use: ...
@@ -122,6 +130,7 @@ class Uses(Sequence[Use]):
         """Returns the per-row gradients, computed once."""
         if self.rows_memo is None:
             self.rows_memo = compute()
+            self.allowance.left -= self.rows_memo.numel() * self.rows_memo.element_size()
         return self.rows_memo
 
     def narrowed(self, start: int, stop: int) -> Uses:

@@ -102,9 +102,9 @@ class _Weight(Rule):
             size = uses.rows * uses[0].gradient.element_size()
             for n in uses.shape:
                 size *= n
-            strategy = ConvolutionStrategy.ROWS if size <= ROWS_BYTES else ConvolutionStrategy.TILES
+            strategy = ConvolutionStrategy.ROWS if size <= min(ROWS_BYTES, uses.allowance.left) else ConvolutionStrategy.TILES
         else:
-            strategy = convolution_strategy(_pairing(uses[0]))
+            strategy = convolution_strategy(_pairing(uses[0]), budget=min(ROWS_BYTES, uses.allowance.left))
         return self.norms_by(strategy, uses)
 
     def norms_by(self, strategy: ConvolutionStrategy, uses: Uses) -> Tensor:  # (R,)

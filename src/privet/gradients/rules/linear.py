@@ -58,7 +58,7 @@ class _Weight(Rule):
         left, right = self._oriented(uses)
         if left.shape[1] == 1:
             return row_norms(left) * row_norms(right)
-        strategy = linear_strategy(left, right)
+        strategy = linear_strategy(left, right, budget=uses.allowance.left)
         if strategy is Strategy.GRAM:
             norms = _gram_norms(left, right)
             if norms is not None:
