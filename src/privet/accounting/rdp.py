@@ -23,27 +23,32 @@ __all__ = [
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-def best_order(objective: Callable[[float], float], largest: float) -> tuple[float, float]:
+def best_order(objective: Callable[[float], float], largest: float, *, whole: bool = False) -> tuple[float, float]:
     """Returns (least value found, its order) of an objective that is quasi-convex in α, over 1 < α <= largest.
 
     Powers of two of α - 1 bracket it, then golden sections close in; whatever order comes out, its value is a bound.
     """
+
+    def order_of(exponent: float) -> float:
+        order = 1.0 + 2.0**exponent
+        return float(max(2, round(order))) if whole else order
+
     limit = math.log2(largest - 1.0)
     exponents = [0.0, 1.0, 2.0]
-    values = [objective(1.0 + 2.0**exponent) for exponent in exponents]
+    values = [objective(order_of(exponent)) for exponent in exponents]
     # Outwards only for as long as it improves: large orders are dear.
     while exponents[-1] < limit and values[-1] <= min(values):
         exponents.append(min(exponents[-1] + 1.0, limit))
-        values.append(objective(1.0 + 2.0 ** exponents[-1]))
-    while exponents[0] > -12.0 and values[0] <= min(values):
+        values.append(objective(order_of(exponents[-1])))
+    while not whole and exponents[0] > -12.0 and values[0] <= min(values):
         exponents.insert(0, exponents[0] - 1.0)
-        values.insert(0, objective(1.0 + 2.0 ** exponents[0]))
+        values.insert(0, objective(order_of(exponents[0])))
     best = min(range(len(values)), key=values.__getitem__)
     low, high = exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)]
-    found = [(values[best], 1.0 + 2.0 ** exponents[best])]
+    found = [(values[best], order_of(exponents[best]))]
 
     def probe(exponent: float) -> float:
-        order = 1.0 + 2.0**exponent
+        order = order_of(exponent)
         found.append((objective(order), order))
         return found[-1][0]
 
@@ -73,13 +78,17 @@ def renyi_delta_at(cumulant: Cumulant, order: float, epsilon: float) -> float:
 
 def renyi_epsilon(cumulant: Cumulant, delta: float) -> tuple[float, float]:
     """Returns the least (ε, α)."""
-    found = best_order(lambda order: renyi_epsilon_at(cumulant, order, delta), cumulant.largest_order)
+    found = best_order(
+        lambda order: renyi_epsilon_at(cumulant, order, delta), cumulant.largest_order, whole=cumulant.whole_orders
+    )
     return max(0.0, found[0]), found[1]
 
 
 def renyi_delta(cumulant: Cumulant, epsilon: float) -> tuple[float, float]:
     """Returns the least (log δ, α)."""
-    found = best_order(lambda order: renyi_delta_at(cumulant, order, epsilon), cumulant.largest_order)
+    found = best_order(
+        lambda order: renyi_delta_at(cumulant, order, epsilon), cumulant.largest_order, whole=cumulant.whole_orders
+    )
     return min(0.0, found[0]), found[1]
 
 

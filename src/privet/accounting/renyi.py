@@ -203,6 +203,8 @@ class Cumulant:
                 self._others.append((term, count))
         self._rate, self._noise, self._count = np.array(plain, dtype=np.float64).reshape(-1, 3).T
         pairs = {part.pair for term in reduced.terms for _, part in term.parts}
+        # With many terms only whole orders are tried: their sums are short, and any order gives a bound.
+        self.whole_orders = len(reduced.terms) > 16
         self.largest_order = min((_LARGEST_ORDER[pair] for pair in pairs), default=1e12)
 
     def __call__(self, order: float) -> float:
