@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,8 @@ __all__ = ["Goal", "Grid", "Readings", "grid_for"]
 
 _LARGEST_LATTICE = 2**20
 _LARGEST_CIRCLE = 2**21
-_MOST_TERMS_KEPT = 512
+_MOST_LATTICES_KEPT = 256
+_ROOM_FOR_SPECTRA = 64 * 2**20  # bytes a grid
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,11 @@ class Goal:
 class _Prepared:
     """One direction of one term on a grid whose circle is not known yet."""
 
-    lattice: Lattice
+    lattice: Lattice | None  # None where there are too many terms to keep them all
     tail: Tail
+    infinity: float
+    added: float
+    raised: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class _Direction:
     """One direction of one term; `added` is the variance that the grid gives a step, without the tilt."""
 
     tail: Tail
-    spectrum: Spectrum
+    spectrum: Spectrum | None
     log_kept: float
     added: float
     raised: float
@@ -80,7 +84,16 @@ class Readings:
 def _prepared(term: Term, step: float, truncation: float, tilt: float) -> tuple[_Prepared, ...]:
     """Returns both directions, or one where they are the same."""
     found = (lattice for lattice in lattices(term, step, truncation) if lattice is not None)
-    return tuple(_Prepared(lattice, tail_of(lattice, step, tilt)) for lattice in found)
+    return tuple(
+        _Prepared(
+            lattice=lattice,
+            tail=tail_of(lattice, step, tilt),
+            infinity=lattice.infinity,
+            added=float(lattice.variance.sum()),
+            raised=lattice.raised,
+        )
+        for lattice in found
+    )
 
 
 class Grid:
@@ -95,25 +108,45 @@ class Grid:
         self._counts: dict[Term, int] = {}
         self._composed = (Composition(size=size), Composition(size=size))
         self._changes = 0
+        self._room = _ROOM_FOR_SPECTRA
         self._frames: list[Frame | None] = [None, None]
         self._readings: list[Readings] | None = None
 
-    def place(self, term: Term, prepared: tuple[_Prepared, ...] | None = None) -> None:
-        """Takes a term's distributions onto the circle, if they are not there yet."""
+    def place(self, term: Term, prepared: tuple[_Prepared, ...] | None = None, count: int = 0) -> None:
+        """Takes a term's distributions onto the circle, if they are not there yet, and composes `count` of them."""
         if term in self._directions:
             return
-        if prepared is None:
+        if prepared is None or prepared[0].lattice is None:
             prepared = _prepared(term, self.step, self.truncation, self.goal.tilt)
+        spectra = [self._spectrum(each) for each in prepared]
+        kept = self._room > 0
+        self._room -= sum(spectrum.angle.size for spectrum in spectra) * 16
         self._directions[term] = tuple(
             _Direction(
                 tail=each.tail,
-                spectrum=spectrum_of(each.lattice, each.tail, self.step, self.goal.tilt, self.size),
-                log_kept=math.log1p(-each.lattice.infinity),
-                added=float(each.lattice.variance.sum()),
-                raised=each.lattice.raised,
+                spectrum=spectrum if kept else None,
+                log_kept=math.log1p(-each.infinity),
+                added=each.added,
+                raised=each.raised,
             )
-            for each in prepared
+            for each, spectrum in zip(prepared, spectra, strict=True)
         )
+        if count:
+            self._composed[0].add(spectra[0], count)
+            self._composed[1].add(spectra[-1], count)
+            self._counts[term] = count
+
+    def _spectrum(self, prepared: _Prepared) -> Spectrum:
+        assert prepared.lattice is not None
+        return spectrum_of(prepared.lattice, prepared.tail, self.step, self.goal.tilt, self.size)
+
+    def _spectra(self, term: Term) -> tuple[Spectrum, Spectrum]:
+        """Returns the spectra of both directions, made again where there was no room to keep them."""
+        found = [direction.spectrum for direction in self._directions[term]]
+        if found[0] is None or found[-1] is None:
+            again = _prepared(term, self.step, self.truncation, self.goal.tilt)
+            return self._spectrum(again[0]), self._spectrum(again[-1])
+        return found[0], found[-1]
 
     def missing(self, counts: Mapping[Term, int]) -> int:
         """Returns how many of the terms are not on the grid yet."""
@@ -123,17 +156,16 @@ class Grid:
         changed = {term: count - self._counts.get(term, 0) for term, count in counts.items()}
         changed |= {term: -count for term, count in self._counts.items() if term not in counts}
         self._changes += sum(1 for change in changed.values() if change)
-        if self._changes > 256:
-            # Sums that were added to many times are formed afresh, so that rounding cannot pile up.
+        if self._changes > max(256, sum(counts.values())):
+            # Sums that were added to more often than there are steps are formed afresh: the stated rounding is by step.
             self._composed = (Composition(size=self.size), Composition(size=self.size))
             self._changes, changed = 0, dict(counts)
-            if len(self._directions) > _MOST_TERMS_KEPT:
-                self._directions = {term: kept for term, kept in self._directions.items() if term in counts}
+            self._directions = {term: kept for term, kept in self._directions.items() if term in counts}
         for term, change in changed.items():
             if change:
                 self.place(term)
-                for direction, composed in zip(self._both(term), self._composed, strict=True):
-                    composed.add(direction.spectrum, change)
+                for spectrum, composed in zip(self._spectra(term), self._composed, strict=True):
+                    composed.add(spectrum, change)
         self._counts, self._readings = dict(counts), None
 
     def _both(self, term: Term) -> tuple[_Direction, _Direction]:
@@ -212,11 +244,15 @@ def grid_for(counts: Mapping[Term, int], goal: Goal, *, tolerance: float) -> Gri
             break  # fine enough, or refining does not help: what is left is rounding
         else:
             step, last = max(finest, step * min(0.7, max(0.1, (allowed / error) ** 0.6))), error
-    prepared |= {term: _prepared(term, step, truncation, goal.tilt) for term in counts if term not in prepared}
+    for term in counts:
+        if term not in prepared:
+            both = _prepared(term, step, truncation, goal.tilt)
+            crowded = len(prepared) >= _MOST_LATTICES_KEPT
+            prepared[term] = tuple(replace(each, lattice=None) for each in both) if crowded else both
     size = max(window_for(side, step).size for side in _sides(prepared, counts))
     grid = Grid(goal, step=step, size=good_size(int(1.1 * size) + 64), truncation=truncation)
     for term, both in prepared.items():
-        grid.place(term, both)
+        grid.place(term, both, counts[term])
     return grid
 
 
