@@ -22,6 +22,7 @@ from privet.accounting import (
     Relation,
     SelfComposedEvent,
     Unit,
+    calibrate_noise_multiplier,
     get_epsilon,
 )
 from privet.errors import BudgetExceededError, ConfigurationError, LedgerError
@@ -195,6 +196,25 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
 def test_steps_that_are_not_whole_are_refused(count):
     with pytest.raises(ConfigurationError, match="count must be a whole number of at least 1"):
         Ledger().begin(STEP, count)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize(("rate", "steps", "epsilon"), [(0.01, 700, 2.0), (0.1, 333, 8.0)])
+def test_a_calibrated_run_fits_its_budget_to_the_last_step(accountant, rate, steps, epsilon):
+    found = calibrate_noise_multiplier(
+        epsilon,
+        1e-5,
+        lambda sigma: poisson(sigma, rate, steps),
+        accountant=accountant,
+        relation=Relation.ZERO_OUT,
+    )
+    step = PoissonEvent(rate, GaussianEvent(found.value))
+    ledger = Ledger(relation=Relation.ZERO_OUT, budget=Budget(epsilon, 1e-5), accountant=accountant)
+    for _ in range(steps):
+        ledger.begin(step)
+    assert ledger.epsilon(1e-5) <= epsilon
+    with pytest.raises(BudgetExceededError):
+        ledger.begin(step, max(1, steps // 50))
 
 
 def test_bad_budgets_are_refused():

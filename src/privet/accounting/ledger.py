@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from privet._checks import check_at_least, check_count, check_probability
 from privet.accounting.accountant import Accountant, get_accountant
 from privet.accounting.event import ComposedEvent, Event, NoEvent, Relation, Unit, repeated
+from privet.accounting.pld import PldAccountant
 from privet.errors import BudgetExceededError, ConfigurationError, LedgerError
 
 __all__ = ["Budget", "Ledger", "Phase", "append", "exceeded", "phases_from", "phases_to", "spent"]
@@ -83,11 +84,23 @@ def phases_from(values: object) -> list[Phase]:
     return found
 
 
+def _within(event: Event, budget: Budget, accountant: Accountant, relation: Relation) -> float:
+    """Returns ε at the budget's δ, asked again on a finer grid where a kept one puts it above the budget.
+
+    Grids that outlive a question are up to 3e-4 of ε coarser than a calibration's, and a calibrated run has to fit.
+    """
+    epsilon = accountant.epsilon(event, budget.delta, relation=relation)
+    if budget.epsilon < epsilon <= budget.epsilon * 1.001 and isinstance(accountant, PldAccountant):
+        finer = PldAccountant(tolerance=accountant.tolerance / 4.0)
+        epsilon = min(epsilon, finer.epsilon(event, budget.delta, relation=relation))
+    return epsilon
+
+
 def exceeded(
     begun: Iterable[Phase], phase: Phase, budget: Budget, accountant: Accountant, relation: Relation
 ) -> BudgetExceededError | None:
     """Returns the error to raise if `phase` on top of what was begun would exceed the budget, and None if it fits."""
-    epsilon = accountant.epsilon(spent([*begun, phase]), budget.delta, relation=relation)
+    epsilon = _within(spent([*begun, phase]), budget, accountant, relation)
     if epsilon <= budget.epsilon:
         return None
     return BudgetExceededError(
@@ -174,10 +187,14 @@ class Ledger:
         group_size: int = 1,
     ) -> float:
         """Returns an upper bound on ε at δ of everything begun so far: 0 for an empty ledger."""
-        chosen = self.accountant if accountant is None else get_accountant(accountant)
-        return chosen.epsilon(
-            self.event(), delta, relation=self.relation if relation is None else relation, group_size=group_size
-        )
+        # Asked for by its name, the ledger's own accountant serves: it keeps grids between questions.
+        own = accountant is None or accountant == self.accountant.name
+        chosen = self.accountant if own else get_accountant(accountant or self.accountant)
+        asked = self.relation if relation is None else relation
+        budget = self._budget
+        if own and budget is not None and delta == budget.delta and asked is self.relation and group_size == 1:
+            return _within(self.event(), budget, chosen, asked)
+        return chosen.epsilon(self.event(), delta, relation=asked, group_size=group_size)
 
     def merge(self, other: Ledger) -> None:
         """Adds everything that another ledger on the same data has begun, and its marks."""
@@ -243,7 +260,7 @@ class Ledger:
         # Look ahead by a hundredth of the way: the checks of a long run cost next to nothing, and none is skipped.
         ahead = max(phase.count, self.steps // 100)
         error: BudgetExceededError | None = None
-        for count in dict.fromkeys((ahead, phase.count)):
+        for count in dict.fromkeys((ahead, max(phase.count, ahead // 10), phase.count)):
             error = exceeded(self._phases, Phase(phase.event, count), budget, self.accountant, self.relation)
             if error is None:
                 self._fits = (phase.event, count - phase.count)

@@ -168,6 +168,8 @@ class _Reduction:
     def partition(self, event: PartitionEvent, count: int) -> None:
         if event.passes and gaussian_multiplier(event.event) is None:
             self.note("a partition of sampled batches is counted as one participation of the inner event a pass")
+        if self.relation is Relation.ADD_OR_REMOVE_ONE:
+            self.note("a partition is bounded for neighbours in which every other example keeps its batch")
         self.add(event.event, count * event.passes)
 
     def sampled(self, event: PoissonEvent | TruncatedPoissonEvent | FixedSizeEvent, count: int) -> None:
