@@ -15,6 +15,7 @@ from privet.errors import (
     ConfigurationError,
     CoverageError,
     LedgerError,
+    OutOfMemoryError,
     PrivetError,
     ProtocolError,
     UnsupportedModelError,
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule
     from privet.mechanism import Gaussian, Mechanism
+    from privet.memory import BatchMemoryManager
     from privet.sampling import Poisson
     from privet.step import PrivateStep
     from privet.validation import validate
 
 __all__ = [
     "AccountingError",
+    "BatchMemoryManager",
     "BudgetExceededError",
     "ConfigurationError",
     "CoverageError",
@@ -38,6 +41,7 @@ __all__ = [
     "Gaussian",
     "LedgerError",
     "Mechanism",
+    "OutOfMemoryError",
     "PerLayer",
     "Poisson",
     "PrivacyEngine",
@@ -52,6 +56,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchMemoryManager": "privet.memory",
     "Flat": "privet.clipping",
     "Gaussian": "privet.mechanism",
     "Mechanism": "privet.mechanism",

@@ -6,6 +6,7 @@ PrivetError
 ├── CoverageError (RuntimeError)        a gradient reached a parameter by a way that was not captured
 ├── ProtocolError (RuntimeError)        calls out of order: a step without a backward, two backwards, ...
 ├── BudgetExceededError (RuntimeError)  the next step would exceed the budget; raised before it is taken
+├── OutOfMemoryError (MemoryError)      memory ran out with the smallest physical batch that there is
 ├── AccountingError (ArithmeticError)   an accountant could not reach a bound that it can vouch for
 └── LedgerError (ValueError)            a ledger that is damaged, or whose entries do not fit together
 """
@@ -16,6 +17,7 @@ __all__ = [
     "ConfigurationError",
     "CoverageError",
     "LedgerError",
+    "OutOfMemoryError",
     "PrivetError",
     "ProtocolError",
     "UnsupportedModelError",
@@ -44,6 +46,10 @@ class ProtocolError(PrivetError, RuntimeError):
 
 class BudgetExceededError(PrivetError, RuntimeError):
     """The next step would exceed the privacy budget. Raised before the step, so nothing was spent."""
+
+
+class OutOfMemoryError(PrivetError, MemoryError):
+    """Memory ran out with the smallest physical batch that there is; the sizes tried are in the message."""
 
 
 class AccountingError(PrivetError, ArithmeticError):

@@ -16,9 +16,8 @@ of tensors set to zero. Contents of the example are never kept.
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from privet.errors import ConfigurationError
+from privet.sampling.structure import is_container, parts_of, places_in, rebuilt
 
 __all__ = ["EmptyBatch"]
 
@@ -40,7 +40,7 @@ class EmptyBatch:
 
     def make(self) -> Any:
         """Returns a new empty batch."""
-        one, two = self._collated()
+        one, two = self.structures()
         try:
             return _emptied(one, two, "the batch")
         except _UnknownLeafError as unknown:
@@ -53,7 +53,8 @@ class EmptyBatch:
                     f"collate_fn([]) return the empty batch (it raised {type(failure).__name__}: {failure})."
                 ) from failure
 
-    def _collated(self) -> tuple[Any, Any]:
+    def structures(self) -> tuple[Any, Any]:
+        """Returns what a batch of one example looks like, and one of two, without their contents."""
         if self._pair is None:
             numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - what users seed
             try:
@@ -82,7 +83,7 @@ def _hollow(value: Any) -> Any:
         return torch.zeros_like(value, requires_grad=False)
     if isinstance(value, np.ndarray) and value.dtype != object:
         return np.zeros_like(value)
-    return _rebuilt(value, [_hollow(part) for part in _parts(value)]) if _is_container(value) else value
+    return rebuilt(value, [_hollow(part) for part in parts_of(value)]) if is_container(value) else value
 
 
 def _emptied(one: Any, two: Any, where: str) -> Any:
@@ -94,16 +95,16 @@ def _emptied(one: Any, two: Any, where: str) -> Any:
         return torch.zeros(shape, dtype=one.dtype, device=one.device)
     if isinstance(one, np.ndarray) and one.dtype != object:
         return np.zeros(_emptied_shape(one.shape, two.shape, where), dtype=one.dtype)
-    if _is_container(one):
-        if len(_parts(one)) != len(_parts(two)):
+    if is_container(one):
+        if len(parts_of(one)) != len(parts_of(two)):
             if isinstance(one, list | tuple) and len(two) == 2 * len(one):
                 return type(one)()
             raise _UnknownLeafError(f"{where}, a {type(one).__name__} of varying length")
         parts = [
             _emptied(first, second, f"{where}[{place!r}]")
-            for place, first, second in zip(_places(one), _parts(one), _parts(two), strict=True)
+            for place, first, second in zip(places_in(one), parts_of(one), parts_of(two), strict=True)
         ]
-        return _rebuilt(one, parts)
+        return rebuilt(one, parts)
     if isinstance(one, int) and not isinstance(one, bool) and two == 2 * one:
         return 0
     if one is None or (isinstance(one, bool | int | float | complex | str | bytes) and one == two):
@@ -115,38 +116,3 @@ def _emptied_shape(one: Sequence[int], two: Sequence[int], where: str) -> list[i
     if len(one) != len(two) or any(second not in (first, 2 * first) for first, second in zip(one, two, strict=False)):
         raise _UnknownLeafError(f"{where}, of shape {tuple(one)} for one example and {tuple(two)} for two,")
     return [first if first == second else 0 for first, second in zip(one, two, strict=True)]
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, Mapping | list | tuple) or (
-        dataclasses.is_dataclass(value) and not isinstance(value, type)
-    )
-
-
-def _places(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value)
-    if isinstance(value, list | tuple):
-        return list(range(len(value)))
-    return [field.name for field in dataclasses.fields(value)]
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple):
-        return list(value)
-    return [getattr(value, field.name) for field in dataclasses.fields(value)]
-
-
-def _rebuilt(value: Any, parts: list[Any]) -> Any:
-    """Returns a container like `value` with other parts."""
-    if isinstance(value, Mapping):
-        made = dict(zip(value, parts, strict=True))
-        return made if type(value) is dict else type(value)(made)  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*parts)
-    if isinstance(value, list | tuple):
-        return type(value)(parts)
-    names = _places(value)
-    return dataclasses.replace(value, **dict(zip(names, parts, strict=True)))

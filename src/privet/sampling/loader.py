@@ -135,13 +135,17 @@ class PrivateLoader(DataLoader[Any]):
     def announce(self, ticket: BatchTicket) -> None:
         """Tells the listeners of a batch that is handed over now, and counts it if it ends a logical batch."""
         if ticket.last:
-            self._steps_done += 1
+            self._steps_done = max(self._steps_done, ticket.step + 1)
             if (
                 ticket.passes == self._batches.passes
             ):  # an older pass may run beside the newest, from which a run resumes
                 self._handed_over = ticket.index + 1
         for listener in tuple(self._listeners):
             listener(ticket)
+
+    def structures(self) -> tuple[Any, Any]:
+        """Returns what a batch of one example looks like, and one of two, without their contents."""
+        return self._empty.structures()
 
     def resample(self, sampling: Poisson) -> None:
         """Draws all batches from now on under another rate; a pass keeps its number of steps.
