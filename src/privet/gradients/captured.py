@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,7 @@ from privet.gradients.layout import Layout
 from privet.gradients.rules.registry import Operation
 from privet.gradients.use import Use
 
-if TYPE_CHECKING:
-    from privet.gradients.capture import Capture
-
-__all__ = ["CapturedCall", "CapturedOperation", "Recorded"]
+__all__ = ["CapturedCall", "CapturedOperation", "Recorded", "Recorder"]
 
 
 @dataclass(eq=False)
@@ -30,11 +27,20 @@ class Recorded:
     derived: dict[Derivation, list[Use]] = field(default_factory=dict)
 
 
+class Recorder(Protocol):
+    """Whoever is told of each use when its gradient has come."""
+
+    def record(
+        self, call: CapturedCall, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        """Records the uses of one operation."""
+
+
 @dataclass(eq=False)
 class CapturedCall:
     """All of one captured operation that is not a tensor."""
 
-    capture: Capture
+    capture: Recorder
     cycle: object  # the forwards it is part of: a token, for what they recorded would hold the graph that holds it
     operation: Operation
     layout: Layout
@@ -52,6 +58,7 @@ class CapturedOperation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: CapturedCall, *tensors: Tensor) -> Any:
+        """Returns the operation's output."""
         data, values = tensors[: call.data_count], tensors[call.data_count : -1]
         ctx.call = call
         ctx.save_for_backward(*data, *values)
@@ -63,6 +70,7 @@ class CapturedOperation(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a gradient of a gradient would miss the parameters, without a word
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Returns the data's gradients; those of the parameters are None."""
         call: CapturedCall = ctx.call
         saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
