@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 120.0
+LIMIT = 90.0
 # name: (sigma, rate, steps, delta), the question that is asked of it, and the value where one is known
 CASES: dict[str, tuple[str, tuple[float, float, int, float], str]] = {
     "epsilon": ("ε at σ=1, q=0.01, T=10,000, δ=1e-5", (1.0, 0.01, 10_000, 1e-5), "epsilon"),

@@ -21,6 +21,7 @@ __all__ = ["Cumulant", "fixed_size_cumulant", "mixture_cumulant", "pair_cumulant
 Array = NDArray[np.float64]
 # What rounding may have taken from a cumulant, relative; the tests compare with 40 digits at a tenth of it.
 _SLACK = 1e-10
+_MOST_POINTS = 200_000
 _LARGEST_ORDER = {Pair.MIXTURE: 10_000.0, Pair.SYMMETRIC: 256.0, Pair.REPLACE: 2_000.0, Pair.GROUP: 2_000.0}
 
 
@@ -121,6 +122,10 @@ def pair_cumulant(part: Part, order: float) -> float:
     q, sigma, reach = part.rate, part.noise_multiplier, 14.0 * part.noise_multiplier
     step = min(sigma / 6.0, sigma**2 * 0.5)
     highest = (2.0 * order + 1.0 if part.pair is Pair.REPLACE else order) * part.group_size
+    if (highest + 2.0 * reach) / step > _MOST_POINTS:
+        # Sampling never hurts, so the Gaussian that it samples is a bound; where σ is this small it is a near one.
+        shift = 2.0 if part.pair is Pair.REPLACE else float(part.group_size)
+        return order * (order - 1.0) * (shift / sigma) ** 2 / 2.0
     x = np.arange(-highest - reach if part.pair is Pair.REPLACE else -reach, highest + reach, step)
     log_q = -(x**2) / (2.0 * sigma**2) - math.log(sigma * math.sqrt(2.0 * math.pi)) + math.log(step)
     ratio = _log_ratio(part, x)
@@ -158,12 +163,17 @@ def fixed_size_cumulant(rate: float, noise_multiplier: float, order: int) -> flo
     log_terms = []
     j = np.arange(2.0, order + 1.0)
     binomial = special.log_binomial(order, j) + j * math.log(rate)
-    central = _log_central_moments(noise_multiplier, 2 * ((order + 1) // 2))
+    central: Array | None = None
+    if (order + 28.0 * noise_multiplier) / min(noise_multiplier / 8.0, noise_multiplier**2) <= _MOST_POINTS:
+        central = _log_central_moments(noise_multiplier, 2 * ((order + 1) // 2))
     for index, each in enumerate(range(2, order + 1)):
         general = math.log(2.0) + (each - 1) * rho[each]
-        if each == 2:
+        if central is None and each > 2:
+            other = math.inf  # the general term alone is a bound, and for so little noise the smaller one
+        elif each == 2:
             other = math.log(4.0) + rho[2] + math.log(-math.expm1(-rho[2]))
         else:
+            assert central is not None
             other = math.log(4.0) + (central[each // 2] + central[(each + 1) // 2]) / 2.0
         log_terms.append(binomial[index] + min(general, other))
     return float(np.logaddexp(0.0, _logsumexp(np.array(log_terms)))) * (1.0 + _SLACK)
