@@ -276,3 +276,32 @@ def test_a_bag_with_weights_is_exact_or_refused(door: str) -> None:
     except UnsupportedModelError:
         return
     assert_exact(found, reference(model, rows, loss_of, Flat(0.5)))
+
+
+class Registered(dict[str, Tensor]):
+    """An output class that its library told torch how to take apart, without names for the parts."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Registered, lambda r: (list(r.values()), list(r)), lambda values, keys: Registered(zip(keys, values, strict=True))
+)
+
+
+def test_outputs_of_a_class_registered_without_names_are_looked_into() -> None:
+    class Plain(Net):
+        def forward(self, x: Tensor) -> Registered:
+            return Registered(logits=self.last(self.layer(x)))
+
+    class Mixed(Net):
+        def forward(self, x: Tensor) -> Registered:
+            h = self.layer(x)
+            return Registered(logits=self.last(h + h.mean(0).detach()))
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return squares(m(*b)["logits"])
+
+    model, batch = Plain().double(), batch_of("linear", 4)
+    found = paper_sum(model, batch, batch_of("linear", 0), batch, loss=loss, policy=Flat(0.5))
+    assert_exact(found, reference(model, batch, loss, Flat(0.5)))
+    with pytest.raises((CoverageError, UnsupportedModelError)):
+        paper_sum(Mixed().double(), batch, loss=loss, policy=Flat(0.5))

@@ -36,9 +36,16 @@ def _first_rows_only(value: T, batch: int, axis: int) -> T:
 
 
 def _first_rows(value: object, batch: int, axis: int) -> Iterator[tuple[str, Tensor]]:
-    for path, leaf in tree_flatten_with_path(value)[0]:
+    for path, leaf in _with_paths(value):
         if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == batch:
-            yield f"output{keystr(path)}", leaf.select(axis, 0).detach()
+            yield f"output{path}", leaf.select(axis, 0).detach()
+
+
+def _with_paths(value: object) -> list[tuple[str, object]]:
+    try:
+        return [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(value)[0]]
+    except ValueError:  # a container that is registered without names for its parts, as those of some libraries are
+        return [(f"[{place}]", leaf) for place, leaf in enumerate(tree_flatten(value)[0])]
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
