@@ -13,6 +13,7 @@ from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
 from privet.errors import ConfigurationError
 from privet.gradients.capture import Capture, Recorded
+from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.coverage import check_coverage
 from privet.gradients.custom_modules import watch_custom_modules
 from privet.gradients.instrument import examples_in
@@ -23,6 +24,7 @@ from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.parameters import private_parameters
 from privet.sampling import Poisson, PrivateLoader, loader_for
+from privet.sampling.physical import PhysicalSize, cut_rows, is_out_of_memory
 from privet.update import PrivateUpdate, refuse_optimizer
 from privet.validation import find_mixing, require_valid
 
@@ -54,14 +56,17 @@ class PrivateStep:
             first tensor.
         expected_batch_size: the public constant that the noisy sum is divided by.
         passes: 1 for the least time; 2 for the least memory, with a second backward of the same forward.
+        physical_batch_size: the most examples in memory at once; `"auto"` for the largest number that fits, found by
+            halving; by default all of the batch. It changes nothing of what is released. Then every tensor in the batch
+            has the examples on axis 0.
         budget: refuses the step that would exceed it.
         secure_mode: whether noise must be cryptographically secure on every device.
         noise_generator: makes the run reproducible, and says so in the ledger; for tests.
 
     Guarantees:
         One example, added or removed, moves the sum of one step by at most the clipping's sensitivity, whatever the
-        model
-        and the loss, as long as each example's loss depends on that example alone, which is checked on the first batch.
+        model and the loss, as long as each example's loss depends on that example alone, which is checked on the first
+        batch.
         Every step is written to the ledger before its noise is drawn.
     """
 
@@ -74,6 +79,7 @@ class PrivateStep:
         loss_per_example: LossPerExample,
         expected_batch_size: float,
         passes: Literal[1, 2] = 1,
+        physical_batch_size: int | Literal["auto"] | None = None,
         budget: Budget | None = None,
         secure_mode: bool = False,
         noise_generator: torch.Generator | None = None,
@@ -93,6 +99,7 @@ class PrivateStep:
             raise ConfigurationError(f"passes must be 1 or 2, got {passes!r}.")
         if passes == 2:
             refuse_several_weights(mechanism.clipping, list(parameters))
+        size = PhysicalSize("physical_batch_size", physical_batch_size)
         key = noise_key(secure_mode=secure_mode, generator=noise_generator)
         device = next(iter(parameters.values())).device
         self.model = model
@@ -102,7 +109,9 @@ class PrivateStep:
             self.ledger.mark("reproducible key")
         noise = GaussianNoise(noise_for(device, secure_mode=secure_mode, key=key))
         self._update = PrivateUpdate(parameters, mechanism=mechanism, noise=noise, ledger=self.ledger, divisor=divisor)
+        self._size = size
         self._loss = _Loss(model, loss_per_example)
+        self._clipped: ClippedSum | None = None  # of the last backward
         self._key = key
         self._expected = divisor
         self._checked = 0
@@ -151,6 +160,7 @@ class PrivateStep:
         Raises:
             ConfigurationError: if the loss is not one number for each example.
             BudgetExceededError: if the step would exceed the budget. It was not taken.
+            OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
         examples = examples_in(batch)
         trainable = refuse_thawed(self.model, self._update.parameters)
@@ -158,11 +168,12 @@ class PrivateStep:
             self._trainable, self._checked = trainable, 0
         if examples == 0:
             self._received(Recorded(examples=0))
-            losses = torch.zeros(0)
+            losses, clipped = torch.zeros(0), self._clipped
         else:
-            if self._checked < min(examples, 2):
-                self._check(batch, examples)
-            losses = self._backward(batch, examples)
+            losses, clipped = self._summed(batch, examples)
+        self._clipped = None
+        if clipped is not None:
+            self._update.receive(clipped, examples=examples)
         try:
             self.optimizer.step()
         except BaseException:
@@ -171,13 +182,43 @@ class PrivateStep:
         self.optimizer.zero_grad(set_to_none=True)
         return losses
 
+    def _summed(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum | None]:
+        """Returns the losses and the clipped sum of a logical batch, one physical batch after the other."""
+        losses: list[Tensor] = []
+        total: ClippedSum | None = None
+        start = 0
+        while start < examples:
+            size = min(self._size.most or examples, examples - start)
+            done = None
+            try:
+                part = batch if size == examples else cut_rows(batch, start, start + size, examples=examples)
+                done = self._part(part, size)
+            except Exception as error:
+                if not self._size.auto or not is_out_of_memory(error):
+                    raise
+                self._size.halve(size, error)
+            if done is None:  # tried again out here, where the failed attempt is let go of
+                self._size.free()
+                continue
+            losses.append(done[0])
+            if done[1] is not None:
+                total = done[1] if total is None else total.add(done[1])
+            start += size
+        return losses[0] if len(losses) == 1 else torch.cat(losses), total
+
+    def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum | None]:
+        self._clipped = None
+        if self._checked < min(examples, 2):
+            self._check(batch, examples)
+        losses = self._backward(batch, examples)
+        return losses, self._clipped
+
     def _backward(self, batch: Any, examples: int) -> Tensor:
         if self._two_pass is not None:
             policy, parameters = self.mechanism.clipping, self._private()
-            clipped, found = self._two_pass.clipped_sum(
+            self._clipped, found = self._two_pass.clipped_sum(
                 lambda: self._losses(batch, examples), examples=examples, parameters=parameters, policy=policy
             )
-            self._update.receive(clipped, examples=examples)
             return found
         try:
             with torch.enable_grad():
@@ -219,8 +260,7 @@ class PrivateStep:
         self._checked = min(examples, 2) if conclusive else 0
 
     def _received(self, recorded: Recorded) -> None:
-        clipped = clipped_sum(recorded, self._private(), self.mechanism.clipping)
-        self._update.receive(clipped, examples=recorded.examples or 0)
+        self._clipped = clipped_sum(recorded, self._private(), self.mechanism.clipping)
 
     def _private(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._update.parameters.items() if p.requires_grad}
