@@ -154,6 +154,18 @@ def test_edges_give_a_number_that_falls_as_delta_grows(event):
     assert epsilon == 0.0
 
 
+@pytest.mark.parametrize("relation", list(Relation))
+@pytest.mark.parametrize("sigma", [1e-3, 1e6])
+def test_edges_of_every_sampler_and_relation(sigma, relation):
+    for event in (poisson(sigma, 1e-9, 1000), fixed(sigma, 1, 1000, 1000), truncated(6, sigma, 1e-9, 1000)):
+        accountant, last = PldAccountant(), math.inf
+        for delta in (1e-300, 1e-30, 1e-5, 0.5):
+            epsilon = accountant.epsilon(event, delta, relation=relation)
+            assert 0.0 <= epsilon <= last * NOISE
+            assert math.isfinite(epsilon)
+            last = epsilon
+
+
 @pytest.mark.parametrize("name", ["pld", "rdp", "gdp"])
 class TestEnds:
     def test_nothing_costs_nothing(self, name):

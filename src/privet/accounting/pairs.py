@@ -131,9 +131,8 @@ def cells(part: Part, step: float, tail: float) -> Cells:
     pair = mixtures(part)
     low, high = pair.reach(tail)
     ends = pair.loss(np.array([low, high]))
-    first, last = math.floor(ends[0] / step), math.ceil(ends[1] / step)
-    if part.pair is Pair.SYMMETRIC:
-        first = 0
+    first = 0 if part.pair is Pair.SYMMETRIC else math.floor(ends[0] / step)
+    last = max(math.ceil(ends[1] / step), first + 1)  # one cell even where no loss but one has any weight
     losses = step * np.arange(first, last + 1, dtype=np.float64)
     x = pair.inverse(losses, low, high)
     p, p_rounding, p_below, p_above = _masses(x, pair.p_weights, pair.p_shifts, pair.sigma)
