@@ -102,7 +102,8 @@ class _Weight(Rule):
             size = uses.rows * uses[0].gradient.element_size()
             for n in uses.shape:
                 size *= n
-            strategy = ConvolutionStrategy.ROWS if size <= min(ROWS_BYTES, uses.allowance.left) else ConvolutionStrategy.TILES
+            fits = size <= min(ROWS_BYTES, uses.allowance.left)
+            strategy = ConvolutionStrategy.ROWS if fits else ConvolutionStrategy.TILES
         else:
             strategy = convolution_strategy(_pairing(uses[0]), budget=min(ROWS_BYTES, uses.allowance.left))
         return self.norms_by(strategy, uses)
