@@ -25,7 +25,7 @@ LAYERS = (
     ("validation", "layers"),
     ("parameters", "criterion", "logical_sum"),
     ("update",),
-    ("schedules", "checkpoint", "memory"),
+    ("schedules", "checkpoint", "materialised", "memory"),
     ("step",),
     ("engine",),
     ("audit", "report"),

@@ -20,6 +20,7 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture import Recorded
 from privet.gradients.instrument import Instrument
 from privet.gradients.summation import clipped_sum
+from privet.materialised import Materialised
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import GaussianNoise, noise_for
 from privet.parameters import private_parameters
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["PrivacyEngine"]
 
 _CLIPPING = {"flat": Flat, "per_layer": PerLayer}
-_MODES = ("auto",)
+_MODES = {"auto": (False, False), "hooks": (True, False), "functorch": (True, True)}
+"""By name: whether per-example gradients are shown on the parameters, and whether all of them come from vmap."""
+
 _PRIVATE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -48,13 +51,17 @@ class _Watched:
         *,
         batch_first: bool,
         mean: bool,
+        mode: str,
     ) -> None:
+        shown, mapped = _MODES[mode]
         self.update = update
+        self.materialised = Materialised(update) if shown else None
         self._mean = mean
         self.instrument = Instrument(
             module,
             update.parameters,
             batch_first=batch_first,
+            mapped=mapped,
             on_backward=self._received,
             on_check=lambda args, kwargs: refuse_mixing(module, args, kwargs, batch_axis=0 if batch_first else 1),
         )
@@ -63,10 +70,12 @@ class _Watched:
         if self.instrument.empty:  # the made-up example that kept the structure has no part in the sum
             recorded = Recorded(examples=0)
         examples = recorded.examples or 0
+        scale = float(max(examples, 1)) if self._mean else 1.0
+        if self.materialised is not None:
+            self.materialised.keep(recorded, scale=scale)
+            return
         trainable = {name: p for name, p in self.update.parameters.items() if p.requires_grad}
-        clipped = clipped_sum(
-            recorded, trainable, self.update.mechanism.clipping, scale=float(max(examples, 1)) if self._mean else 1.0
-        )
+        clipped = clipped_sum(recorded, trainable, self.update.mechanism.clipping, scale=scale)
         self.update.receive(clipped, examples=examples)
 
 
@@ -128,7 +137,8 @@ class PrivacyEngine:
                 is kept, and no amplification by sampling is claimed.
             dataset_size: a public number to be used in place of `len(dataset)`.
             noise_generator: makes noise and batches reproducible, and says so in the ledger; for tests.
-            grad_sample_mode: `"auto"`.
+            grad_sample_mode: `"auto"`, the fastest; `"hooks"`, which shows every example's gradient in `p.grad_sample`;
+                `"functorch"`, which does so by vmap and without any rule for a layer.
 
         Raises:
             ConfigurationError: for an option that is out of range, or parameters that do not fit together.
@@ -138,7 +148,7 @@ class PrivacyEngine:
         noise = Gaussian(check_at_least("noise_multiplier", noise_multiplier))
         policy = _policy(clipping, max_grad_norm)
         _check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        _check_choice("grad_sample_mode", grad_sample_mode, _MODES)
+        _check_choice("grad_sample_mode", grad_sample_mode, tuple(_MODES))
         refuse_optimizer(optimizer)
         parameters = private_parameters(module, optimizer)
         self._refuse_private(module, optimizer)
@@ -162,12 +172,14 @@ class PrivacyEngine:
             private_criterion = PrivateCriterion(
                 criterion, reduction=loss_reduction, examples=lambda: watched.instrument.examples
             )
-        watched = _Watched(module, update, batch_first=batch_first, mean=loss_reduction == "mean")
+        watched = _Watched(
+            module, update, batch_first=batch_first, mean=loss_reduction == "mean", mode=grad_sample_mode
+        )
         if key.predictable:
             self.ledger.mark("reproducible key")
         update.attach(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        optimizer.zero_grad = _guarded(optimizer.zero_grad, update)  # type: ignore[method-assign]
+        optimizer.zero_grad = _guarded(optimizer.zero_grad, watched)  # type: ignore[method-assign]
         update.follow(loader)
         update.on_forget(watched.instrument.capture.release)
         self._watched.append(watched)
@@ -333,9 +345,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def _guarded(zero_grad: Callable[..., None], update: PrivateUpdate) -> Callable[..., None]:
+def _guarded(zero_grad: Callable[..., None], watched: _Watched) -> Callable[..., None]:
     def guarded(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's own signature
-        update.refuse_zero_grad()
+        watched.update.refuse_zero_grad()
         zero_grad(set_to_none=set_to_none)
+        if watched.materialised is not None:
+            watched.materialised.clear()
 
     return guarded

@@ -23,7 +23,7 @@ from privet.mechanism import Mechanism
 from privet.noise import NoiseMechanism
 from privet.sampling import BatchTicket, Partition, Poisson, PrivateLoader
 
-__all__ = ["PrivateUpdate", "Scheduled", "refuse_optimizer", "update_of"]
+__all__ = ["LateSum", "PrivateUpdate", "Scheduled", "refuse_optimizer", "update_of"]
 
 _REFUSED = {
     "LBFGS": "it evaluates the gradient many times in one step, and each evaluation is a release",
@@ -54,6 +54,20 @@ class Scheduled(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
+
+
+class LateSum(Protocol):
+    """Forms the sum of a backward when a step needs it, and not before: the modes that show per-example gradients."""
+
+    @property
+    def pending(self) -> bool:
+        """Returns whether there is something to form a sum of."""
+
+    def bring(self) -> None:
+        """Hands the sum to the update's `receive`, if there is something to form it of."""
+
+    def summed(self, clipped: ClippedSum) -> None:
+        """Looks at the sum of a whole logical batch before noise is added."""
 
 
 class PrivateUpdate:
@@ -90,6 +104,7 @@ class PrivateUpdate:
         self._loaders: list[weakref.ref[PrivateLoader]] = []
         self._billed: tuple[int, Event | None] = (0, None)  # the last pass that was written, and what it cost
         self._released: list[Callable[[], None]] = []
+        self._late: LateSum | None = None
         self._warned = False
         self._stepping = False  # between the release and the end of the optimizer's step
         self._closure: Callable[[], Any] | None = None
@@ -183,7 +198,7 @@ class PrivateUpdate:
     @property
     def pending(self) -> bool:
         """Returns whether a sum waits for its step."""
-        return self._sum.pending
+        return self._sum.pending or (self._late is not None and self._late.pending)
 
     @property
     def unfinished(self) -> bool:
@@ -205,6 +220,7 @@ class PrivateUpdate:
         Raises:
             ProtocolError: if there was no backward on it.
         """
+        self._bring()
         self._sum.accumulate()
 
     def discard(self) -> None:
@@ -214,6 +230,14 @@ class PrivateUpdate:
     def on_forget(self, listener: Callable[[], None]) -> None:
         """Calls `listener()` whenever a batch is given up, so that nothing of its forward is kept either."""
         self._released.append(listener)
+
+    def on_demand(self, late: LateSum) -> None:
+        """Takes sums from `late` at each step, in place of those of `receive` after each backward."""
+        self._late = late
+
+    def _bring(self) -> None:
+        if self._late is not None:
+            self._late.bring()
 
     def retract(self) -> bool:
         """Returns whether the physical batch at hand has left nothing, and may be handed over again in parts."""
@@ -234,6 +258,7 @@ class PrivateUpdate:
             ProtocolError: if there is no sum to release, or physical batches of its logical batch are still to come.
             BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum waits.
         """
+        self._bring()
         self._sum.require()
         ticket = self._sum.ticket()
         event = self._bill(ticket)
@@ -242,6 +267,8 @@ class PrivateUpdate:
         if ticket is not None:
             self._billed = (ticket.passes, event or self._billed[1])
         clipped = self._sum.take()
+        if self._late is not None:
+            self._late.summed(clipped)
         step, self.steps = self.steps, self.steps + 1
         private = self.noise.release(clipped, multiplier=self._mechanism.noise.multiplier, step=step)
         divisor = self._divisor(ticket)
@@ -266,6 +293,7 @@ class PrivateUpdate:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # Where a subclass's step calls that of its base, torch runs the hooks of both: the inner ones find it all done.
         if closure is None:
+            self._bring()
             if self._sum.pending or not self._stepping:
                 self.release()
                 self._stepping = True
@@ -308,7 +336,7 @@ class PrivateUpdate:
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""
-        if self._sum.pending:
+        if self.pending:
             raise ProtocolError(
                 "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
                 "Expected zero_grad() before backward, or after step."

@@ -26,7 +26,7 @@ from privet.gradients.derived import Derivation, is_isometry
 from privet.gradients.layout import Layout, Layouts, Site
 from privet.gradients.rules.free import EXPANSIONS, expansion
 from privet.gradients.rules.functional import fallback
-from privet.gradients.rules.registry import Operation, handler_of
+from privet.gradients.rules.registry import Operation, handler_of, structural_handler_of
 from privet.gradients.use import Use
 
 __all__ = ["Capture", "Recorded"]
@@ -87,6 +87,7 @@ class Capture:
     Args:
         parameters: the trainable parameters by canonical name.
         batch_first: whether axes merged with the batch have the batch outside.
+        mapped: whether vmap takes the place of every rule of an operation on parameters.
         on_backward: called at the end of every backward that reached a watched parameter, with what was recorded.
     """
 
@@ -95,10 +96,12 @@ class Capture:
         parameters: Mapping[str, nn.Parameter],
         *,
         batch_first: bool = True,
+        mapped: bool = False,
         on_backward: Callable[[Recorded], None],
     ) -> None:
         self.parameters = dict(parameters)
         self.batch_first = batch_first
+        self._handler_of = structural_handler_of if mapped else handler_of
         self.layouts = Layouts()
         self.channels_last = False  # whether 2-D convolutions see their kernels with the channels innermost
         self.on_backward = on_backward
@@ -189,7 +192,7 @@ class Capture:
                 if result is not NotImplemented:
                     return result
             if any(layout is not Layout.CONSTANT for layout in self._met.values()):
-                handler = handler_of(func)
+                handler = self._handler_of(func)
                 result = NotImplemented if handler is None else handler(self, func, args, kwargs)
                 return fallback(self, func, args, kwargs) if result is NotImplemented else result
             return self._derive(func, args, kwargs, roots)

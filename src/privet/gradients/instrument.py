@@ -58,6 +58,7 @@ class Instrument:
         module: the user's module.
         parameters: its trainable parameters by canonical name.
         batch_first: whether the inputs have the batch on axis 0, else on axis 1.
+        mapped: whether vmap takes the place of every rule.
         on_backward: gets what each backward recorded.
         on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
     """
@@ -68,10 +69,11 @@ class Instrument:
         parameters: Mapping[str, nn.Parameter],
         *,
         batch_first: bool = True,
+        mapped: bool = False,
         on_backward: Callable[[Recorded], None],
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
-        self.capture = Capture(parameters, batch_first=batch_first, on_backward=on_backward)
+        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, on_backward=on_backward)
         self._module = module
         self._axis = 0 if batch_first else 1
         self._on_check = on_check
@@ -84,7 +86,7 @@ class Instrument:
         self._handles = [
             module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True),
             module.register_forward_hook(Hook(self._after, nothing), always_call=True),
-            *watch_custom_modules(module, self.capture),
+            *([] if mapped else watch_custom_modules(module, self.capture)),
         ]
 
     @property

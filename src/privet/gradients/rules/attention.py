@@ -116,7 +116,7 @@ def _attended(
     return weights @ v, weights.mean(1) if a.average_attn_weights else weights
 
 
-@handles(F.multi_head_attention_forward)
+@handles(F.multi_head_attention_forward, structural=True)
 def _attention(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     a = named(
         args, kwargs, query=None, key=None, value=None, embed_dim_to_check=None, num_heads=None, in_proj_weight=None,

@@ -95,7 +95,7 @@ def _expanded(call: Call, root: Tensor, shape: Sequence[int], layout: Layout) ->
     return call.apply(Broadcast(shape, trailing), (), {"value": root}, layout=layout)  # type: ignore[no-any-return]
 
 
-@handles(*ELEMENTWISE)
+@handles(*ELEMENTWISE, structural=True)
 def _elementwise(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]

@@ -1,13 +1,15 @@
 """The fallback: any operation, by a vmap of its vector-Jacobian product with all its inputs.
 
-Slow, general, exact. It asks two things of an operation: that the examples are on axis 0 of every tensor that varies
-with them, outputs included, and that it is not random. Where either fails it raises.
+Slow, general, exact. It asks two things of an operation: that the examples lie in the same way in every tensor that
+varies with them, outputs included (on axis 0, on axis 1, or merged with positions on axis 0), and that it is not
+random. Where either fails it raises.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +35,10 @@ class Mapped(Operation):
         tree: Any,
         name: str,
         *,
+        layout: Layout = Layout.ROWS,
         user_rule: Callable[..., Mapping[int | str, Tensor]] | None = None,
     ) -> None:
+        self._layout = layout
         self._function = function
         self._leaves = tuple(leaves)  # ("data", k), ("value", role) or a constant in a tuple of one
         self._tree = tree
@@ -42,6 +46,7 @@ class Mapped(Operation):
         self.name = name
         self.rules = {part[1]: _MappedRule(self, part[1]) for part in leaves if part[0] == "value"}
         self._values: Mapping[str, Tensor] = {}
+        self._autocast: torch.autocast | None = None
 
     def _arguments(self, data: Sequence[Tensor], values: Mapping[str, Any]) -> Any:
         """Returns the arguments as the user wrote them."""
@@ -59,7 +64,8 @@ class Mapped(Operation):
     def run(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
         """Returns the function's output."""
         args, kwargs = self._arguments(data, values)
-        return self._function(*args, **kwargs)
+        with self._autocast or nullcontext():
+            return self._function(*args, **kwargs)
 
     @property
     def data_count(self) -> int:
@@ -69,15 +75,19 @@ class Mapped(Operation):
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
         """Returns the function's output, after a look at its shape."""
         self._values = dict(values)
+        device = data[0].device.type
+        if torch.is_autocast_enabled(device):  # a backward runs outside of it, and has to run the function again
+            self._autocast = torch.autocast(device, torch.get_autocast_dtype(device))
         output = self.run(data, values)
         outputs = output if isinstance(output, tuple | list) else (output,)
-        rows = data[0].shape[0]
+        axis = 1 if self._layout is Layout.SECOND else 0
+        rows = data[0].shape[axis]
         for o in outputs:
-            if not isinstance(o, Tensor) or o.dim() == 0 or o.shape[0] != rows:
+            if not isinstance(o, Tensor) or o.dim() <= axis or o.shape[axis] != rows:
                 found = tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__
                 raise UnsupportedModelError(
-                    f"{self.name} returned {found} for a batch of {rows}. Expected a tensor with the batch on axis 0. "
-                    "Register a rule of your own for it (privet.register_rule)."
+                    f"{self.name} returned {found} for a batch of {rows}. Expected a tensor with the batch on axis "
+                    f"{axis}. Register a rule of your own for it (privet.register_rule)."
                 )
         return output if isinstance(output, Tensor) else tuple(outputs)
 
@@ -105,11 +115,11 @@ class Mapped(Operation):
 
         def one(row: Sequence[Tensor], row_gradients: Sequence[Tensor]) -> Tensor:
             def of_value(value: Tensor) -> Any:
-                output = self.run([d.unsqueeze(0) for d in row], {**self._values, role: value})
+                output = self.run([self._alone(d) for d in row], {**self._values, role: value})
                 return tuple(output) if isinstance(output, tuple | list) else (output,)
 
             pullback = torch.func.vjp(of_value, self._values[role])[1]
-            (result,) = pullback(tuple(g.unsqueeze(0) for g in row_gradients))
+            (result,) = pullback(tuple(self._alone(g) for g in row_gradients))
             return result  # type: ignore[no-any-return]
 
         try:
@@ -121,6 +131,12 @@ class Mapped(Operation):
                 f"{self.name} could not be mapped over the examples: {error} Register a rule of your own for it "
                 "(privet.register_rule)."
             ) from error
+
+    def _alone(self, example: Tensor) -> Tensor:
+        """Returns one example as the function sees a batch of it alone."""
+        if self._layout is Layout.MERGED:
+            return example
+        return example.unsqueeze(1 if self._layout is Layout.SECOND else 0)
 
     def _by_user_rule(self, role: str, data: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         assert self._user_rule is not None
@@ -137,6 +153,12 @@ class Mapped(Operation):
                 f"per-example gradients of shape {expected}, by the parameter's position or keyword."
             )
         return rows
+
+
+class _MappedAcross(Mapped):
+    """A function of data in which the examples are not axis 0 alone: its uses come with all else behind them."""
+
+    positionwise = True
 
 
 class _MappedRule(Rule):
@@ -196,7 +218,8 @@ def mapped_call(
             parts.append(("value", role))
             roots[role] = leaf
         elif isinstance(leaf, Tensor) and call.layout(leaf) is not Layout.CONSTANT:
-            if call.layout(leaf) is not Layout.ROWS:
+            first = call.layout(data[0] if data else leaf)
+            if call.layout(leaf) is not first or (user_rule is not None and first is not Layout.ROWS):
                 raise UnsupportedModelError(
                     f"{name} of {_named(call, leaves)} met data of shape {tuple(leaf.shape)} in which "
                     f"{call.layout(leaf).value}. Expected the batch on axis 0 there. Move it, or register a rule of "
@@ -211,8 +234,10 @@ def mapped_call(
             )
         else:
             parts.append(("constant", leaf))
-    operation = Mapped(func, parts, tree, f"{name} of {_named(call, leaves)}", user_rule=user_rule)
-    return call.apply(operation, data, roots, layout=Layout.ROWS)
+    layout = call.layout(data[0]) if data else Layout.ROWS
+    kind = Mapped if layout is Layout.ROWS else _MappedAcross
+    operation = kind(func, parts, tree, f"{name} of {_named(call, leaves)}", layout=layout, user_rule=user_rule)
+    return call.apply(operation, data, roots, layout=layout)
 
 
 def _named(call: Call, leaves: Sequence[Any]) -> str:

@@ -137,7 +137,7 @@ def _declared(call: Call, slot: Slot, roots: Mapping[str, Tensor | None], layout
     return slot.forward((), {})
 
 
-@handles(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+@handles(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, structural=True)
 def _recurrent(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     a = named(
         args, kwargs, input=None, hx=None, params=None, has_biases=True, num_layers=1, dropout=0.0, train=True,

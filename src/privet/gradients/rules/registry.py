@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from privet.gradients.layout import Layout
     from privet.gradients.use import Uses
 
-__all__ = ["Call", "Handler", "Operation", "Rule", "handler_of", "handles", "row_norms", "weighted_rows"]
+__all__ = [
+    "Call",
+    "Handler",
+    "Operation",
+    "Rule",
+    "handler_of",
+    "handles",
+    "row_norms",
+    "structural_handler_of",
+    "weighted_rows",
+]
 
 
 def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
@@ -125,18 +135,21 @@ class Call(Protocol):
 Handler = Callable[[Call, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _HANDLERS: dict[Any, Handler] = {}
+_STRUCTURAL: set[Any] = set()
 
 
-def handles(*functions: Any) -> Callable[[Handler], Handler]:
+def handles(*functions: Any, structural: bool = False) -> Callable[[Handler], Handler]:
     """Returns a decorator that makes a handler answer for torch functions, such as `torch.nn.functional.linear`.
 
     A handler gets the call as the user wrote it. It returns the result, or NotImplemented where it does not know this
-    form of the call: then the vmap fallback takes it.
+    form of the call: then the vmap fallback takes it. A `structural` handler only takes the call apart, into operations
+    on parameters that are then looked at by themselves; it is in use where vmap takes the place of every rule, too.
     """
 
     def register(handler: Handler) -> Handler:
         for function in functions:
             _HANDLERS[function] = handler
+            (_STRUCTURAL.add if structural else _STRUCTURAL.discard)(function)
         return handler
 
     return register
@@ -145,3 +158,8 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
 def handler_of(function: Any) -> Handler | None:
     """Returns the handler of a torch function, or None."""
     return _HANDLERS.get(function)
+
+
+def structural_handler_of(function: Any) -> Handler | None:
+    """Returns the handler of a torch function if it only takes the call apart, or None."""
+    return handler_of(function) if function in _STRUCTURAL else None
