@@ -123,6 +123,12 @@ class Results:
         text = json.dumps({"machine": self.machine, "rows": list(self.rows.values())}, indent=1)
         self.path.write_text(text + "\n", encoding="utf-8")
 
+    @property
+    def note(self) -> str:
+        """Returns the circumstances that a reader must know, kept beside the file."""
+        note = self.path.with_suffix(".note")
+        return note.read_text(encoding="utf-8").strip() if note.exists() else ""
+
     def get(self, field: str, network: str, batch: int, contender: str, **but: object) -> float | None:
         """Returns one figure, or None where it was not measured."""
         what = {"form": WRITTEN, "floor_form": WRITTEN, "memory": field == "peak_mib", **but}
@@ -196,7 +202,10 @@ def summary(results: Results) -> str:
 
 def report(results: Results) -> str:
     """Returns the page of results."""
-    which = [(network, batch) for network, described in NETWORKS.items() for batch in described.batches]
+    measured = {(row["network"], row["batch"]) for row in results.rows.values()}
+    which = [(name, batch) for name, described in NETWORKS.items() for batch in described.batches]
+    missing = [f"{name} {batch}" for name, batch in which if (name, batch) not in measured]
+    which = [each for each in which if each in measured]
     machine_now = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in dict(machine_now["versions"]).items())  # type: ignore[call-overload]
     threads = sorted({str(row["threads"]) for row in results.rows.values() if "threads" in row})
@@ -215,6 +224,7 @@ def report(results: Results) -> str:
     parts = [
         "# Whole steps: time and memory",
         f"{set_up} Written by `python -m benchmarks.spine`; do not edit.",
+        results.note,
         "## Time",
         ABOUT_TIME,
         table(speed_head, [speed_row(results, *each) for each in which]),
@@ -223,6 +233,8 @@ def report(results: Results) -> str:
         ABOUT_MEMORY,
         table(memory_head, [memory_row(results, *each) for each in which]),
     ]
+    if missing:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
     if failures:
         lines = [f"* {row['contender']}, {row['network']} {row['batch']}: {row['failed']}" for row in failures]
         parts += ["## Not measured", "\n".join(dict.fromkeys(lines))]
@@ -239,10 +251,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long to time pairs, per cell")
     parser.add_argument("--again", action="store_true", help="measure cells again that the file has")
+    parser.add_argument("--note", help="circumstances that a reader must know; shown with the results")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "spine.json")
+    if options.note is not None:
+        results.path.with_suffix(".note").write_text(options.note + "\n", encoding="utf-8")
     for network in [] if options.report else options.network or NETWORKS:
         for batch in options.batch or NETWORKS[network].batches:
             for cell in cells(network, batch):

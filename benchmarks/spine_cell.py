@@ -93,11 +93,10 @@ def privet_engine(model: nn.Module, batch: Batch) -> Step:
 
 def privet_step(model: nn.Module, batch: Batch) -> Step:
     """Returns a step through the explicit door."""
-    from privet.mechanism import Gaussian, Mechanism
-    from privet.step import PrivateStep
-
     from privet.clipping import Flat
+    from privet.mechanism import Gaussian, Mechanism
     from privet.sampling import Poisson
+    from privet.step import PrivateStep
 
     mechanism = Mechanism(
         sampling=Poisson(rate=0.01), clipping=Flat(1.0), noise=Gaussian(multiplier=1.0), steps=1_000_000
