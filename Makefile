@@ -54,7 +54,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 
 bench: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (a long while)'
-	$(BENCH_VENV)/bin/python -m benchmarks.spine --out benchmarks/results
+	$(BENCH_VENV)/bin/python -m benchmarks.spine --out benchmarks/results --again --note ''
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
