@@ -17,6 +17,7 @@ from privet.clipping import ClippingPolicy, PerLayer
 from privet.gradients import register_rule
 from privet.gradients.reference import example_gradients, reference_sum
 from privet.gradients.rules import custom
+from privet.memory import BatchMemoryManager
 from tests.contracts.doors import assert_exact, distance, paper_sum, reference, size
 from tests.contracts.zoo import ZOO, batch_of, model_of, plain
 from tests.gradients.rule_cases import CASES, Case
@@ -418,3 +419,30 @@ def test_a_closure_is_served():
 def test_a_mode_that_is_not_there_is_refused():
     with pytest.raises(ConfigurationError, match="'auto', 'hooks', 'functorch'"):
         Run("ghost")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_physical_batches_add_up_to_one_clipped_sum(mode, most):
+    run = Run(mode)
+    steps = []
+    run.optimizer.register_step_post_hook(lambda *rest: steps.append(run.attribute("summed_grad")))
+    seen: list[tuple[Tensor, Tensor]] = []
+    sizes = []
+    with BatchMemoryManager(data_loader=run.loader, max_physical_batch_size=most, optimizer=run.optimizer) as loader:
+        for x, y in loader:
+            run.optimizer.zero_grad()
+            F.cross_entropy(run.net(x), y).backward()
+            assert all(len(r) == len(x) for r in run.attribute("grad_sample").values())
+            sizes.append(len(x))
+            seen += zip(x, y, strict=True)
+            taken_before = len(steps)
+            run.optimizer.step()
+            if len(steps) > taken_before:
+                rows = example_gradients(
+                    run.plain, [(a[None], b[None]) for a, b in seen], lambda m, b: F.cross_entropy(m(b[0]), b[1])
+                )
+                assert near(steps[-1], reference_sum(rows, Flat(0.5)))
+                seen = []
+    assert len(steps) == len(run.loader)
+    assert max(sizes) <= most
