@@ -309,3 +309,24 @@ def test_a_loader_is_made_by_the_mechanism() -> None:
     partition = Mechanism(sampling=Partition(), clipping=Flat(0.5), noise=Gaussian(1.0))
     step, _ = step_of(Net(), mechanism=partition, expected_batch_size=5)
     assert [len(x) for (x,) in step.batches(dataset)] == [5, 5, 5, 5]
+
+
+def test_a_second_loader_draws_other_batches():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    mechanism = Mechanism(sampling=Poisson(rate=0.5), clipping=Flat(1.0), noise=Gaussian(1.0), steps=20)
+    step = PrivateStep(
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        mechanism=mechanism,
+        loss_per_example=lambda m, b: m(b[0]).square().sum(1),
+        expected_batch_size=8,
+    )
+    dataset = torch.utils.data.TensorDataset(torch.randn(16, 4))
+    first, second = ([len(b[0]) for b in step.batches(dataset)] for _ in range(2))
+    assert len(first) == len(second) == 20
+    assert first != second
+    for batch in step.batches(dataset):
+        step(batch)
+    assert step.ledger.steps == 20
+    assert {type(phase.event).__name__ for phase in step.ledger.phases} == {"PoissonEvent"}

@@ -113,6 +113,7 @@ class PrivateStep:
         self._loss = _Loss(model, loss_per_example)
         self._clipped: ClippedSum | None = None  # of the last backward
         self._key = key
+        self._has_loader = False
         self._expected = divisor
         self._checked = 0
         self._trainable: frozenset[str] = frozenset()
@@ -145,7 +146,7 @@ class PrivateStep:
         loader = loader_for(
             dataset,
             sampling=sampling,
-            key=self._key,
+            key=self._sampling_key(),
             steps=self.mechanism.steps if poisson else None,
             batch_size=None if poisson else round(self._expected),
             collate_fn=collate_fn,
@@ -153,6 +154,13 @@ class PrivateStep:
         )
         self._update.follow(loader)
         return loader
+
+    def _sampling_key(self) -> NoiseKey:
+        """Returns the step's own key for its first loader, and a fresh one for each further loader."""
+        if self._key.predictable or not self._has_loader:
+            self._has_loader = True
+            return self._key
+        return NoiseKey.fresh()
 
     def __call__(self, batch: Any) -> Tensor:  # (B,)
         """Takes one step, and returns the examples' losses, detached. They are not private: look, and do not publish.
