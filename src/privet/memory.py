@@ -177,6 +177,12 @@ class PhysicalLoader:
         return not self._update.unfinished
 
     def __iter__(self) -> Iterator[Any]:
+        if self.loader.resampled and self.loader.num_workers > 0:
+            raise ConfigurationError(
+                "a schedule of the sampling rate with physical batches and workers: how far ahead the workers draw would "
+                "depend on the sizes of batches, which are secret, and with it the rate of each step. Expected "
+                "num_workers=0 here. Or schedule the rate without physical batches."
+            )
         self.end()
         running = self._batches()
         self._running = weakref.ref(running)

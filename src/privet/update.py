@@ -101,6 +101,7 @@ class PrivateUpdate:
         self._mechanism = self.settled = mechanism
         self._first_rate = getattr(mechanism.sampling, "rate", None) if follows_rate else None
         self._sum = LogicalSum()
+        self._resampled = False
         self._loaders: list[weakref.ref[PrivateLoader]] = []
         self._billed: tuple[int, Event | None] = (0, None)  # the last pass that was written, and what it cost
         self._released: list[Callable[[], None]] = []
@@ -137,7 +138,7 @@ class PrivateUpdate:
         Raises:
             ProtocolError: if a logical step is under way: a part of it was clipped as the mechanism says now.
         """
-        if self._sum.begun or self._sum.unfinished:
+        if self.pending or self._sum.begun or self._sum.unfinished:
             raise ProtocolError(
                 "the mechanism was to change inside a logical step, of which a part is clipped already. Expected "
                 "changes between logical steps. Call schedule.step() after the optimizer's step; with "
@@ -156,11 +157,20 @@ class PrivateUpdate:
                     loader.resample(sampling)
         self._mechanism = mechanism
 
+    def expect_resampling(self) -> None:
+        """Prepares the loaders for a sampling rate that changes."""
+        self._resampled = True
+        for loader in (reference() for reference in self._loaders):
+            if loader is not None:
+                loader.expect_resampling()
+
     # -- where the batch came from -----------------------------------------------------------------------------------
 
     def follow(self, loader: PrivateLoader) -> None:
         """Hears of every batch of a loader, which follows changes of the sampling rate in turn."""
         loader.on_batch(self.announce)
+        if self._resampled:
+            loader.expect_resampling()
         self._loaders = [kept for kept in self._loaders if kept() is not None] + [weakref.ref(loader)]
 
     def follows(self, loader: PrivateLoader) -> bool:

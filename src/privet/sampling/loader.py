@@ -112,6 +112,8 @@ class PrivateLoader(DataLoader[Any]):
                     yield self._ticket(run.number, found, counted), counted[1]
                     break
                 yield self._ticket(run.number, found, (0, None)), self._empty.make()
+                if found.loaded:
+                    break
             if counted is _END:
                 return
 
@@ -147,6 +149,15 @@ class PrivateLoader(DataLoader[Any]):
         """Returns what a batch of one example looks like, and one of two, without their contents."""
         return self._empty.structures()
 
+    @property
+    def resampled(self) -> bool:
+        """Returns whether the sampling rate is to change."""
+        return self._batches.evenly
+
+    def expect_resampling(self) -> None:
+        """Makes how far ahead batches are drawn independent of which of them are empty. Call before a pass begins."""
+        self._batches.evenly = True
+
     def resample(self, sampling: Poisson) -> None:
         """Draws all batches from now on under another rate; a pass keeps its number of steps.
 
@@ -158,6 +169,7 @@ class PrivateLoader(DataLoader[Any]):
                 "Expected "
                 "Poisson sampling, before and after."
             )
+        self.expect_resampling()
         self._batches.sampling = sampling
         self.expected_batch_size = sampling.rate * self.dataset_size
 

@@ -29,6 +29,7 @@ class Drawn(NamedTuple):
     first: bool  # whether it begins its logical batch
     last: bool  # whether it ends it
     sampling: Poisson | Partition  # the law that it was drawn under
+    loaded: bool = True  # whether the loader loads something for it: if it is empty, an example to be thrown away
 
 
 class Pass:
@@ -51,7 +52,9 @@ class Pass:
             sampling = self._batches.sampling
             examples = self._batches.examples(self.number, index)
             if not examples:
-                self.drawn.append(Drawn(index, 0, first=True, last=True, sampling=sampling))
+                self.drawn.append(Drawn(index, 0, True, True, sampling, loaded=self._batches.evenly))
+                if self._batches.evenly:
+                    yield [0]
             start = 0
             while start < len(examples):
                 stop = start + ((self.most() if self.most else None) or len(examples))
@@ -86,6 +89,9 @@ class LogicalBatches(Sampler[list[int]]):
         if steps > _MOST_STEPS:
             raise ConfigurationError(f"A pass has at most 2**32 batches, got {steps}: give a number of steps.")
         self.sampling = sampling
+        # How far ahead of the training batches are drawn must not depend on which are empty once the law may change: a
+        # rate that holds from one step on or the next, depending on who was sampled, would tell who was.
+        self.evenly = False
         self.passes = 0  # begun
         self._pending: Pass | None = None
         self._resumed_at = 0
