@@ -179,8 +179,8 @@ class PhysicalLoader:
     def __iter__(self) -> Iterator[Any]:
         if self.loader.resampled and self.loader.num_workers > 0:
             raise ConfigurationError(
-                "a schedule of the sampling rate with physical batches and workers: how far ahead the workers draw would "
-                "depend on the sizes of batches, which are secret, and with it the rate of each step. Expected "
+                "a schedule of the sampling rate with physical batches and workers: how far ahead the workers draw "
+                "would depend on the sizes of batches, which are secret, and with it the rate of each step. Expected "
                 "num_workers=0 here. Or schedule the rate without physical batches."
             )
         self.end()

@@ -158,11 +158,13 @@ def _learn(
 def _explained(count: int, error: Exception, *, examples: int, axis: int) -> Exception:
     if count == examples or isinstance(error, PrivetError):
         return error
-    return UnsupportedModelError(
+    explained = UnsupportedModelError(
         f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
         f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
         "axis is there, and no other input of that size there."
     )
+    explained.__cause__ = error  # memory may have run out: a smaller batch is the cure then
+    return explained
 
 
 def _compare(

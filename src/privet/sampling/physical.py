@@ -31,7 +31,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False  # it was said already that no smaller batch helps
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 class PhysicalSize:
