@@ -336,6 +336,9 @@ def test_no_change_inside_a_logical_step() -> None:
     schedule = ExponentialNoise(optimizer, gamma=0.5)
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
         for (x,) in parts:
+            if not parts.last:
+                with pytest.raises(ProtocolError, match="inside a logical step"):
+                    schedule.step()
             optimizer.zero_grad()
             loss = model(x).square().sum(1).mean()
             loss.backward()

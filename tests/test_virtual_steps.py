@@ -26,6 +26,8 @@ from privet import (
     ProtocolError,
 )
 from privet.accounting.event import GaussianEvent, PoissonEvent
+from privet.gradients.clipped_sum import ClippedSum
+from privet.logical_sum import LogicalSum
 from privet.noise import SecureNoise
 from privet.sampling import BatchTicket
 from privet.schedules import ExponentialBatchSize
@@ -338,6 +340,34 @@ def test_an_empty_logical_batch_is_one_step(new: Callable[..., Run]) -> None:
         F.cross_entropy(twin.net(x), y, reduction="sum").backward()
         twin.optimizer.step()
     assert run.drawn == twin.drawn
+
+
+def part_of(value: float) -> ClippedSum:
+    return ClippedSum({"p": torch.full((2,), value)}, sensitivity=1.0)
+
+
+def test_a_logical_batch_that_was_given_up_is_in_no_other_sum() -> None:
+    """Whoever forgot to forget it: the first part of another logical batch begins anew."""
+    gathered = LogicalSum()
+    for index, values in enumerate([[1.0], [10.0, 100.0]]):
+        for place, value in enumerate(values):
+            gathered.announce(
+                BatchTicket(step=index, index=index, passes=1, size=4, first=place == 0, last=value == 100.0)
+            )
+            gathered.receive(part_of(value), examples=4)
+            if value != 100.0:
+                gathered.accumulate()
+    gathered.require()
+    assert gathered.ticket() is not None
+    assert gathered.take().values["p"].tolist() == [110.0, 110.0]
+    assert not gathered.begun
+
+
+def test_a_logical_batch_that_begins_in_the_middle_is_not_called_whole() -> None:
+    gathered = LogicalSum()
+    gathered.announce(BatchTicket(step=0, index=0, passes=1, size=4, first=False, last=True))
+    gathered.receive(part_of(1.0), examples=4)
+    assert gathered.ticket() is None
 
 
 # -- calls out of order ------------------------------------------------------------------------------------------------
