@@ -249,6 +249,41 @@ def test_functorch_asks_no_rule(monkeypatch):
         paper_sum(net, batch, loss=case_loss, policy=Flat(0.1), grad_sample_mode="hooks")
 
 
+class ByStep(nn.Module):
+    """A matrix of which each row meets a step of a sequence, the batch on axis 1 or merged with the steps."""
+
+    def __init__(self, *, merged: bool) -> None:
+        super().__init__()
+        self.table, self.mix, self.merged = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4, 2)), merged
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, 4)
+        if self.merged:
+            return torch.einsum("ni,io->no", x.flatten(0, 1), self.mix).view(-1, 6) * self.table.sum()
+        steps = torch.einsum("tbi,ti->tb", x.transpose(0, 1), self.table)
+        return steps.t() * self.mix.sum()
+
+
+@pytest.mark.parametrize("mode", ["auto", *MODES])
+@pytest.mark.parametrize("merged", [False, True])
+def test_vmap_finds_examples_that_are_not_on_axis_0(mode, merged):
+    module, batch = ByStep(merged=merged).double(), (torch.randn(5, 3, 4, dtype=torch.float64),)
+    expected = reference(module, batch, case_loss, Flat(0.1))
+    assert_exact(paper_sum(module, batch, loss=case_loss, policy=Flat(0.1), grad_sample_mode=mode), expected)
+
+
+def test_vmap_runs_under_the_autocast_of_the_forward():
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 2))
+    batch = (torch.randn(5, 3),)
+
+    def mixed(module, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(batch[0]).float().square().sum(1)
+
+    expected = reference(net, batch, mixed, Flat(0.1))
+    found = paper_sum(net, batch, loss=mixed, policy=Flat(0.1), grad_sample_mode="functorch")
+    assert distance(found, expected) <= 2e-2 * size(expected)
+
+
 # -- rows of the user's own ------------------------------------------------------------------------------------------
 
 
@@ -293,9 +328,9 @@ def test_a_row_that_is_not_finite_weighs_nothing(mode, value):
 
 WRONG = {
     "not enough rows": (lambda p: p.grad_sample[:-1], "numbers of examples differ"),
-    "too many axes": (lambda p: p.grad_sample[None], "shape"),
-    "one example without its axis": (lambda p: p.grad_sample[0], "shape"),
-    "a scalar": (lambda p: torch.tensor(1.0), "shape"),
+    "too many axes": (lambda p: p.grad_sample[None], "has shape"),
+    "one example without its axis": (lambda p: p.grad_sample[0], "has shape"),
+    "a scalar": (lambda p: torch.tensor(1.0), "has shape"),
     "None": (lambda p: None, "NoneType"),
     "a list": (lambda p: [p.grad_sample], "list"),
     "whole numbers": (lambda p: torch.zeros_like(p.grad_sample, dtype=torch.int64), "int64"),
@@ -446,3 +481,34 @@ def test_physical_batches_add_up_to_one_clipped_sum(mode, most):
                 seen = []
     assert len(steps) == len(run.loader)
     assert max(sizes) <= most
+
+
+@pytest.mark.parametrize("mode", ["auto", *MODES])
+def test_after_a_step_that_failed_midway_the_next_one_is_private(mode):
+    class Failing(torch.optim.SGD):
+        failures = 1
+
+        def step(self, closure=None):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise ArithmeticError
+            return super().step(closure)
+
+    net = nn.Linear(3, 2).double()
+    twin, batch = copy.deepcopy(net), (torch.randn(3, 3, dtype=torch.float64),)
+    optimizer = Failing(net.parameters(), lr=0.0)
+    PrivacyEngine(accountant="rdp").make_private(
+        module=net,
+        optimizer=optimizer,
+        data_loader=DataLoader(TensorDataset(torch.zeros(8, 3)), batch_size=2),
+        noise_multiplier=0.0,
+        max_grad_norm=0.1,
+        loss_reduction="sum",
+        grad_sample_mode=mode,
+    )
+    case_loss(net, batch).sum().backward()
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    case_loss(net, batch).sum().backward()
+    optimizer.step()
+    assert_exact({n: p.grad for n, p in net.named_parameters()}, reference(twin, batch, case_loss, Flat(0.1)))

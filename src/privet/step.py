@@ -17,6 +17,7 @@ from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.coverage import check_coverage
 from privet.gradients.custom_modules import watch_custom_modules
 from privet.gradients.instrument import examples_in
+from privet.gradients.pool import free_idle
 from privet.gradients.summation import clipped_sum
 from privet.gradients.tripwire import Tripwires, refuse_thawed
 from privet.gradients.two_pass import TwoPass, refuse_several_weights
@@ -218,6 +219,8 @@ class PrivateStep:
         self._clipped = None
         if self._checked < min(examples, 2):
             self._check(batch, examples)
+            if self._two_pass is not None:
+                free_idle()  # the check held all uses of the model at once, which no step will
         losses = self._backward(batch, examples)
         return losses, self._clipped
 

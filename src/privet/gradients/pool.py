@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["scratch"]
+__all__ = ["free_idle", "scratch"]
 
 _LEAST_BYTES = 2**18
 """Smaller tensors come from the C library's own free lists, without page faults."""
@@ -48,6 +48,12 @@ def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
         _buffers.append(buffer)
         _trim()
         return buffer[:size].view(like.dtype).view(tuple(shape))
+
+
+def free_idle() -> None:
+    """Lets go of every buffer that nobody holds, for those to whom memory matters more than time."""
+    with _lock:
+        _buffers[:] = [b for b in _buffers if _holders(b) != _ALONE]
 
 
 def _trim() -> None:
