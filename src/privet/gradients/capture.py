@@ -323,7 +323,7 @@ class Capture:
         plain = [self._plain(value) for value in values.values()]
         edge = self.parameters[next(s for r in values.values() if self.is_root(r) for s in self._sources(r))]
         call = CapturedCall(self, self._cycle, operation, layout, self._examples, tuple(values), targets, len(data))
-        return CapturedOperation.apply(call, *data, *plain, edge)
+        return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
 
     def _plain(self, value: Tensor) -> Tensor:
         if not self.is_root(value):
