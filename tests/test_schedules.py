@@ -323,6 +323,16 @@ def test_a_number_out_of_range_stops_the_run_before_the_step(what: str, value: A
     assert schedule.steps == 1
 
 
+@pytest.mark.parametrize("factor", [5e-324, 1.7e308])
+def test_a_factor_in_range_whose_number_is_not(factor: float) -> None:
+    engine, _, optimizer, _ = private(sigma=0.2 if factor < 1 else 2.0)
+    schedule = ListNoise(optimizer, factors=[1.0, factor])
+    before = engine.mechanisms
+    with pytest.raises(ConfigurationError, match="the noise multiplier at schedule step 1"):
+        schedule.step()
+    assert engine.mechanisms == before
+
+
 def test_an_overflow_is_out_of_range() -> None:
     _, _, optimizer, _ = private()
     schedule = ExponentialNoise(optimizer, gamma=1e200)

@@ -46,10 +46,13 @@ class Net(nn.Module):
         self.first = nn.Linear(5, 4)
         self.last = nn.Linear(4, 3)
         self.fits = 10**9
+        self.drops_at: int | None = None  # after so many forwards, a quarter of it fits
         self.rows: list[int] = []  # of the training forwards that succeeded
         self.error: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.drops_at is not None and len(self.rows) >= self.drops_at:
+            self.fits, self.drops_at = self.fits // 4, None
         if len(x) > self.fits:
             raise self.error
         self.rows.append(len(x))
@@ -558,7 +561,13 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
 
 
 def explicit(
-    size: Any, *, form: str = "tuple", sigma: float = 0.0, passes: Any = 1, fits: int = 10**9
+    size: Any,
+    *,
+    form: str = "tuple",
+    sigma: float = 0.0,
+    passes: Any = 1,
+    fits: int = 10**9,
+    failing_after: int | None = None,
 ) -> tuple[PrivateStep, Net, list[dict[str, Tensor]], list[Tensor]]:
     """Returns step, model, the gradients of three steps on batches of 20, and their losses."""
     torch.manual_seed(0)
@@ -586,6 +595,8 @@ def explicit(
         x, y = torch.randn(20, 5), torch.randint(0, 3, (20,))
         batch = made(x, y)
         step._update.announce(TICKET)
+        if len(losses) == 1 and failing_after is not None:
+            net.drops_at = len(net.rows) + failing_after
         losses.append(step(batch))
     return step, net, seen, losses
 
@@ -621,6 +632,20 @@ def test_a_step_finds_the_size_that_fits(passes: int) -> None:
     assert len(step((torch.randn(20, 5), torch.randint(0, 3, (20,))))) == 20
     assert sum(net.rows[rows:]) >= 20
     assert step.ledger.steps == 4
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_part_that_fails_in_mid_batch_neither_loses_nor_repeats_an_example(passes: int) -> None:
+    step, _, seen, losses = explicit("auto", fits=10, passes=passes)
+    _, _, expected, whole = explicit(None)
+    step_, _, seen_, losses_ = explicit("auto", fits=10, passes=passes, failing_after=2)
+    assert step._size.most < 20 > step_._size.most
+    assert step_._size.most < step._size.most, "it failed once more, with a part of the batch summed already"
+    for found in (seen, seen_):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-7) for n in theirs)
+    for found in (losses, losses_):
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, whole, strict=True))
 
 
 def test_noise_of_a_split_step_is_bit_equal() -> None:

@@ -22,7 +22,7 @@ from privet.sampling.structure import is_container, parts_of, places_in, rebuilt
 
 __all__ = ["PhysicalSize", "cut_like", "cut_rows", "is_out_of_memory", "tickets_of"]
 
-_SIGNS = ("out of memory", "not enough memory", "cannot allocate memory", "alloc_failed")
+_SIGNS = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
