@@ -1,7 +1,9 @@
 """Clipping policies: how much one example may weigh."""
 
+from privet.clipping.automatic import Automatic
 from privet.clipping.flat import Flat
 from privet.clipping.per_layer import PerLayer
 from privet.clipping.policy import ClippingPolicy
+from privet.clipping.psac import PSAC
 
-__all__ = ["ClippingPolicy", "Flat", "PerLayer"]
+__all__ = ["PSAC", "Automatic", "ClippingPolicy", "Flat", "PerLayer"]
