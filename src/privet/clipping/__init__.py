@@ -2,8 +2,9 @@
 
 from privet.clipping.automatic import Automatic
 from privet.clipping.flat import Flat
+from privet.clipping.group_wise import GroupWise
 from privet.clipping.per_layer import PerLayer
 from privet.clipping.policy import ClippingPolicy
 from privet.clipping.psac import PSAC
 
-__all__ = ["PSAC", "Automatic", "ClippingPolicy", "Flat", "PerLayer"]
+__all__ = ["PSAC", "Automatic", "ClippingPolicy", "Flat", "GroupWise", "PerLayer"]
