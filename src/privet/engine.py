@@ -14,7 +14,7 @@ from privet._checks import check_at_least, check_count, check_positive
 from privet.accounting import get_accountant
 from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
-from privet.clipping import ClippingPolicy, Flat, PerLayer
+from privet.clipping import PSAC, Automatic, ClippingPolicy, Flat, PerLayer
 from privet.criterion import PrivateCriterion
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture import Recorded
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PrivacyEngine"]
 
-_CLIPPING = {"flat": Flat, "per_layer": PerLayer}
+_CLIPPING = {"flat": Flat, "per_layer": PerLayer, "automatic": Automatic, "psac": PSAC}
 _MODES = {"auto": (False, False), "hooks": (True, False), "functorch": (True, True)}
 """By name: whether per-example gradients are shown on the parameters, and whether all of them come from vmap."""
 
@@ -335,8 +335,8 @@ def _policy(clipping: str | ClippingPolicy, max_grad_norm: float | Mapping[str, 
             )
         return clipping
     _check_choice("clipping", clipping, tuple(_CLIPPING))
-    if isinstance(max_grad_norm, Mapping) and clipping == "flat":
-        raise ConfigurationError("max_grad_norm maps layers to bounds. Expected one number for clipping='flat'.")
+    if isinstance(max_grad_norm, Mapping) and clipping != "per_layer":
+        raise ConfigurationError(f"max_grad_norm maps layers to bounds. Expected one number for clipping={clipping!r}.")
     return _CLIPPING[clipping](max_grad_norm)  # type: ignore[arg-type]
 
 
