@@ -177,7 +177,8 @@ def table(rows: list[dict[str, object]]) -> str:
         name = f"{r['network']}, checkpointed" if r["checkpointed"] else str(r["network"])
         mib, first = float(str(r["mib"])), float(str(r["first_mib"]))
         share = mib / max(base[r["network"], r["checkpointed"]], 1.0)
-        time = f"{float(str(r['ratio'])):.2f} ({float(str(r['ratio_low'])):.2f}-{float(str(r['ratio_high'])):.2f})"
+        quartiles = [f"{float(str(r[key])):.2f}" for key in ("ratio", "ratio_low", "ratio_high") if key in r]
+        time = "{} ({}-{})".format(*quartiles) if quartiles else "not timed"
         lines.append(f"| {name} | {r['batch']} | {r['mode']} | {time} | {mib:.0f} | {share:.2f} | {first:.0f} |")
     return "\n".join(lines) + "\n"
 
