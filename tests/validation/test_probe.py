@@ -48,7 +48,9 @@ def test_batch_normalisation_is_found_by_what_it_does():
 
 def test_a_buffer_written_from_the_data_is_found_and_put_back():
     model = Remembering()
-    assert find_mixing(model, (torch.arange(20.0).view(5, 4),)) == ["buffer largest: it is written from the data, without noise"]
+    assert find_mixing(model, (torch.arange(20.0).view(5, 4),)) == [
+        "buffer largest: it is written from the data, without noise"
+    ]
     assert model.largest == 0
     assert model.calls == 0
 

@@ -21,6 +21,7 @@ class Hook:
         self._in_copy = in_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do the instrument's work."""
         return self._function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
