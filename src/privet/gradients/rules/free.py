@@ -25,12 +25,12 @@ __all__ = ["EXPANSIONS", "Broadcast", "expansion"]
 _T = Tensor
 ELEMENTWISE = (
     torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__, torch.sub, _T.sub, _T.__sub__, _T.__rsub__,
-    _T.sub_, _T.__isub__, torch.subtract, _T.subtract, torch.mul, _T.mul, _T.__mul__, _T.__rmul__, _T.mul_, _T.__imul__,
-    torch.multiply, _T.multiply, torch.div, _T.div, _T.__truediv__, _T.__rtruediv__, _T.div_, _T.__itruediv__,
-    _T.__rdiv__, torch.divide, _T.divide, torch.true_divide, torch.pow, _T.pow, _T.__pow__, _T.__rpow__,
-    torch.maximum, _T.maximum, torch.minimum, _T.minimum, torch.where, _T.where, torch.lerp, _T.lerp, torch.addcmul, _T.addcmul, torch.addcdiv,
-    _T.addcdiv, torch.clamp, _T.clamp, torch.atan2, _T.atan2, torch.hypot, torch.rsub, torch.logaddexp,
-    torch.masked_fill, _T.masked_fill,
+    _T.sub_, _T.__isub__, torch.subtract, _T.subtract, torch.mul, _T.mul, _T.__mul__, _T.__rmul__, _T.mul_,
+    _T.__imul__, torch.multiply, _T.multiply, torch.div, _T.div, _T.__truediv__, _T.__rtruediv__, _T.div_,
+    _T.__itruediv__, _T.__rdiv__, torch.divide, _T.divide, torch.true_divide, torch.pow, _T.pow, _T.__pow__,
+    _T.__rpow__, torch.maximum, _T.maximum, torch.minimum, _T.minimum, torch.where, _T.where, torch.lerp, _T.lerp,
+    torch.addcmul, _T.addcmul, torch.addcdiv, _T.addcdiv, torch.clamp, _T.clamp, torch.atan2, _T.atan2, torch.hypot,
+    torch.rsub, torch.logaddexp, torch.masked_fill, _T.masked_fill,
 )  # fmt: skip
 
 EXPANSIONS = frozenset({_T.expand, _T.expand_as, torch.broadcast_to, _T.broadcast_to, _T.repeat, torch.tile, _T.tile})
