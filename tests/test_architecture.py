@@ -23,7 +23,7 @@ LAYERS = (
     ("sampling", "parallel"),
     ("mechanism",),
     ("validation", "layers"),
-    ("parameters", "criterion", "logical_sum"),
+    ("parameters", "criterion", "logical_sum", "optimizers"),
     ("update",),
     ("schedules", "checkpoint", "materialised", "memory"),
     ("step",),

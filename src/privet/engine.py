@@ -23,10 +23,11 @@ from privet.gradients.summation import clipped_sum
 from privet.materialised import Materialised
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import GaussianNoise, noise_for
+from privet.optimizers import refuse_optimizer
 from privet.parameters import private_parameters
 from privet.sampling import privatize_loader
 from privet.step import noise_key, refuse_mixing
-from privet.update import PrivateUpdate, refuse_optimizer
+from privet.update import PrivateUpdate
 from privet.validation import Issue, get_compatible_module, require_valid, validate
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from privet.gradients.tripwire import Tripwires, refuse_thawed
 from privet.gradients.two_pass import TwoPass, refuse_several_weights
 from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for
+from privet.optimizers import refuse_optimizer
 from privet.parameters import private_parameters
 from privet.sampling import Poisson, PrivateLoader, loader_for
 from privet.sampling.physical import PhysicalSize, cut_rows, is_out_of_memory
-from privet.update import PrivateUpdate, refuse_optimizer
+from privet.update import PrivateUpdate
 from privet.validation import find_mixing, require_valid
 
 __all__ = ["PrivateStep", "noise_key", "refuse_mixing"]

@@ -21,26 +21,10 @@ from privet.gradients.clipped_sum import ClippedSum
 from privet.logical_sum import LogicalSum
 from privet.mechanism import Mechanism
 from privet.noise import NoiseMechanism
+from privet.optimizers import StepHooks
 from privet.sampling import BatchTicket, Partition, Poisson, PrivateLoader
 
-__all__ = ["LateSum", "PrivateUpdate", "Scheduled", "refuse_optimizer", "update_of"]
-
-_REFUSED = {
-    "LBFGS": "it evaluates the gradient many times in one step, and each evaluation is a release",
-    "SparseAdam": "it reads sparse gradients, and noise makes every gradient dense",
-}
-
-
-def refuse_optimizer(optimizer: object) -> None:
-    """Raises for optimizers that do not read one dense gradient a step."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-    for kind in type(optimizer).__mro__:
-        if kind.__name__ in _REFUSED:
-            raise ConfigurationError(
-                f"{kind.__name__} cannot train privately: {_REFUSED[kind.__name__]}. Use an optimizer that reads dense "
-                "gradients once a step, such as SGD or AdamW."
-            )
+__all__ = ["LateSum", "PrivateUpdate", "Scheduled", "update_of"]
 
 
 class Scheduled(Protocol):
@@ -107,13 +91,11 @@ class PrivateUpdate:
         self._released: list[Callable[[], None]] = []
         self._late: LateSum | None = None
         self._warned = False
-        self._stepping = False  # between the release and the end of the optimizer's step
-        self._closure: Callable[[], Any] | None = None
+        self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes every step of the optimizer a release of this update."""
-        optimizer.register_step_pre_hook(self.before_step)
-        optimizer.register_step_post_hook(self.after_step)
+        self._hooks.attach(optimizer)
         _UPDATES[optimizer] = self
 
     # -- what is released --------------------------------------------------------------------------------------------
@@ -222,7 +204,7 @@ class PrivateUpdate:
             ProtocolError: if the sum of another backward still waits.
         """
         self._sum.receive(clipped, examples=examples)
-        self._stepping = False
+        self._hooks.renew()
 
     def accumulate(self) -> None:
         """Takes the step of a physical batch that is not the last of its logical batch: nothing is released.
@@ -248,6 +230,11 @@ class PrivateUpdate:
     def _bring(self) -> None:
         if self._late is not None:
             self._late.bring()
+
+    def _ready(self) -> bool:
+        """Returns whether a sum waits, formed by now."""
+        self._bring()
+        return self._sum.pending
 
     def retract(self) -> bool:
         """Returns whether the physical batch at hand has left nothing, and may be handed over again in parts."""
@@ -294,55 +281,6 @@ class PrivateUpdate:
         if self._first_rate is None or rate is None or rate == self._first_rate:
             return self.divisor
         return self.divisor * float(rate) / float(self._first_rate)
-
-    # -- the optimizer's side ----------------------------------------------------------------------------------------
-
-    def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Releases the pending sum; with a closure, releases what the closure brings. An optimizer's step pre-hook."""
-        self._refuse_other_gradients(optimizer)
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        # Where a subclass's step calls that of its base, torch runs the hooks of both: the inner ones find it all done.
-        if closure is None:
-            self._bring()
-            if self._sum.pending or not self._stepping:
-                self.release()
-                self._stepping = True
-            return None
-        if closure is self._closure:
-            return None
-        wrapped = self._closure = self._released_after(closure, optimizer)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
-
-    def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-        """Takes note that the gradient was used. An optimizer's step post-hook."""
-        self._stepping, self._closure = False, None
-
-    def _refuse_other_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        private = {id(p) for p in self.parameters.values()}
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if p.grad is not None and id(p) not in private:
-                raise ProtocolError(
-                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient that nothing clipped: "
-                    "it was frozen, or not there, when training became private. Expected the same parameters all "
-                    "along. Make the whole model private anew, or give the parameter an optimizer of its own."
-                )
-
-    def _released_after(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-        calls = 0
-
-        def wrapped() -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                raise ProtocolError("the optimizer called its closure twice in one step. Expected one gradient a step.")
-            result = closure()
-            self._refuse_other_gradients(optimizer)
-            self.release()
-            return result
-
-        return wrapped
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""

@@ -1,0 +1,104 @@
+"""The optimizer's side of a private step: whose steps release, and optimizers whose steps cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from privet.errors import ConfigurationError, ProtocolError
+
+__all__ = ["StepHooks", "refuse_optimizer"]
+
+_REFUSED = {
+    "LBFGS": "it evaluates the gradient many times in one step, and each evaluation is a release",
+    "SparseAdam": "it reads sparse gradients, and noise makes every gradient dense",
+}
+
+
+def refuse_optimizer(optimizer: object) -> None:
+    """Raises for optimizers that do not read one dense gradient a step."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in _REFUSED:
+            raise ConfigurationError(
+                f"{kind.__name__} cannot train privately: {_REFUSED[kind.__name__]}. Use an optimizer that reads dense "
+                "gradients once a step, such as SGD or AdamW."
+            )
+
+
+class StepHooks:
+    """Makes every step of an optimizer a release, once, whatever calls it: with a closure, after the closure.
+
+    Args:
+        parameters: the private parameters by name.
+        ready: returns whether a sum waits to be released.
+        release: releases it, into `p.grad`.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, ready: Callable[[], bool], release: Callable[[], None]
+    ) -> None:
+        self._parameters = parameters
+        self._ready = ready
+        self._release = release
+        self._stepping = False  # between the release and the end of the optimizer's step
+        self._closure: Callable[[], Any] | None = None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Follows the steps of the optimizer from now on."""
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    def renew(self) -> None:
+        """Takes note that a new sum came: the next step releases it."""
+        self._stepping = False
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Releases the pending sum; with a closure, releases what the closure brings. An optimizer's step pre-hook."""
+        self._refuse_other_gradients(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # Where a subclass's step calls that of its base, torch runs the hooks of both: the inner ones find it all done.
+        if closure is None:
+            if self._ready() or not self._stepping:
+                self._release()
+                self._stepping = True
+            return None
+        if closure is self._closure:
+            return None
+        wrapped = self._closure = self._released_after(closure, optimizer)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        """Takes note that the gradient was used. An optimizer's step post-hook."""
+        self._stepping, self._closure = False, None
+
+    def _refuse_other_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        private = {id(p) for p in self._parameters.values()}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is not None and id(p) not in private:
+                raise ProtocolError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient that nothing clipped: "
+                    "it was frozen, or not there, when training became private. Expected the same parameters all "
+                    "along. Make the whole model private anew, or give the parameter an optimizer of its own."
+                )
+
+    def _released_after(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+        calls = 0
+
+        def wrapped() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise ProtocolError("the optimizer called its closure twice in one step. Expected one gradient a step.")
+            result = closure()
+            self._refuse_other_gradients(optimizer)
+            self._release()
+            return result
+
+        return wrapped
