@@ -20,6 +20,7 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture import Recorded
 from privet.gradients.instrument import Instrument
 from privet.gradients.summation import clipped_sum
+from privet.gradients.weights import groups_of
 from privet.materialised import Materialised
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import GaussianNoise, noise_for
@@ -131,7 +132,8 @@ class PrivacyEngine:
             noise_multiplier: the noise's standard deviation over the sensitivity.
             max_grad_norm: the clip norm C; with `clipping="per_layer"` it may map layers to theirs.
             criterion: returned evaluated per example, whatever its reduction.
-            clipping: `"flat"`, `"per_layer"`, or a policy (then `max_grad_norm` must be its sensitivity).
+            clipping: `"flat"`, `"per_layer"`, `"automatic"`, `"psac"`, or a policy of `privet.clipping` or of your own
+                (then `max_grad_norm` must be its sensitivity).
             loss_reduction: whether the loss is the mean or the sum of the examples' losses over the rows of the batch.
             batch_first: whether inputs have the batch on axis 0, else on axis 1.
             poisson_sampling: whether to draw each batch afresh at rate batch_size / n. If not, the loader's own order
@@ -154,7 +156,7 @@ class PrivacyEngine:
         parameters = private_parameters(module, optimizer)
         self._refuse_private(module, optimizer)
         require_valid(module)
-        policy.groups(list(parameters))
+        groups_of(policy, list(parameters))
         key = noise_key(secure_mode=self._secure_mode, generator=noise_generator)
         loader = privatize_loader(data_loader, poisson=poisson_sampling, key=key, dataset_size=dataset_size)
         mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)

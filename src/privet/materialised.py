@@ -27,8 +27,9 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture import Recorded
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.rules.registry import Operation, Rule
-from privet.gradients.summation import Policy, clipped_sum, per_example_gradients
+from privet.gradients.summation import clipped_sum, per_example_gradients
 from privet.gradients.use import Use, Uses, wide
+from privet.gradients.weights import Policy
 from privet.update import PrivateUpdate
 
 __all__ = ["Materialised", "clipped_rows"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from privet._checks import check_at_least, check_count
+from privet._checks import check_at_least, check_count, check_positive
 from privet.accounting.event import Event, GaussianEvent, Relation
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
@@ -55,6 +55,7 @@ class Mechanism:
                     f"{name} of a Mechanism must be a description such as Poisson(0.01), Flat(1.0) or Gaussian(1.1), "
                     f"got {getattr(self, name)!r}."
                 )
+        check_positive(f"sensitivity of {type(self.clipping).__name__}", self.clipping.sensitivity)
         object.__setattr__(self, "steps", check_count("steps", self.steps))
 
     def event(self, count: int | None = None) -> Event:

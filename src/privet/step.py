@@ -21,6 +21,7 @@ from privet.gradients.pool import free_idle
 from privet.gradients.summation import clipped_sum
 from privet.gradients.tripwire import Tripwires, refuse_thawed
 from privet.gradients.two_pass import TwoPass, refuse_several_weights
+from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.optimizers import refuse_optimizer
@@ -96,7 +97,7 @@ class PrivateStep:
                 f"loss_per_example must be a function of model and batch, got {type(loss_per_example).__name__}."
             )
         parameters = private_parameters(model, optimizer)
-        mechanism.clipping.groups(list(parameters))
+        groups_of(mechanism.clipping, list(parameters))
         if passes not in (1, 2) or isinstance(passes, bool):
             raise ConfigurationError(f"passes must be 1 or 2, got {passes!r}.")
         if passes == 2:

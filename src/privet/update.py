@@ -18,6 +18,7 @@ from privet.accounting.event import Event
 from privet.accounting.ledger import Ledger
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.weights import groups_of
 from privet.logical_sum import LogicalSum
 from privet.mechanism import Mechanism
 from privet.noise import NoiseMechanism
@@ -126,7 +127,7 @@ class PrivateUpdate:
                 "changes between logical steps. Call schedule.step() after the optimizer's step; with "
                 "physical batches, after that of the last one of its logical batch, or once a pass."
             )
-        mechanism.clipping.groups(list(self.parameters))
+        groups_of(mechanism.clipping, list(self.parameters))
         sampling = mechanism.sampling
         if sampling != self._mechanism.sampling:
             if not isinstance(sampling, Poisson) or not isinstance(self._mechanism.sampling, Poisson):

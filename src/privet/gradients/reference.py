@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from privet.gradients.summation import Policy
+from privet.gradients.weights import Policy
 
 __all__ = ["example_gradients", "reference_sum"]
 

@@ -18,12 +18,12 @@ from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_
 from privet.gradients.rules.registry import row_norms
 from privet.gradients.strategy import row_chunks
 from privet.gradients.use import Allowance, Owner, Use, Uses
+from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
 
 __all__ = [
     "DictSink",
     "LocalNorms",
     "NormReducer",
-    "Policy",
     "SumSink",
     "clipped_sum",
     "masked_sums",
@@ -31,22 +31,7 @@ __all__ = [
     "squared_norms",
     "total_norms",
     "weighted_sums",
-    "weights_of",
 ]
-
-
-class Policy(Protocol):
-    """What the sum needs of a clipping policy (`privet.clipping.ClippingPolicy`)."""
-
-    @property
-    def sensitivity(self) -> float:
-        """Returns how far one example can move the sum."""
-
-    def groups(self, names: Sequence[str]) -> Sequence[int]:
-        """Returns the clipping group of each parameter."""
-
-    def weights(self, squared_norms: Tensor) -> Tensor:
-        """Returns every example's weight in each group."""
 
 
 class NormReducer(Protocol):
@@ -236,7 +221,7 @@ def clipped_sum(
     reducer = LocalNorms() if reducer is None else reducer
     sink = DictSink() if sink is None else sink
     names = list(parameters)
-    groups = policy.groups(names)
+    groups, sensitivity = groups_of(policy, names), sensitivity_of(policy)
     gathered = _gathered(recorded, parameters, owner)
     device = next(iter(parameters.values())).device
     members: list[list[tuple[Tensor, nn.Parameter]]] = [[] for _ in range(max(groups) + 1)]
@@ -256,7 +241,7 @@ def clipped_sum(
             wide_type = torch.promote_types(parameter.dtype, torch.float32)
             value = torch.zeros(parameter.shape, device=device, dtype=wide_type)
         sink.put(name, value)
-    return ClippedSum(sink.values(), policy.sensitivity, {"dropped": dropped.sum(), "norms": squared.detach()})
+    return ClippedSum(sink.values(), sensitivity, {"dropped": dropped.sum(), "norms": squared.detach()})
 
 
 def total_norms(
@@ -278,13 +263,6 @@ def _group_norms(
     norms = [norm for norm, _ in group]
     total = torch.stack([n.to(dtype) for n in norms]).sum(0) if len(norms) > 1 else norms[0].to(dtype)
     return total + sum(p.numel() for _, p in group) * torch.finfo(dtype).tiny
-
-
-def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K, B) -> (K, B), (B,) bool
-    """Returns the weights, zero for units to be dropped, and which these are."""
-    dropped = ~squared.isfinite().all(0)
-    weights = policy.weights(squared.masked_fill(dropped, 0.0))
-    return weights.masked_fill(dropped, 0.0), dropped
 
 
 @torch.no_grad()

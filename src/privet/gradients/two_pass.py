@@ -20,8 +20,9 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation
-from privet.gradients.summation import Policy, masked_sums, squared_norms, total_norms, weights_of
+from privet.gradients.summation import masked_sums, squared_norms, total_norms
 from privet.gradients.use import Use
+from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
 
 __all__ = ["TwoPass", "refuse_several_weights"]
 
@@ -30,7 +31,7 @@ _ATTEMPTS = 3
 
 def refuse_several_weights(policy: Policy, names: list[str]) -> None:
     """Raises unless the policy gives every example one weight for all parameters."""
-    groups = len(set(policy.groups(names)))
+    groups = len(set(groups_of(policy, names)))
     if groups > 1:
         raise ConfigurationError(
             f"passes=2 weighs each example once, and {type(policy).__name__} has {groups} groups of parameters with a "
@@ -72,6 +73,7 @@ class TwoPass:
             As `summation.clipped_sum`: an example whose norm is not finite adds exactly zero, and is counted.
         """
         refuse_several_weights(policy, list(parameters))
+        sensitivity = sensitivity_of(policy)
         capture = self._capture
         try:
             with torch.enable_grad():
@@ -89,7 +91,7 @@ class TwoPass:
             capture.on_use = None
             capture.release()
         statistics = {"dropped": dropped.sum(), "norms": squared}
-        return ClippedSum(sums.values(), policy.sensitivity, statistics), found.detach()
+        return ClippedSum(sums.values(), sensitivity, statistics), found.detach()
 
     def _squared_norms(
         self, total: Tensor, *, examples: int, parameters: Mapping[str, nn.Parameter]

@@ -1,0 +1,111 @@
+"""Where a policy's answers are taken, and checked before anything rests on them: groups, sensitivity and weights.
+
+The policies of `privet.clipping` are proven by their formulas, and tested. Those of a user's own are checked each time,
+at the price of looking at values, for which an accelerator has to be waited for.
+
+Axes: B examples, K clipping groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from privet._checks import check_positive
+from privet.clipping import PSAC, Automatic, Flat, GroupWise, PerLayer
+from privet.errors import ConfigurationError
+
+__all__ = ["Policy", "groups_of", "sensitivity_of", "weights_of"]
+
+_PROVEN = frozenset({Flat, PerLayer, GroupWise, Automatic, PSAC})  # themselves: a subclass may do as it likes
+_ROUNDING = 1e-5  # of the sensitivity, for a formula evaluated in float32
+
+
+class Policy(Protocol):
+    """What the sum needs of a clipping policy (`privet.clipping.ClippingPolicy`)."""
+
+    @property
+    def sensitivity(self) -> float:
+        """Returns how far one example can move the sum."""
+
+    def groups(self, names: Sequence[str]) -> Sequence[int]:
+        """Returns the clipping group of each parameter."""
+
+    def weights(self, squared_norms: Tensor) -> Tensor:
+        """Returns every example's weight in each group."""
+
+
+def groups_of(policy: Policy, names: Sequence[str]) -> list[int]:
+    """Returns the group of each parameter.
+
+    Raises:
+        ConfigurationError: if it is not one whole number for each, from 0 to K - 1.
+    """
+    groups = list(policy.groups(names))
+    given: list[object] = [*groups]
+    whole = all(isinstance(group, int) and group >= 0 for group in given)
+    if len(groups) != len(names) or not whole or set(groups) != set(range(len(set(groups)))):
+        raise ConfigurationError(
+            f"{type(policy).__name__}.groups returned {groups} for {len(names)} parameters. Expected a group for each, "
+            "numbered from 0 without a gap."
+        )
+    return groups
+
+
+def sensitivity_of(policy: Policy) -> float:
+    """Returns the policy's sensitivity, if it is a finite number above 0."""
+    return check_positive(f"sensitivity of {type(policy).__name__}", policy.sensitivity)
+
+
+def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K, B) -> (K, B), (B,) bool
+    """Returns the weights, zero for units to be dropped, and which these are.
+
+    Guarantees:
+        Whatever the policy, no unit that is kept moves the sum further than its sensitivity, up to rounding: the run
+        stops here, before anything of the batch is released.
+
+        ===============================  ===================================================
+        of a unit that is not dropped    outcome
+        ===============================  ===================================================
+        weight negative, NaN, infinite   ConfigurationError
+        weight zero                      ConfigurationError: it would be left out in silence
+        moves the sum too far            ConfigurationError
+        another shape, or no tensor      ConfigurationError
+        the same in a compiled graph     dropped: a graph cannot raise
+        ===============================  ===================================================
+    """
+    dropped = ~squared.isfinite().all(0)
+    kept = squared.masked_fill(dropped, 0.0)
+    weights: object = policy.weights(kept)
+    if not isinstance(weights, Tensor) or weights.shape != squared.shape or not weights.is_floating_point():
+        found = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ConfigurationError(
+            f"{type(policy).__name__}.weights returned {found}. Expected one floating point number for each example "
+            f"in each of {squared.shape[0]} groups, of shape {tuple(squared.shape)}. Nothing was released."
+        )
+    if type(policy) not in _PROVEN:
+        dropped = dropped | _wrong(policy, kept, weights, dropped)
+    return weights.masked_fill(dropped, 0.0), dropped
+
+
+def _wrong(policy: Policy, squared: Tensor, weights: Tensor, dropped: Tensor) -> Tensor:  # (B,) bool
+    """Returns which units that are not dropped a compiled graph has to drop, and raises outside of one."""
+    positive = ((weights > 0.0) & weights.isfinite()).all(0) | dropped
+    moved = torch.linalg.vector_norm(weights * squared.sqrt(), dim=0)
+    bounded = (moved <= sensitivity_of(policy) * (1.0 + _ROUNDING)) | dropped
+    wrong: Tensor = ~(positive & bounded)
+    if not torch.compiler.is_compiling() and bool(wrong.any()):
+        what = (
+            "a weight that is negative, zero, nan or infinite"
+            if not bool(positive.all())
+            else f"weights that let an example move the sum further than its sensitivity of {policy.sensitivity:g}"
+        )
+        raise ConfigurationError(
+            f"{type(policy).__name__}.weights returned {what}. Expected finite weights above 0 with "
+            "sqrt(sum_k weights_k^2 * squared_norms_k) at most the sensitivity, for every example. Nothing was "
+            "released. Mend the policy; privet.clipping.Flat is one that holds."
+        )
+    return wrong
