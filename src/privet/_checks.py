@@ -45,6 +45,8 @@ def check_at_least(name: str, value: object, least: float = 0.0) -> float:
 
 def check_count(name: str, value: object, least: int = 0) -> int:
     """Returns `value` as an int if it is a whole number, `least` or more."""
+    if type(value) is int and value >= least:  # the common case, at every step
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigurationError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     return int(value)

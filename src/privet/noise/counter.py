@@ -41,11 +41,11 @@ class Span(NamedTuple):
     name: str
     offset: int  # index of its first element within the parameter
     size: int
+    blocks: int  # how many blocks of two elements the run touches
 
-    @property
-    def blocks(self) -> int:
-        """Returns how many blocks of two elements the run touches."""
-        return (self.offset + self.size + 1) // 2 - self.offset // 2
+
+def _span(target: Tensor, name: str, offset: int, size: int) -> Span:
+    return Span(target, name, offset, size, (offset + size + 1) // 2 - offset // 2)
 
 
 class CounterNoise(ABC):
@@ -144,7 +144,9 @@ class CounterNoise(ABC):
             if name in seen:
                 raise ConfigurationError(f"{name!r} is named twice: both tensors would get the same noise.")
             seen.add(name)
-            offset = check_count(f"offset of {name!r}", offsets[name]) if offsets and name in offsets else 0
+            offset = 0
+            if offsets and name in offsets:
+                offset = check_count(f"offset of {name!r}", offsets[name])
             if offset + tensor.numel() > _LAST_INDEX:
                 raise ConfigurationError(f"{name!r} reaches beyond index 2**63; give the offset of its shard.")
             spans += _chunks(tensor.detach(), name, offset)
@@ -172,13 +174,13 @@ def _chunks(tensor: Tensor, name: str, offset: int) -> Iterator[Span]:
     if tensor.is_contiguous():
         flat = tensor.view(-1)
         if count <= CHUNK:
-            yield Span(flat, name, offset, count)
+            yield _span(flat, name, offset, count)
             return
         for start in range(0, count, CHUNK):
             part = flat[start : start + CHUNK]
-            yield Span(part, name, offset + start, part.numel())
+            yield _span(part, name, offset + start, part.numel())
     elif count <= CHUNK:
-        yield Span(tensor, name, offset, count)
+        yield _span(tensor, name, offset, count)
     else:
         rows = tensor.shape[0]
         inner = count // rows
