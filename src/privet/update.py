@@ -18,6 +18,7 @@ from privet.accounting.event import Event
 from privet.accounting.ledger import Ledger
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.use import of_type
 from privet.gradients.weights import groups_of
 from privet.logical_sum import LogicalSum
 from privet.mechanism import Mechanism
@@ -274,7 +275,8 @@ class PrivateUpdate:
             parameter = self.parameters[name]
             if parameter.requires_grad:
                 divided = value if divisor == 1 else value.div_(divisor)
-                parameter.grad = divided.to(parameter.dtype).view_as(parameter)
+                gradient = of_type(divided, parameter.dtype)
+                parameter.grad = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
 
     def _divisor(self, ticket: BatchTicket | None) -> float:
         """Returns the expected batch size at the rate that the batch was drawn with, or the constant of a sum."""

@@ -39,7 +39,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):
             yield from _tensors_in(value)
         elif isinstance(value, dict):
             yield from _tensors_in(value.values())
@@ -209,9 +209,8 @@ class Capture:
 
     def is_root(self, value: object) -> bool:
         """Returns whether `value` is a watched parameter, or derived from watched parameters alone."""
-        return isinstance(value, self._derived_class) or (
-            isinstance(value, self._parameter_class) and id(value) in self._names
-        )
+        kind = type(value)  # not isinstance, which asks the classes of torch: this is the hottest line of a forward
+        return kind is self._derived_class or (kind is self._parameter_class and id(value) in self._names)
 
     def label(self, root: Tensor) -> str:
         """Returns a parameter's name, or a derived tensor's label."""

@@ -24,43 +24,60 @@ _KEPT_BYTES = 768 * 2**20
 """Idle buffers above this many bytes in all are let go of, the longest idle first."""
 
 _lock = threading.Lock()
-_buffers: list[Tensor] = []  # flat, bytes, most recently used last
 
 
-def _holders(buffer: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))  # noqa: SLF001 - there is no public count of who holds a storage
+class _Buffer:
+    """One flat buffer, and who holds its storage."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.flat = torch.empty(size, dtype=dtype)
+        self.size = size
+        self.bytes = size * self.flat.element_size()
+        self._storage = self.flat.untyped_storage()._cdata  # noqa: SLF001 - there is no public count of who holds one
+        self._alone = self._holders()
+
+    def _holders(self) -> int:
+        return int(torch._C._storage_Use_Count(self._storage))  # noqa: SLF001
+
+    @property
+    def idle(self) -> bool:
+        """Returns whether nobody else holds the storage."""
+        return self._holders() == self._alone
 
 
-_ALONE = _holders(torch.empty(1, dtype=torch.uint8))
+_buffers: list[_Buffer] = []  # most recently used last
 
 
 def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
     """Returns uninitialised memory of a shape, with the type and device of `like`."""
-    size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < _LEAST_BYTES:  # elsewhere torch's own allocator keeps what is freed
-        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    size, dtype = math.prod(shape), like.dtype
+    if (
+        not like.is_cpu or size * like.element_size() < _LEAST_BYTES
+    ):  # elsewhere torch's own allocator keeps what is freed
+        return torch.empty(shape, dtype=dtype, device=like.device)
     with _lock:
-        fits = [i for i, b in enumerate(_buffers) if size <= len(b) <= 2 * size and _holders(b) == _ALONE]
+        fits = [b for b in _buffers if size <= b.size <= 2 * size and b.flat.dtype == dtype and b.idle]
         if fits:
-            buffer = _buffers.pop(min(fits, key=lambda i: len(_buffers[i])))
+            buffer = min(fits, key=lambda b: b.size)
+            _buffers.remove(buffer)
         else:
-            buffer = torch.empty(size + size // 8 // 64 * 64, dtype=torch.uint8)  # batches of random size vary a little
+            buffer = _Buffer(size + size // 8 // 64 * 64, dtype)  # batches of random size vary a little
         _buffers.append(buffer)
         _trim()
-        return buffer[:size].view(like.dtype).view(tuple(shape))
+        return buffer.flat[:size].view(shape)
 
 
 def free_idle() -> None:
     """Lets go of every buffer that nobody holds, for those to whom memory matters more than time."""
     with _lock:
-        _buffers[:] = [b for b in _buffers if _holders(b) != _ALONE]
+        _buffers[:] = [b for b in _buffers if not b.idle]
 
 
 def _trim() -> None:
-    total = sum(len(b) for b in _buffers)
+    total = sum(b.bytes for b in _buffers)
     for buffer in _buffers[:-1]:
         if total <= _KEPT_BYTES:
             return
-        if _holders(buffer) == _ALONE:
-            total -= len(buffer)
-            _buffers[:] = [b for b in _buffers if b is not buffer]
+        if buffer.idle:
+            total -= buffer.bytes
+            _buffers.remove(buffer)

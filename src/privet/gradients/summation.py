@@ -17,7 +17,7 @@ from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
 from privet.gradients.rules.registry import row_norms
 from privet.gradients.strategy import row_chunks
-from privet.gradients.use import Allowance, Owner, Use, Uses
+from privet.gradients.use import Allowance, Owner, Use, Uses, of_type
 from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "masked_sums",
     "per_example_gradients",
     "squared_norms",
+    "statistics_of",
     "total_norms",
     "weighted_sums",
 ]
@@ -230,18 +231,19 @@ def clipped_sum(
             members[group].append((gathered[name].squared_norms(), parameters[name]))
     squared = reducer.sum(total_norms(members, owner.units, parameters) * scale**2)
     weights, dropped = weights_of(policy, squared)
-    if device.type != "cpu" or bool(dropped.any()):
+    if dropped is not None:
         gathered = {name: g.masked(dropped) for name, g in gathered.items()}
     weights = weights * scale
     for name, group in zip(names, groups, strict=True):
         parameter = parameters[name]
         if name in gathered:
-            value = gathered.pop(name).weighted_sum(weights[group]).view(parameter.shape)
+            value = gathered.pop(name).weighted_sum(weights[group])
+            value = value if value.shape == parameter.shape else value.view(parameter.shape)
         else:
             wide_type = torch.promote_types(parameter.dtype, torch.float32)
             value = torch.zeros(parameter.shape, device=device, dtype=wide_type)
         sink.put(name, value)
-    return ClippedSum(sink.values(), sensitivity, {"dropped": dropped.sum(), "norms": squared.detach()})
+    return ClippedSum(sink.values(), sensitivity, statistics_of(squared, dropped))
 
 
 def total_norms(
@@ -260,9 +262,15 @@ def _group_norms(
 ) -> Tensor:  # (B,)
     if not group:
         return torch.zeros(units, dtype=dtype, device=device)
-    norms = [norm for norm, _ in group]
-    total = torch.stack([n.to(dtype) for n in norms]).sum(0) if len(norms) > 1 else norms[0].to(dtype)
+    norms = [of_type(norm, dtype) for norm, _ in group]
+    total = torch.stack(norms).sum(0) if len(norms) > 1 else norms[0]
     return total + sum(p.numel() for _, p in group) * torch.finfo(dtype).tiny
+
+
+def statistics_of(squared: Tensor, dropped: Tensor | None) -> dict[str, Tensor]:
+    """Returns what a clipped sum tells of its units."""
+    count = squared.new_zeros((), dtype=torch.int64) if dropped is None else dropped.sum()
+    return {"dropped": count, "norms": squared}
 
 
 @torch.no_grad()

@@ -14,15 +14,27 @@ __all__ = ["Tripwires", "refuse_thawed"]
 
 def refuse_thawed(module: nn.Module, known: Mapping[str, nn.Parameter]) -> frozenset[str]:
     """Returns the names of the known parameters that are trainable now, and raises if any other is."""
-    names = {id(p): name for name, p in known.items()}
-    for name, p in module.named_parameters():
-        if p.requires_grad and id(p) not in names:
+    ours = {id(p) for p in known.values()}
+    if any(p.requires_grad and id(p) not in ours for p in _parameters_of(module, set())):
+        for name, p in module.named_parameters():
+            if not p.requires_grad or id(p) in ours:
+                continue
             raise ConfigurationError(
                 f"{name} is trainable now and was frozen, or absent, when training became private: nothing would clip "
                 "its gradients. Expected the same trainable parameters. Freeze it again, or make the model private "
                 "anew."
             )
     return frozenset(name for name, p in known.items() if p.requires_grad)
+
+
+def _parameters_of(module: nn.Module, seen: set[int]) -> Iterator[nn.Parameter]:
+    """Yields a module's parameters, shared ones more than once: without their names, which cost the most."""
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield from (p for p in module._parameters.values() if p is not None)  # noqa: SLF001 - torch's own walk names them
+        for child in module._modules.values():  # noqa: SLF001
+            if child is not None:
+                yield from _parameters_of(child, seen)
 
 
 class Tripwires:

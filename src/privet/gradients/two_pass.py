@@ -20,7 +20,7 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation
-from privet.gradients.summation import masked_sums, squared_norms, total_norms
+from privet.gradients.summation import masked_sums, squared_norms, statistics_of, total_norms
 from privet.gradients.use import Use
 from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
 
@@ -83,15 +83,13 @@ class TwoPass:
                 total = found.sum()
             squared = self._squared_norms(total, examples=examples, parameters=parameters)
             weights, dropped = weights_of(policy, squared)
-            mask = dropped if squared.device.type != "cpu" or bool(dropped.any()) else None
-            sums = _Sums(parameters, examples, weights[0], mask)
+            sums = _Sums(parameters, examples, weights[0], dropped)
             capture.on_use = sums.put
             total.backward()  # type: ignore[no-untyped-call]
         finally:
             capture.on_use = None
             capture.release()
-        statistics = {"dropped": dropped.sum(), "norms": squared}
-        return ClippedSum(sums.values(), sensitivity, statistics), found.detach()
+        return ClippedSum(sums.values(), sensitivity, statistics_of(squared, dropped)), found.detach()
 
     def _squared_norms(
         self, total: Tensor, *, examples: int, parameters: Mapping[str, nn.Parameter]

@@ -15,7 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from privet.gradients.rules.registry import Operation, Rule
 
-__all__ = ["Allowance", "Owner", "Use", "Uses", "wide"]
+__all__ = ["Allowance", "Owner", "Use", "Uses", "of_type", "wide"]
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,4 +146,9 @@ class Uses(Sequence[Use]):
 
 def wide(t: Tensor) -> Tensor:
     """Returns `t` in float32 at least: norms and sums never accumulate in half precision."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if t.dtype in _HALF else t
+
+
+def of_type(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `t.to(dtype)`, without the call where there is nothing to do: most of a small step is such calls."""
+    return t if t.dtype == dtype else t.to(dtype)

@@ -60,8 +60,8 @@ def sensitivity_of(policy: Policy) -> float:
     return check_positive(f"sensitivity of {type(policy).__name__}", policy.sensitivity)
 
 
-def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K, B) -> (K, B), (B,) bool
-    """Returns the weights, zero for units to be dropped, and which these are.
+def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor | None]:  # (K, B) -> (K, B), (B,) bool
+    """Returns the weights, zero for units to be dropped, and which these are: None where it is known that none is.
 
     Guarantees:
         Whatever the policy, no unit that is kept moves the sum further than its sensitivity, up to rounding: the run
@@ -77,8 +77,8 @@ def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K,
         the same in a compiled graph     dropped: a graph cannot raise
         ===============================  ===================================================
     """
-    dropped = ~squared.isfinite().all(0)
-    kept = squared.masked_fill(dropped, 0.0)
+    dropped = _not_finite(squared)
+    kept = squared if dropped is None else squared.masked_fill(dropped, 0.0)
     weights: object = policy.weights(kept)
     if not isinstance(weights, Tensor) or weights.shape != squared.shape or not weights.is_floating_point():
         found = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
@@ -87,8 +87,18 @@ def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor]:  # (K,
             f"in each of {squared.shape[0]} groups, of shape {tuple(squared.shape)}. Nothing was released."
         )
     if type(policy) not in _PROVEN:
+        none = torch.zeros(squared.shape[1:], dtype=torch.bool, device=squared.device)
+        dropped = none if dropped is None else dropped
         dropped = dropped | _wrong(policy, kept, weights, dropped)
-    return weights.masked_fill(dropped, 0.0), dropped
+    return weights if dropped is None else weights.masked_fill(dropped, 0.0), dropped
+
+
+def _not_finite(squared: Tensor) -> Tensor | None:  # (K, B) -> (B,) bool
+    """Returns which units have a norm that is not finite, or None where it costs nothing to see that none has."""
+    finite = squared.isfinite()
+    if squared.is_cpu and not torch.compiler.is_compiling() and bool(finite.all()):
+        return None
+    return ~finite.all(0)
 
 
 def _wrong(policy: Policy, squared: Tensor, weights: Tensor, dropped: Tensor) -> Tensor:  # (B,) bool

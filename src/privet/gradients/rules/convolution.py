@@ -22,7 +22,7 @@ from privet.gradients.rules.arguments import named
 from privet.gradients.rules.patches import Pairing
 from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
 from privet.gradients.strategy import ROWS_BYTES, gram_padding, row_chunks
-from privet.gradients.use import Use, Uses, wide
+from privet.gradients.use import Use, Uses, of_type, wide
 
 __all__ = ["Convolution", "Geometry"]
 
@@ -152,7 +152,7 @@ def _weighted(use: Use, weights: Tensor) -> Tensor:  # (R,) -> shape
     data, gradient = wide(data), wide(use.gradient)
     if not gradient.numel() or not data.numel():
         return gradient.new_zeros(use.shape)
-    gradient = gradient * weights.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+    gradient = gradient * of_type(weights, gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
     weight = gradient.new_empty(use.shape)  # only its shape is read
     arguments = _geometry(use).arguments()
     return _backward(gradient, data, weight, None, *arguments, (False, True, False))[1]  # type: ignore[no-any-return]
@@ -205,9 +205,14 @@ class Convolution(Operation):
         (x,) = data
         same = gradient.dtype
         result = _backward(
-            gradient, x.to(same), values["weight"].to(same), None, *self.geometry.arguments(), (True, False, False)
+            gradient,
+            of_type(x, same),
+            of_type(values["weight"], same),
+            None,
+            *self.geometry.arguments(),
+            (True, False, False),
         )
-        return [result[0].to(x.dtype)]
+        return [of_type(result[0], x.dtype)]
 
 
 _DIMENSIONS = {

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from privet.gradients.pool import scratch
 from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
 from privet.gradients.strategy import Strategy, gram_padding, linear_strategy, row_chunks
-from privet.gradients.use import Use, Uses, wide
+from privet.gradients.use import Use, Uses, of_type, wide
 
 __all__ = ["Linear"]
 
@@ -32,6 +32,17 @@ def _joined(uses: Uses) -> tuple[Tensor, Tensor]:  # -> a (B, T, I), g (B, T, O)
     if len(pairs) == 1:
         return pairs[0]
     return torch.cat([a for a, _ in pairs], dim=1), torch.cat([g for _, g in pairs], dim=1)
+
+
+def _single(uses: Uses) -> tuple[Tensor, Tensor] | None:  # -> a (B, I), g (B, O)
+    """Returns activations and gradients where each example has one position, in which case its gradient is `g a^T`."""
+    if len(uses) == 1:
+        a, g = wide(_data(uses[0])), wide(uses[0].gradient)
+        if a.dim() == 2:
+            return a, g
+        if math.prod(a.shape[1:-1]) == 1:
+            return a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+    return None
 
 
 def _data(use: Use) -> Tensor:
@@ -55,9 +66,9 @@ class _Weight(Rule):
         return _products(*self._oriented(uses))
 
     def squared_norms(self, uses: Uses) -> Tensor:
+        if (pair := _single(uses)) is not None:
+            return row_norms(pair[0]) * row_norms(pair[1])
         left, right = self._oriented(uses)
-        if left.shape[1] == 1:
-            return row_norms(left) * row_norms(right)
         strategy = linear_strategy(left, right, budget=uses.allowance.left)
         if strategy is Strategy.GRAM:
             norms = _gram_norms(left, right)
@@ -74,8 +85,12 @@ class _Weight(Rule):
             rows = _in_memory_order(uses.rows_memo)
             total = weighted_rows(rows, weights)
             return total if rows is uses.rows_memo else total.t().contiguous()  # as noise and optimizer want it
+        if (pair := _single(uses)) is not None:
+            a, g = pair
+            weights = of_type(weights, g.dtype).unsqueeze(1)
+            return a.t() @ (g * weights) if self._transposed else (g * weights).t() @ a
         left, right = self._oriented(uses)
-        weights = weights.to(left.dtype).view(-1, 1, 1)
+        weights = of_type(weights, left.dtype).view(-1, 1, 1)
         # The smaller factor takes the weights: it is the one that is copied.
         if left.shape[2] <= right.shape[2]:
             left = torch.mul(left, weights, out=scratch(left.shape, left))
@@ -115,7 +130,7 @@ class _Bias(Rule):
     """A vector added to every position: the sum of the gradient over the positions."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        sums = [_sequence(wide(use.gradient)).sum(1) for use in uses]
+        sums = [g if g.dim() == 2 else _sequence(g).sum(1) for g in (wide(use.gradient) for use in uses)]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
@@ -140,8 +155,8 @@ class Linear(Operation):
         self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Tensor, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """Returns the gradient times the matrix; no weight gradient is computed."""
-        weight = values["weight"].to(gradient.dtype)
-        return [(gradient @ (weight.t() if self.transposed else weight)).to(data[0].dtype)]
+        weight = of_type(values["weight"], gradient.dtype)
+        return [of_type(gradient @ (weight.t() if self.transposed else weight), data[0].dtype)]
 
 
 @handles(F.linear)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from privet.gradients.use import of_type, wide
+
 if TYPE_CHECKING:
     from privet.gradients.layout import Layout
     from privet.gradients.use import Uses
@@ -32,9 +34,7 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
 
     One long float32 reduction errs by up to 3e-3 on rows of 3 million entries; chunks stay at about 1e-7.
     """
-    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
+    flat = wide(_matrix(rows))
     length = flat.shape[1]
     whole = length - length % 1024
     if whole == 0 or flat.shape[0] == 0:
@@ -49,8 +49,13 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
 
 def weighted_rows(rows: Tensor, weights: Tensor) -> Tensor:  # (R, *shape), (R,) -> shape
     """Returns the weighted sum of rows."""
-    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
-    return torch.mv(flat.t(), weights.to(flat.dtype)).view(rows.shape[1:])
+    flat = _matrix(rows)
+    total = torch.mv(flat.t(), of_type(weights, flat.dtype))
+    return total if flat is rows else total.view(rows.shape[1:])
+
+
+def _matrix(rows: Tensor) -> Tensor:  # (R, *shape) -> (R, N)
+    return rows if rows.dim() == 2 else rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
 
 
 class Rule(ABC):
