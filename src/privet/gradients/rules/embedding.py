@@ -106,17 +106,28 @@ def _segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B
     representative = scratch((rows, entries), own).scatter_(1, ids, own).gather(1, ids)
     repeated = (representative != own).flatten().nonzero()[:, 0]
     flat = gradient.reshape(rows * positions, features)
-    if len(repeated) > _MANY_REPEATED * len(flat):
+    count = repeated.shape[0]
+    if count > _MANY_REPEATED * flat.shape[0]:
         starts = torch.arange(rows, device=ids.device).unsqueeze(1) * positions
         sums = scratch(flat.shape, flat).zero_().index_add_(0, (representative + starts).flatten(), flat)
         return _squares(sums).view(rows, positions).sum(1)
+    own_copy = flat.data_ptr() != gradient.data_ptr()  # so it is where one gradient is spread over the positions
+    if count and own_copy:
+        heads = _heads(representative, repeated, positions)
+        flat.index_add_(0, heads, flat[repeated])
+        return _squares(flat).index_fill_(0, repeated, 0.0).view(rows, positions).sum(1)
     squares = _squares(flat)
-    if len(repeated):
-        heads = representative.flatten()[repeated].long() + repeated // positions * positions
+    if count:
+        heads = _heads(representative, repeated, positions)
         heads, place = torch.unique(heads, return_inverse=True)
         sums = flat[heads].index_add_(0, place, flat[repeated])
         squares = squares.index_fill(0, repeated, 0.0).index_copy(0, heads, _squares(sums))
     return squares.view(rows, positions).sum(1)
+
+
+def _heads(representative: Tensor, repeated: Tensor, positions: int) -> Tensor:  # (N,): indices over (B, T)
+    """Returns the representatives of the repeated positions."""
+    return representative.flatten()[repeated] + repeated // positions * positions
 
 
 class Lookup(Operation):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from privet.gradients.pool import scratch
 __all__ = ["Pairing"]
 
 _CHUNK = {"pixels": 2**20, "planes": 2**18}  # elements of one chunk of patches: what stays in cache
+_SMALL = 2**16  # elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +39,17 @@ class Pairing:
         """Returns R."""
         return self.source.shape[0]
 
-    @property
+    @cached_property
     def places(self) -> int:
         """Returns T."""
         return math.prod(self.field.shape[2:])
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Returns D."""
         return self.source.shape[1] // self.groups * math.prod(self.kernel)
 
-    @property
+    @cached_property
     def padded(self) -> tuple[int, ...]:
         """Returns the spatial shape of the padded source, as far as the kernel reaches."""
         ends = zip(self.source.shape[2:], self.padding, self._reach(), strict=True)
@@ -57,7 +59,7 @@ class Pairing:
         steps = zip(self.field.shape[2:], self.stride, self.kernel, self.dilation, strict=True)
         return [max(t - 1, 0) * s + (k - 1) * d + 1 for t, s, k, d in steps]
 
-    @property
+    @cached_property
     def pixels_first(self) -> bool:
         """Returns whether patches are better copied pixel by pixel than channel by channel."""
         single = math.prod(self.kernel) == 1 and self.source.is_contiguous()
@@ -124,9 +126,13 @@ class Pairing:
         whole = scratch((rows, *shape, channels) if channels_last else (rows, channels, *shape), self.source)
         first = 1 if channels_last else 2
         inner = whole
+        small = whole.numel() < _SMALL
+        if small:  # one call for all of it costs less than one for each side of the border
+            whole.zero_()
         for axis, (pad, size) in enumerate(zip(self.padding, self.source.shape[2:], strict=True), start=first):
-            inner.narrow(axis, 0, pad).zero_()
-            inner.narrow(axis, pad + size, inner.shape[axis] - pad - size).zero_()
+            if not small:
+                inner.narrow(axis, 0, pad).zero_()
+                inner.narrow(axis, pad + size, inner.shape[axis] - pad - size).zero_()
             inner = inner.narrow(axis, pad, size)
         inner.copy_(source)
         return whole
