@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from privet import CoverageError, Flat, Gaussian, Mechanism, Poisson, register_rule
 from privet.accounting.event import GaussianEvent
 from privet.accounting.ledger import Ledger
-from privet.clipping import ClippingPolicy
+from privet.clipping import ClippingPolicy, PerLayer
 from privet.errors import ProtocolError
 from privet.gradients.reference import example_gradients, reference_sum
 from privet.gradients.summation import clipped_sum
@@ -67,6 +67,29 @@ def test_a_model_split_over_two_ranks_has_the_same_sum(name: str) -> None:
             assert total.values == {}
             assert total.sensitivity == 0.5
     assert_exact(arrived, reference(model, batch, loss, Flat(0.5)))
+
+
+@pytest.mark.parametrize("split", ["everything on the second", "one layer over both"])
+def test_ranks_share_the_groups_of_the_whole_model_and_one_may_hold_nothing(split: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    batch = (torch.randn(5, D, dtype=torch.float64),)
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return squares(m(b[0]))
+
+    recorded, parameters, policy = recorded_of(model, batch, loss), trainable(model), PerLayer(0.3)
+    names = list(parameters)
+    ranks = {"everything on the second": ([], names), "one layer over both": (names[:3], names[3:])}[split]
+    reducer, arrived = FakeRanks(), dict[str, Tensor]()
+    for _ in range(2):
+        for rank in ranks:
+            mine = {n: parameters[n] for n in rank}
+            sink = Streamed(arrived.__setitem__)
+            total = clipped_sum(recorded, mine, policy, reducer=reducer, sink=sink, names=names)
+            assert total.sensitivity == 0.3
+    assert [n.shape for n in reducer.norms] == [(2, 5)] * 4, "two layers on every rank"
+    assert_exact(arrived, reference(model, batch, loss, policy))
 
 
 # -- users with several examples ---------------------------------------------------------------------------------------

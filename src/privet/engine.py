@@ -21,7 +21,7 @@ from privet.gradients.capture import Recorded
 from privet.gradients.instrument import Instrument
 from privet.gradients.summation import clipped_sum
 from privet.gradients.weights import groups_of
-from privet.materialised import Materialised
+from privet.materialised import Materialised, clear_with_zero_grad
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import GaussianNoise, noise_for
 from privet.optimizers import refuse_optimizer
@@ -183,6 +183,8 @@ class PrivacyEngine:
         update.attach(optimizer)
         optimizer.zero_grad(set_to_none=True)
         optimizer.zero_grad = _guarded(optimizer.zero_grad, watched)  # type: ignore[method-assign]
+        if watched.materialised is not None:
+            clear_with_zero_grad(module)
         update.follow(loader)
         update.on_forget(watched.instrument.capture.release)
         self._watched.append(watched)
@@ -215,7 +217,9 @@ class PrivacyEngine:
         taken.
 
         Raises:
-            ConfigurationError: if no noise reaches the target, or steps were taken already.
+            ConfigurationError: for an option that is out of range, or if steps were taken already.
+            AccountingError: if no noise reaches the target.
+            Either leaves everything as it was.
         """
         check_positive("target_epsilon", target_epsilon)
         check_count("epochs", epochs, 1)

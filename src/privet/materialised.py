@@ -7,6 +7,7 @@ here, in the modes that promise these attributes and in no other:
     after loss.backward()       (B, *p.shape)          None               the ordinary gradient, not private
     after optimizer.step()      (B, *p.shape)          the clipped sum    the private gradient
     after optimizer.zero_grad   None                   None               None
+    after module.zero_grad      None                   None               None
 
 Clipping happens at the step, of `p.grad_sample` as it then is. So a user may fill or change it: row i is then the
 gradient of example i of the batch, and of no other; the guarantee is about rows.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from privet.gradients.use import Use, Uses, wide
 from privet.gradients.weights import Policy
 from privet.update import PrivateUpdate
 
-__all__ = ["Materialised", "clipped_rows"]
+__all__ = ["Materialised", "clear_with_zero_grad", "clipped_rows"]
 
 
 class _GivenRule(Rule):
@@ -71,6 +73,21 @@ def clipped_rows(
     examples = len(next(iter(rows.values())))
     uses = {name: [Use(_GIVEN, "rows", (), r.detach(), tuple(parameters[name].shape))] for name, r in rows.items()}
     return clipped_sum(Recorded(examples=examples, direct=uses), parameters, policy)
+
+
+def clear_with_zero_grad(module: nn.Module) -> None:
+    """Makes `module.zero_grad()` clear what this mode shows, as that of the optimizer does.
+
+    It is bound like a method and knows of its module alone: that of a copy clears the copy.
+    """
+
+    def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's own signature
+        type(self).zero_grad(self, set_to_none)
+        for p in self.parameters():
+            if hasattr(p, "grad_sample"):
+                p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+
+    module.zero_grad = MethodType(zero_grad, module)  # type: ignore[method-assign]
 
 
 class Materialised:

@@ -16,7 +16,7 @@ from torch import nn
 
 from privet.accounting.event import Event
 from privet.accounting.ledger import Ledger
-from privet.errors import ConfigurationError, ProtocolError
+from privet.errors import BudgetExceededError, ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.use import of_type
 from privet.gradients.weights import groups_of
@@ -92,7 +92,9 @@ class PrivateUpdate:
         self._billed: tuple[int, Event | None] = (0, None)  # the last pass that was written, and what it cost
         self._released: list[Callable[[], None]] = []
         self._late: LateSum | None = None
-        self._warned = False
+        self._warned: set[str] = set()
+        self._drawn: BatchTicket | None = None  # the batch that was handed over last, if no step was taken since
+        self._skipped: list[BatchTicket] = []  # batches of the same pass that came before it, and had no step either
         self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -164,6 +166,11 @@ class PrivateUpdate:
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch that the private loader is about to hand over."""
         self._sum.announce(ticket)
+        last, self._drawn = self._drawn, ticket
+        if last is None or last.passes != ticket.passes or last.index > ticket.index:
+            self._skipped = []  # another pass: one may be left early, and one that no step is taken on releases nothing
+        elif last.index < ticket.index:
+            self._skipped.append(last)
 
     def _as_drawn(self, sampling: Poisson | Partition | None) -> Mechanism:
         """Returns the mechanism with the law that a batch was drawn under, maybe before a schedule changed it."""
@@ -174,18 +181,37 @@ class PrivateUpdate:
     def _bill(self, ticket: BatchTicket | None) -> Event | None:
         """Returns the event to be written for this step, or None if the pass that it is part of is written already."""
         if ticket is None:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is "
-                    "billed as a Gaussian release without amplification by sampling. Train on the loader that "
-                    "make_private returned, one step for each of its batches.",
-                    stacklevel=2,
-                )
+            self._warn(
+                "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
+                "as a Gaussian release without amplification by sampling. Train on the loader that make_private "
+                "returned, one step for each of its batches."
+            )
             return self._mechanism.noise.event
         mechanism = self._as_drawn(ticket.sampling)
         event = mechanism.event(1)
         return None if mechanism.sampling.billed_per == "pass" and self._billed == (ticket.passes, event) else event
+
+    def _bill_skipped(self) -> None:
+        """Bills batches that were left out in the middle of a pass as if they had been trained on, and says so."""
+        if not self._skipped:
+            return
+        self._warn(
+            "batches of the private loader were left out, and a later one of the same pass was trained on. They are "
+            "billed as if they had been trained on; where the choice depended on their size, content or loss, epsilon "
+            "does not cover it. Take a step on every batch: one that is empty is a step like any other."
+        )
+        self.ledger.mark("batches left out")
+        while self._skipped:
+            mechanism = self._as_drawn(self._skipped[-1].sampling)
+            if mechanism.sampling.billed_per == "step":
+                self.ledger.begin(mechanism.event(1))
+            self._skipped.pop()
+
+    def _warn(self, message: str) -> None:
+        """Warns once of each thing."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
     # -- the three moments of a step ---------------------------------------------------------------------------------
 
@@ -255,14 +281,21 @@ class PrivateUpdate:
 
         Raises:
             ProtocolError: if there is no sum to release, or physical batches of its logical batch are still to come.
-            BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum waits.
+            BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum is
+                forgotten, so that everything is as it was before the batch.
         """
         self._bring()
         self._sum.require()
         ticket = self._sum.ticket()
         event = self._bill(ticket)
-        if event is not None:
-            self.ledger.begin(event)
+        try:
+            self._bill_skipped()
+            if event is not None:
+                self.ledger.begin(event)
+        except BudgetExceededError:
+            self.discard()
+            raise
+        self._drawn = None
         if ticket is not None:
             self._billed = (ticket.passes, event or self._billed[1])
         clipped = self._sum.take()

@@ -118,6 +118,7 @@ class Capture:
     def _release(self) -> None:
         self._depth = 0
         self._examples: int | None = None
+        self._made_up = False
         self._recorded = Recorded()
         self._cycle = object()  # the forwards that share the next backward
         self._queued = False
@@ -134,19 +135,22 @@ class Capture:
         """Returns the number of examples of the forwards whose backward is still to come, or None."""
         return self._examples
 
-    def begin(self, examples: int) -> None:
-        """Begins a forward of `examples` examples. Several forwards may share a backward if they have as many each."""
+    def begin(self, examples: int, *, made_up: bool = False) -> None:
+        """Begins a forward of `examples` examples. Several forwards may share a backward if they have as many each.
+
+        `made_up` says that the examples stand in for none, and have no part in the sum.
+        """
         if self._queued:  # a backward that broke off
             self.release()
-        if self._examples is not None and self._examples != examples:
-            earlier = self._examples
+        if self._examples is not None and (self._examples, self._made_up) != (examples, made_up):
+            earlier = 0 if self._made_up else self._examples
             self.release()
             raise ProtocolError(
-                f"a forward of {examples} examples follows one of {earlier} that had no backward. Expected forwards "
-                "that share a backward to be of the same examples. Run backward after each forward; use eval() or "
-                "no_grad() for a forward that is not trained on."
+                f"a forward of {0 if made_up else examples} examples follows one of {earlier} that had no backward. "
+                "Expected forwards that share a backward to be of the same examples. Run backward after each forward; "
+                "use eval() or no_grad() for a forward that is not trained on."
             )
-        self._examples = examples
+        self._examples, self._made_up = examples, made_up
         self._depth += 1
         for parameter in self.parameters.values():
             if parameter.requires_grad and type(parameter) is nn.Parameter:

@@ -125,7 +125,7 @@ class Instrument:
             args, kwargs = replaced = tree_map(self._one_zero, args), tree_map(self._one_zero, kwargs)
         if self._checked < min(examples, 2):  # an empty batch too needs to know the axis of its one zero example
             self._check(args, kwargs, examples)
-        self.capture.begin(examples)
+        self.capture.begin(examples, made_up=self._empty)
         self._begun = True
         return replaced
 

@@ -199,6 +199,7 @@ def clipped_sum(
     owner: Owner | None = None,
     reducer: NormReducer | None = None,
     sink: SumSink | None = None,
+    names: Sequence[str] | None = None,
 ) -> ClippedSum:
     """Returns the sum of the clipped per-example gradients that one backward recorded.
 
@@ -210,6 +211,8 @@ def clipped_sum(
         owner: the unit of privacy of each example; by default each example is one.
         reducer: adds up norms over ranks that hold parts of the model; by default all of it is here.
         sink: takes the sums as they are formed; by default a dict.
+        names: all trainable parameters of the model, where `parameters` are those that this rank holds, maybe none: the
+            groups are the whole model's, the same on every rank.
 
     Guarantees:
         One unit, added or removed, moves the sum by at most `policy.sensitivity`, up to rounding: each weighted sum of
@@ -221,27 +224,25 @@ def clipped_sum(
     owner = Owner(examples) if owner is None else owner
     reducer = LocalNorms() if reducer is None else reducer
     sink = DictSink() if sink is None else sink
-    names = list(parameters)
-    groups, sensitivity = groups_of(policy, names), sensitivity_of(policy)
+    whole = list(parameters if names is None else names)
+    group_of = dict(zip(whole, groups_of(policy, whole), strict=True))
+    sensitivity = sensitivity_of(policy)
     gathered = _gathered(recorded, parameters, owner)
-    device = next(iter(parameters.values())).device
-    members: list[list[tuple[Tensor, nn.Parameter]]] = [[] for _ in range(max(groups) + 1)]
-    for name, group in zip(names, groups, strict=True):
-        if name in gathered:
-            members[group].append((gathered[name].squared_norms(), parameters[name]))
+    members: list[list[tuple[Tensor, nn.Parameter]]] = [[] for _ in set(group_of.values())]
+    for name, mine in gathered.items():
+        members[group_of[name]].append((mine.squared_norms(), parameters[name]))
     squared = reducer.sum(total_norms(members, owner.units, parameters) * scale**2)
     weights, dropped = weights_of(policy, squared)
     if dropped is not None:
         gathered = {name: g.masked(dropped) for name, g in gathered.items()}
     weights = weights * scale
-    for name, group in zip(names, groups, strict=True):
-        parameter = parameters[name]
+    for name, parameter in parameters.items():
         if name in gathered:
-            value = gathered.pop(name).weighted_sum(weights[group])
+            value = gathered.pop(name).weighted_sum(weights[group_of[name]])
             value = value if value.shape == parameter.shape else value.view(parameter.shape)
         else:
             wide_type = torch.promote_types(parameter.dtype, torch.float32)
-            value = torch.zeros(parameter.shape, device=device, dtype=wide_type)
+            value = torch.zeros(parameter.shape, device=parameter.device, dtype=wide_type)
         sink.put(name, value)
     return ClippedSum(sink.values(), sensitivity, statistics_of(squared, dropped))
 
@@ -252,7 +253,7 @@ def total_norms(
     parameters: Mapping[str, nn.Parameter],
 ) -> Tensor:  # (K, B)
     """Returns the squared norms over each group, squares that underflowed counted as the smallest number."""
-    device = next(iter(parameters.values())).device
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))  # a rank may hold no parameter
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
     return torch.stack([_group_norms(group, units, dtype=dtype, device=device) for group in groups])
 
