@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test check crosscheck bench bench-spine bench-modes bench-accounting clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -18,12 +18,16 @@ WORKERS ?= auto
 PYTEST_ARGS ?=
 
 help:
-	@echo 'make demo    train on the digits with differential privacy, and show what it costs (about two minutes)'
-	@echo 'make test    install what the tests need and run them all'
-	@echo 'make check   format, lint, types, documentation, tests'
-	@echo 'make bench   speed and memory beside non-private PyTorch and Opacus (installs the latter in $(BENCH_VENV))'
-	@echo 'make venv    only set up $(VENV)'
-	@echo 'make clean   remove the environments and every cache'
+	@echo 'make demo        train on the digits with differential privacy, and show what it costs (about two minutes)'
+	@echo 'make test        install what the tests need and run them all'
+	@echo 'make check       format, lint, types, documentation, tests'
+	@echo 'make crosscheck  the accountants beside two public ones (installs those in .venv-crosscheck)'
+	@echo 'make bench       all of the following, into benchmarks/results (hours; installs peers in environments of their own):'
+	@echo '     bench-spine       whole steps beside non-private PyTorch and Opacus, time and memory'
+	@echo '     bench-modes       every mode beside non-private PyTorch, time and memory'
+	@echo '     bench-accounting  how long an ε takes, beside the two public accountants'
+	@echo 'make venv        only set up $(VENV)'
+	@echo 'make clean       remove the environments and every cache'
 
 venv: $(STAMP)
 
@@ -45,6 +49,11 @@ test: $(STAMP)
 check: $(STAMP)
 	scripts/check
 
+crosscheck:
+	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer found; install one, or pass PYTHON=/path/to/python' >&2; exit 1; }
+	@echo '==> Comparing the accountants with dp-accounting and prv-accountant (scripts/crosscheck-accounting)'
+	PYTHON="$(PYTHON)" scripts/crosscheck-accounting
+
 $(BENCH_STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer found; install one, or pass PYTHON=/path/to/python' >&2; exit 1; }
 	@echo '==> Setting up $(BENCH_VENV) with the library that the benchmark compares with'
@@ -52,9 +61,19 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: $(BENCH_STAMP)
-	@echo '==> Timing whole steps: every network, batch size and library (a long while)'
+bench: bench-spine bench-modes bench-accounting
+
+bench-spine: $(BENCH_STAMP)
+	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
 	$(BENCH_VENV)/bin/python -m benchmarks.spine --out benchmarks/results --again --note ''
 
+bench-modes: $(BENCH_STAMP)
+	@echo '==> Timing every mode on every network (benchmarks/modes.py)'
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.modes --out benchmarks/results --date "$$(date +%F)"
+
+bench-accounting: $(STAMP) crosscheck
+	@echo '==> Timing the accountants beside the peers in .venv-crosscheck (benchmarks/accounting.py)'
+	$(BIN)/python benchmarks/accounting.py --out benchmarks/results/accounting.json --peers .venv-crosscheck/bin/python
+
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
+	rm -rf $(VENV) $(BENCH_VENV) .venv-crosscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output

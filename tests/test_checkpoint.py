@@ -22,7 +22,16 @@ DATA = TensorDataset(torch.randn(16, 2, generator=torch.Generator().manual_seed(
 
 
 class Run:
-    def __init__(self, *, noise: float = 1.0, clip: float = 1.0, batch_size: int = 4, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        noise: float = 1.0,
+        clip: float = 1.0,
+        batch_size: int = 4,
+        seed: int | None = None,
+        shuffle: bool = False,
+        poisson_sampling: bool = True,
+    ) -> None:
         torch.manual_seed(0)
         self.net = nn.Linear(2, 1)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)
@@ -30,7 +39,8 @@ class Run:
         *_, self.loader = self.engine.make_private(
             module=self.net,
             optimizer=self.optimizer,
-            data_loader=DataLoader(DATA, batch_size=batch_size),
+            data_loader=DataLoader(DATA, batch_size=batch_size, shuffle=shuffle),
+            poisson_sampling=poisson_sampling,
             noise_multiplier=noise,
             max_grad_norm=clip,
             noise_generator=None if seed is None else torch.Generator().manual_seed(seed),
@@ -210,6 +220,39 @@ def test_a_module_that_is_not_private_has_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match="make_private first"):
         Run().engine.save_checkpoint(tmp_path / "c.pt", module=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_resumed_run_draws_its_batches_afresh(tmp_path: Path) -> None:
+    first, second = Run(), Run()
+    seen: list[list[list[int]]] = [[], []]
+    for run, batches in zip((first, second), seen, strict=True):
+        run.loader.on_batch(lambda ticket, run=run, batches=batches: batches.append(
+            run.loader._batches.examples(ticket.passes, ticket.index)
+        ))  # fmt: skip
+    first.train(3)
+    first.save(tmp_path / "c.pt")
+    second.load(tmp_path / "c.pt")
+    for _ in range(4):
+        first.train(4)
+        second.train(4)
+    assert seen[0][3:] != seen[1], "a fresh key; by chance the same once in many millions"
+    assert first.engine.ledger.state_dict() == second.engine.ledger.state_dict(), "all steps, and no more"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_resumed_partition_begins_a_new_pass_and_pays_for_it(tmp_path: Path, shuffle: bool) -> None:
+    def run_of() -> Run:
+        return Run(poisson_sampling=False, shuffle=shuffle)
+
+    first, second = run_of(), run_of()
+    first.train(2)  # half of a pass
+    assert first.engine.ledger.steps == 1
+    first.save(tmp_path / "c.pt")
+    second.load(tmp_path / "c.pt")
+    assert second.engine.ledger.steps == 1
+    second.train(4)
+    assert second.engine.ledger.steps == 2, "an example of the first half may have taken part twice"
+    assert second.loader.passes_begun == 1
 
 
 def test_the_explicit_door_saves_and_resumes(tmp_path: Path) -> None:

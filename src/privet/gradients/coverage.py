@@ -268,11 +268,8 @@ def _report(
             if not bool(expected.isfinite().all()):
                 finite = False
             elif not error <= tolerance * scale:
-                # Not their norms, which would put figures of private data into logs.
-                captured_none = not bool(got.any())
-                wrong.append(
-                    f"{name}: {'no gradient was captured' if captured_none else 'another gradient was captured'}"
-                )
+                kind = "another gradient" if bool(got.any()) else "no gradient"
+                wrong.append(f"{name}: {kind} was captured")  # without norms, which tell of private data
                 break
     if wrong:
         raise CoverageError(
