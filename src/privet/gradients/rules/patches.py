@@ -82,7 +82,7 @@ class Pairing:
             gradients.zero_()
         elif gradients.numel():
             patches = self._patches_by_pixel() if self.pixels_first else self._patches_by_plane()
-            step = max(1, _CHUNK["pixels" if self.pixels_first else "planes"] // max(self.places * self.depth, 1))
+            step = self._rows_at_once()
             copies = scratch((min(step, rows), *patches.shape[1:]), self.source)
             for start in range(0, rows, step):
                 count = min(step, rows - start)
@@ -93,6 +93,12 @@ class Pairing:
         if self.pixels_first:
             return gradients.unflatten(2, (*self.kernel, channels)).movedim(-1, 2)  # type: ignore[no-any-return, no-untyped-call]
         return gradients.unflatten(2, (channels // self.groups, *self.kernel))  # type: ignore[no-any-return, no-untyped-call]
+
+    def _rows_at_once(self) -> int:
+        """Returns how many rows' patches to copy at once: a multiple of the threads, each of which takes whole rows."""
+        wanted = _CHUNK["pixels" if self.pixels_first else "planes"] / max(self.places * self.depth, 1)
+        threads = torch.get_num_threads()
+        return max(1, math.ceil(wanted / threads)) * threads
 
     def _multiply(self, copied: Tensor, start: int, out: Tensor, *, turned: bool) -> None:
         count, groups = len(copied), self.groups
