@@ -25,7 +25,7 @@ LAYERS = (
     ("validation", "layers"),
     ("parameters", "criterion", "logical_sum", "optimizers"),
     ("update",),
-    ("schedules", "checkpoint", "materialised", "memory"),
+    ("schedules", "checkpoint", "materialised", "memory", "compiled"),
     ("step",),
     ("engine",),
     ("audit", "report"),

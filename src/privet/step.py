@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from privet._checks import check_positive
 from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
+from privet.compiled import CompiledSum
 from privet.errors import ConfigurationError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.coverage import check_coverage
 from privet.gradients.custom_modules import watch_custom_modules
 from privet.gradients.instrument import examples_in
+from privet.gradients.one_pass import OnePass, SumOfBatch
 from privet.gradients.pool import free_idle
 from privet.gradients.summation import clipped_sum
 from privet.gradients.tripwire import Tripwires, refuse_thawed
@@ -27,7 +30,7 @@ from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.optimizers import refuse_optimizer
 from privet.parameters import private_parameters
 from privet.sampling import Poisson, PrivateLoader, loader_for
-from privet.sampling.physical import PhysicalSize, cut_rows, is_out_of_memory
+from privet.sampling.physical import PhysicalSize, cut_rows, fill_rows, is_out_of_memory
 from privet.update import PrivateUpdate
 from privet.validation import find_mixing, require_valid
 
@@ -62,6 +65,10 @@ class PrivateStep:
         physical_batch_size: the most examples in memory at once; `"auto"` for the largest number that fits, found by
             halving; by default all of the batch. It changes nothing of what is released. Then every tensor in the batch
             has the examples on axis 0.
+        padded: whether every physical batch is filled up to `physical_batch_size` with rows of zeros, which add exactly
+            nothing, so that all shapes are fixed. Without a size given, it is a little more than the expected one.
+        compile: whether the step is traced as one graph and compiled (`torch.compile`), batches padded. The first steps
+            take long, and the result is the same.
         budget: refuses the step that would exceed it.
         secure_mode: whether noise must be cryptographically secure on every device.
         noise_generator: makes the run reproducible, and says so in the ledger; for tests.
@@ -83,6 +90,8 @@ class PrivateStep:
         expected_batch_size: float,
         passes: Literal[1, 2] = 1,
         physical_batch_size: int | Literal["auto"] | None = None,
+        padded: bool = False,
+        compile: bool = False,  # noqa: A002 - as torch calls it
         budget: Budget | None = None,
         secure_mode: bool = False,
         noise_generator: torch.Generator | None = None,
@@ -102,6 +111,16 @@ class PrivateStep:
             raise ConfigurationError(f"passes must be 1 or 2, got {passes!r}.")
         if passes == 2:
             refuse_several_weights(mechanism.clipping, list(parameters))
+        padded = padded or compile
+        if compile and passes == 2:
+            raise ConfigurationError("compile=True traces one backward, and passes=2 takes two. Give one of the two.")
+        if padded and physical_batch_size == "auto":
+            raise ConfigurationError(
+                "physical_batch_size='auto' changes the size of physical batches in mid-run, and padded=True (as with "
+                "compile=True) keeps it fixed. Give a number that fits."
+            )
+        if padded and physical_batch_size is None:
+            physical_batch_size = _usual_size(mechanism, divisor)
         size = PhysicalSize("physical_batch_size", physical_batch_size)
         key = noise_key(secure_mode=secure_mode, generator=noise_generator)
         device = next(iter(parameters.values())).device
@@ -114,14 +133,14 @@ class PrivateStep:
         self._update = PrivateUpdate(parameters, mechanism=mechanism, noise=noise, ledger=self.ledger, divisor=divisor)
         self._size = size
         self._loss = _Loss(model, loss_per_example)
-        self._clipped: ClippedSum | None = None  # of the last backward
+        self._padded = padded
         self._key = key
         self._has_loader = False
         self._expected = divisor
         self._checked = 0
         self._trainable: frozenset[str] = frozenset()
-        self._capture = Capture(parameters, on_backward=self._received)
-        self._two_pass = TwoPass(self._capture) if passes == 2 else None
+        self._capture = Capture(parameters, on_backward=_nobody)
+        self._way = self._way_to_sums(passes, compiled=compile)
         watch_custom_modules(model, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
         optimizer.zero_grad(set_to_none=True)
@@ -177,14 +196,8 @@ class PrivateStep:
         trainable = refuse_thawed(self.model, self._update.parameters)
         if trainable != self._trainable:  # what uses the others was not looked at
             self._trainable, self._checked = trainable, 0
-        if examples == 0:
-            self._received(Recorded(examples=0))
-            losses, clipped = torch.zeros(0), self._clipped
-        else:
-            losses, clipped = self._summed(batch, examples)
-        self._clipped = None
-        if clipped is not None:
-            self._update.receive(clipped, examples=examples)
+        losses, clipped = self._summed(batch, examples)
+        self._update.receive(clipped, examples=examples)
         try:
             self.optimizer.step()
         except BaseException:
@@ -193,8 +206,10 @@ class PrivateStep:
         self.optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def _summed(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum | None]:
+    def _summed(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
         """Returns the losses and the clipped sum of a logical batch, one physical batch after the other."""
+        if examples == 0:
+            return torch.zeros(0), clipped_sum(Recorded(examples=0), self._private(), self.mechanism.clipping)
         losses: list[Tensor] = []
         total: ClippedSum | None = None
         start = 0
@@ -212,37 +227,35 @@ class PrivateStep:
                 self._size.free()
                 continue
             losses.append(done[0])
-            if done[1] is not None:
-                total = done[1] if total is None else total.add(done[1])
+            total = done[1] if total is None else total.add(done[1])
             start += size
+        assert total is not None
         return losses[0] if len(losses) == 1 else torch.cat(losses), total
 
-    def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum | None]:
-        self._clipped = None
+    def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
         if self._checked < min(examples, 2):
             self._check(batch, examples)
-            if self._two_pass is not None:
+            if isinstance(self._way, TwoPass):
                 free_idle()  # the check held all uses of the model at once, which no step will
-        losses = self._backward(batch, examples)
-        return losses, self._clipped
+        parameters, policy, size, absent = self._private(), self.mechanism.clipping, examples, None
+        if self._padded and self._size.most is not None and examples < self._size.most:
+            size = self._size.most
+            batch = fill_rows(batch, size, examples=examples)
+            absent = torch.arange(size, device=next(iter(parameters.values())).device) >= examples
+        clipped, losses = self._way.clipped_sum(
+            lambda inputs: self._losses(inputs, size),
+            batch,
+            examples=size,
+            parameters=parameters,
+            policy=policy,
+            absent=absent,
+        )
+        return losses[:examples], clipped.of_first(examples)
 
-    def _backward(self, batch: Any, examples: int) -> Tensor:
-        if self._two_pass is not None:
-            policy, parameters = self.mechanism.clipping, self._private()
-            self._clipped, found = self._two_pass.clipped_sum(
-                lambda: self._losses(batch, examples), examples=examples, parameters=parameters, policy=policy
-            )
-            return found
-        try:
-            with torch.enable_grad():
-                self._capture.begin(examples)
-                losses = self._losses(batch, examples)
-                self._capture.end([losses])
-                losses.sum().backward()  # type: ignore[no-untyped-call]
-        except BaseException:
-            self._capture.release()
-            raise
-        return losses.detach()
+    def _way_to_sums(self, passes: int, *, compiled: bool) -> SumOfBatch:
+        if compiled:
+            return CompiledSum(self._capture, self._loss)
+        return TwoPass(self._capture) if passes == 2 else OnePass(self._capture)
 
     def _losses(self, batch: Any, examples: int) -> Tensor:
         losses = self._loss(batch)
@@ -272,11 +285,18 @@ class PrivateStep:
             refuse_mixing(self._loss, (batch,), {})
         self._checked = min(examples, 2) if conclusive else 0
 
-    def _received(self, recorded: Recorded) -> None:
-        self._clipped = clipped_sum(recorded, self._private(), self.mechanism.clipping)
-
     def _private(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._update.parameters.items() if p.requires_grad}
+
+
+def _usual_size(mechanism: Mechanism, expected: float) -> int:
+    """Returns the size of a batch that only one Poisson batch in some forty exceeds; of public numbers."""
+    spread = 2.0 * math.sqrt(expected) if isinstance(mechanism.sampling, Poisson) else 0.0
+    return max(1, math.ceil(expected + spread))
+
+
+def _nobody(recorded: Recorded) -> None:
+    """Takes what a backward outside of any step recorded, which there is none of."""
 
 
 def refuse_mixing(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, batch_axis: int = 0) -> None:

@@ -27,6 +27,7 @@ from privet.gradients.layout import Layout, Layouts, Site
 from privet.gradients.rules.free import EXPANSIONS, expansion
 from privet.gradients.rules.functional import fallback
 from privet.gradients.rules.registry import Operation, handler_of, structural_handler_of
+from privet.gradients.tracing import tracing
 from privet.gradients.use import Use
 
 __all__ = ["Capture", "Recorded"]
@@ -247,7 +248,7 @@ class Capture:
                 if isinstance(t, _DerivedTensor):
                     t.derivation = Derivation(label, t.as_subclass(Tensor), sources, isometric=False)
                 return t
-            derived: _DerivedTensor = t.as_subclass(self._derived_class)
+            derived: _DerivedTensor = self._watched(t)
             derived.derivation = Derivation(label, t, sources, isometric, part)
             return derived
 
@@ -255,6 +256,14 @@ class Capture:
             return wrapped(result, None)
         whole = isinstance(roots[0], _WatchedParameter)  # pieces of pieces are not told apart
         return type(result)(wrapped(t, (call, i) if whole else None) for i, t in enumerate(pieces))
+
+    def _watched(self, t: Tensor) -> Any:
+        """Returns a tensor like `t` that answers for torch functions."""
+        if not tracing():
+            return t.as_subclass(self._derived_class)
+        alias = t.view_as(t)
+        alias.__class__ = self._derived_class  # a graph knows a tensor as the object that it is
+        return alias
 
     def _sources(self, root: Tensor) -> tuple[str, ...]:
         return root.derivation.sources if isinstance(root, _DerivedTensor) else (self._names[id(root)],)
@@ -331,7 +340,7 @@ class Capture:
     def _plain(self, value: Tensor) -> Tensor:
         if not self.is_root(value):
             return value
-        plain = value.as_subclass(Tensor).detach() if isinstance(value, _DerivedTensor) else value.detach()
+        plain = value.detach()
         if self.channels_last and plain.dim() == 4:
             return plain.to(memory_format=torch.channels_last)
         return plain

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from privet.gradients.derived import Derivation
 from privet.gradients.layout import Layout
 from privet.gradients.rules.registry import Operation
+from privet.gradients.tracing import tracing
 from privet.gradients.use import Use
 
 __all__ = ["CapturedCall", "CapturedOperation", "Recorded", "Recorder"]
@@ -65,7 +66,9 @@ class CapturedOperation(torch.autograd.Function):
         output = call.operation.forward(data, dict(zip(call.roles, values, strict=True)))
         # A fresh result that is a view of another fresh one (as linear's is) must allow in-place activations.
         fresh_view = call.data_count and isinstance(output, Tensor) and output._is_view()  # noqa: SLF001
-        return output.data if fresh_view else output
+        if fresh_view:
+            return output.clone() if tracing() else output.data  # a graph knows nothing of `data`
+        return output
 
     @staticmethod
     @once_differentiable  # a gradient of a gradient would miss the parameters, without a word

@@ -41,6 +41,11 @@ class ClippedSum:
         values, self.values = self.values, {}
         return values
 
+    def of_first(self, examples: int) -> ClippedSum:
+        """Returns the sum, with the statistics of its first examples alone: those after them only filled up."""
+        self.statistics = {key: t[..., :examples] if t.dim() else t for key, t in self.statistics.items()}
+        return self
+
     def add(self, other: ClippedSum) -> ClippedSum:
         """Returns the sum of two physical batches of one logical batch, of which each example is in one alone.
 

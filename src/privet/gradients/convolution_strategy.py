@@ -11,6 +11,7 @@ from enum import Enum
 
 from privet.gradients.rules.patches import Pairing
 from privet.gradients.strategy import ROWS_BYTES, gram_padding
+from privet.gradients.tracing import tracing
 
 __all__ = ["ConvolutionStrategy", "convolution_strategy"]
 
@@ -56,7 +57,7 @@ def _blocks_fit(pairing: Pairing) -> bool:
 
 def _gram_is_precise(pairing: Pairing) -> bool:
     """Returns whether the bound on a Gram norm's rounding error is likely to be narrow enough to be of use."""
-    if pairing.groups != 1 or not pairing.places or not pairing.rows or pairing.source.dtype.itemsize < 4:
+    if tracing() or pairing.groups != 1 or not pairing.places or not pairing.rows or pairing.source.dtype.itemsize < 4:
         return False
     length = max(pairing.source.shape[1] * max(pairing.kernel), pairing.field.shape[1])
     return gram_padding(length, pairing.source.dtype) * pairing.places < 2e-4

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from privet.gradients.tracing import tracing
+
 __all__ = ["free_idle", "scratch"]
 
 _LEAST_BYTES = 2**18
@@ -51,10 +53,8 @@ _buffers: list[_Buffer] = []  # most recently used last
 def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
     """Returns uninitialised memory of a shape, with the type and device of `like`."""
     size, dtype = math.prod(shape), like.dtype
-    if (
-        not like.is_cpu or size * like.element_size() < _LEAST_BYTES
-    ):  # elsewhere torch's own allocator keeps what is freed
-        return torch.empty(shape, dtype=dtype, device=like.device)
+    if not like.is_cpu or size * like.element_size() < _LEAST_BYTES or tracing():
+        return torch.empty(shape, dtype=dtype, device=like.device)  # elsewhere torch's own allocator keeps what is freed
     with _lock:
         fits = [b for b in _buffers if size <= b.size <= 2 * size and b.flat.dtype == dtype and b.idle]
         if fits:

@@ -13,6 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from privet.gradients.tracing import tracing
+
 __all__ = ["ROWS_BYTES", "Strategy", "gram_padding", "linear_strategy", "prefers_channels_last", "row_chunks"]
 
 ROWS_BYTES = 160 * 2**20
@@ -40,7 +42,10 @@ def gram_padding(length: int, dtype: torch.dtype) -> float:
 
 
 def linear_strategy(left: Tensor, right: Tensor, *, budget: int = ROWS_BYTES) -> Strategy:  # (B, T, O), (B, T, I)
-    """Returns the cheapest way to the norms of `left_i^T right_i` that keeps no more bytes than the budget."""
+    """Returns the cheapest way to the norms of `left_i^T right_i` that keeps no more bytes than the budget.
+
+    A Gram norm may have to be found again in another way, which a traced graph cannot decide.
+    """
     examples, positions, outputs = left.shape
     inputs = right.shape[2]
     size = examples * outputs * inputs * left.element_size()
@@ -48,7 +53,7 @@ def linear_strategy(left: Tensor, right: Tensor, *, budget: int = ROWS_BYTES) ->
     if left.is_cuda:
         wide_enough = float(positions)  # T < dp / (d + p): both are compute-bound there
     precise = gram_padding(max(outputs, inputs), left.dtype) * positions < 2e-4
-    if precise and positions**2 * (outputs + inputs) < wide_enough * outputs * inputs:
+    if precise and not tracing() and positions**2 * (outputs + inputs) < wide_enough * outputs * inputs:
         return Strategy.GRAM
     return Strategy.ROWS if size <= min(budget, ROWS_BYTES) else Strategy.TILES
 

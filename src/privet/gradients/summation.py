@@ -197,6 +197,7 @@ def clipped_sum(
     *,
     scale: float = 1.0,
     owner: Owner | None = None,
+    absent: Tensor | None = None,  # (B,) bool
     reducer: NormReducer | None = None,
     sink: SumSink | None = None,
     names: Sequence[str] | None = None,
@@ -209,6 +210,7 @@ def clipped_sum(
         policy: the clipping policy.
         scale: what the loss was divided by: B for a mean.
         owner: the unit of privacy of each example; by default each example is one.
+        absent: units that only fill up a batch of fixed size: they weigh nothing, and are not counted.
         reducer: adds up norms over ranks that hold parts of the model; by default all of it is here.
         sink: takes the sums as they are formed; by default a dict.
         names: all trainable parameters of the model, where `parameters` are those that this rank holds, maybe none: the
@@ -232,9 +234,9 @@ def clipped_sum(
     for name, mine in gathered.items():
         members[group_of[name]].append((mine.squared_norms(), parameters[name]))
     squared = reducer.sum(total_norms(members, owner.units, parameters) * scale**2)
-    weights, dropped = weights_of(policy, squared)
-    if dropped is not None:
-        gathered = {name: g.masked(dropped) for name, g in gathered.items()}
+    weights, left_out = weights_of(policy, squared, absent)
+    if left_out is not None:
+        gathered = {name: g.masked(left_out) for name, g in gathered.items()}
     weights = weights * scale
     for name, parameter in parameters.items():
         if name in gathered:
@@ -244,7 +246,7 @@ def clipped_sum(
             wide_type = torch.promote_types(parameter.dtype, torch.float32)
             value = torch.zeros(parameter.shape, device=parameter.device, dtype=wide_type)
         sink.put(name, value)
-    return ClippedSum(sink.values(), sensitivity, statistics_of(squared, dropped))
+    return ClippedSum(sink.values(), sensitivity, statistics_of(squared, left_out, absent))
 
 
 def total_norms(
@@ -268,8 +270,9 @@ def _group_norms(
     return total + sum(p.numel() for _, p in group) * torch.finfo(dtype).tiny
 
 
-def statistics_of(squared: Tensor, dropped: Tensor | None) -> dict[str, Tensor]:
-    """Returns what a clipped sum tells of its units."""
+def statistics_of(squared: Tensor, left_out: Tensor | None, absent: Tensor | None) -> dict[str, Tensor]:
+    """Returns what a clipped sum tells of its units; those that were absent from the start are not counted."""
+    dropped = left_out if left_out is None or absent is None else left_out & ~absent
     count = squared.new_zeros((), dtype=torch.int64) if dropped is None else dropped.sum()
     return {"dropped": count, "norms": squared}
 

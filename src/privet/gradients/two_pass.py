@@ -11,7 +11,8 @@ Axes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation
+from privet.gradients.one_pass import Losses
 from privet.gradients.summation import masked_sums, squared_norms, statistics_of, total_norms
 from privet.gradients.use import Use
 from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
@@ -55,41 +57,33 @@ class TwoPass:
 
     def clipped_sum(
         self,
-        losses: Callable[[], Tensor],
+        losses: Losses,
+        batch: Any,
         *,
         examples: int,
         parameters: Mapping[str, nn.Parameter],
         policy: Policy,
+        absent: Tensor | None = None,  # (B,) bool
     ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
-        """Returns the clipped sum of the gradients of the examples' losses, and the losses, detached.
-
-        Args:
-            losses: runs the model and returns the loss of each example.
-            examples: how many they are.
-            parameters: the trainable parameters by name.
-            policy: of one group.
-
-        Guarantees:
-            As `summation.clipped_sum`: an example whose norm is not finite adds exactly zero, and is counted.
-        """
+        """Returns the clipped sum and the losses; see `SumOfBatch`. The policy has one group."""
         refuse_several_weights(policy, list(parameters))
         sensitivity = sensitivity_of(policy)
         capture = self._capture
         try:
             with torch.enable_grad():
                 capture.begin(examples)
-                found = losses()
+                found = losses(batch)
                 capture.end([found])
                 total = found.sum()
             squared = self._squared_norms(total, examples=examples, parameters=parameters)
-            weights, dropped = weights_of(policy, squared)
-            sums = _Sums(parameters, examples, weights[0], dropped)
+            weights, left_out = weights_of(policy, squared, absent)
+            sums = _Sums(parameters, examples, weights[0], left_out)
             capture.on_use = sums.put
             total.backward()  # type: ignore[no-untyped-call]
         finally:
             capture.on_use = None
             capture.release()
-        return ClippedSum(sums.values(), sensitivity, statistics_of(squared, dropped)), found.detach()
+        return ClippedSum(sums.values(), sensitivity, statistics_of(squared, left_out, absent)), found.detach()
 
     def _squared_norms(
         self, total: Tensor, *, examples: int, parameters: Mapping[str, nn.Parameter]

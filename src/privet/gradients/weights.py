@@ -17,6 +17,7 @@ from torch import Tensor
 from privet._checks import check_positive
 from privet.clipping import PSAC, Automatic, Flat, GroupWise, PerLayer
 from privet.errors import ConfigurationError
+from privet.gradients.tracing import tracing
 
 __all__ = ["Policy", "groups_of", "sensitivity_of", "weights_of"]
 
@@ -60,8 +61,12 @@ def sensitivity_of(policy: Policy) -> float:
     return check_positive(f"sensitivity of {type(policy).__name__}", policy.sensitivity)
 
 
-def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor | None]:  # (K, B) -> (K, B), (B,) bool
-    """Returns the weights, zero for units to be dropped, and which these are: None where it is known that none is.
+def weights_of(
+    policy: Policy, squared: Tensor, absent: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:  # (K, B), (B,) bool -> (K, B), (B,) bool
+    """Returns the weights, zero for units to be left out, and which these are: None where it is known that none is.
+
+    They are left out if they are dropped, or absent from the start.
 
     Guarantees:
         Whatever the policy, no unit that is kept moves the sum further than its sensitivity, up to rounding: the run
@@ -74,10 +79,12 @@ def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor | None]:
         weight zero                      ConfigurationError: it would be left out in silence
         moves the sum too far            ConfigurationError
         another shape, or no tensor      ConfigurationError
-        the same in a compiled graph     dropped: a graph cannot raise
+        the same in a traced graph       dropped: a graph cannot raise
         ===============================  ===================================================
     """
     dropped = _not_finite(squared)
+    if absent is not None:
+        dropped = absent if dropped is None else dropped | absent
     kept = squared if dropped is None else squared.masked_fill(dropped, 0.0)
     weights: object = policy.weights(kept)
     if not isinstance(weights, Tensor) or weights.shape != squared.shape or not weights.is_floating_point():
@@ -96,18 +103,18 @@ def weights_of(policy: Policy, squared: Tensor) -> tuple[Tensor, Tensor | None]:
 def _not_finite(squared: Tensor) -> Tensor | None:  # (K, B) -> (B,) bool
     """Returns which units have a norm that is not finite, or None where it costs nothing to see that none has."""
     finite = squared.isfinite()
-    if squared.is_cpu and not torch.compiler.is_compiling() and bool(finite.all()):
+    if squared.is_cpu and not tracing() and bool(finite.all()):
         return None
     return ~finite.all(0)
 
 
 def _wrong(policy: Policy, squared: Tensor, weights: Tensor, dropped: Tensor) -> Tensor:  # (B,) bool
-    """Returns which units that are not dropped a compiled graph has to drop, and raises outside of one."""
+    """Returns which units that are not dropped a traced graph has to drop, and raises outside of one."""
     positive = ((weights > 0.0) & weights.isfinite()).all(0) | dropped
     moved = torch.linalg.vector_norm(weights * squared.sqrt(), dim=0)
     bounded = (moved <= sensitivity_of(policy) * (1.0 + _ROUNDING)) | dropped
     wrong: Tensor = ~(positive & bounded)
-    if not torch.compiler.is_compiling() and bool(wrong.any()):
+    if not tracing() and bool(wrong.any()):
         what = (
             "a weight that is negative, zero, nan or infinite"
             if not bool(positive.all())

@@ -7,7 +7,7 @@ could hold examples is refused rather than guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from privet.errors import ConfigurationError, OutOfMemoryError
 from privet.sampling.base import BatchTicket
 from privet.sampling.structure import is_container, parts_of, places_in, rebuilt
 
-__all__ = ["PhysicalSize", "cut_like", "cut_rows", "is_out_of_memory", "tickets_of"]
+__all__ = ["PhysicalSize", "cut_like", "cut_rows", "fill_rows", "is_out_of_memory", "tickets_of"]
 
 _SIGNS = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
 
@@ -113,17 +113,44 @@ def cut_like(one: Any, two: Any, batch: Any, start: int, stop: int) -> Any:
     )
 
 
-def cut_rows(batch: Any, start: int, stop: int, *, examples: int, where: str = "the batch") -> Any:
+def cut_rows(batch: Any, start: int, stop: int, *, examples: int) -> Any:
     """Returns rows `start` to `stop` of a batch whose every tensor has its `examples` on axis 0.
 
     Raises:
         ConfigurationError: if a tensor, array or list of values has another length, so that nobody knows whose it is.
     """
+    return _by_rows(batch, lambda rows, where: rows[start:stop], examples=examples, where="the batch")
+
+
+def fill_rows(batch: Any, size: int, *, examples: int) -> Any:
+    """Returns a batch of `size` rows: the `examples` on axis 0 of every tensor, and rows of zeros after them.
+
+    What fills up holds no data, so that nothing but a constant could come of it if it were ever counted.
+
+    Raises:
+        ConfigurationError: if something in the batch is not of `examples` rows, or cannot be zero.
+    """
+
+    def filled(rows: Any, where: str) -> Any:
+        if isinstance(rows, Tensor):
+            return torch.cat([rows, rows.new_zeros(size - examples, *rows.shape[1:])])
+        if isinstance(rows, np.ndarray) and rows.dtype.kind in "biufc":
+            return np.concatenate([rows, np.zeros_like(rows, shape=(size - examples, *rows.shape[1:]))])
+        raise ConfigurationError(
+            f"{where}, of {type(rows).__name__}, cannot be filled up with rows of zeros. Expected tensors, or arrays "
+            "of numbers. Build them in collate_fn, or train without padded=True."
+        )
+
+    return _by_rows(batch, filled, examples=examples, where="the batch")
+
+
+def _by_rows(batch: Any, change: Callable[[Any, str], Any], *, examples: int, where: str) -> Any:
+    """Returns the batch with `change(rows, where they are)` in place of whatever has one row for each example."""
     if isinstance(batch, Tensor | np.ndarray):
         if batch.ndim == 0:
             return batch
         if batch.shape[0] == examples:
-            return batch[start:stop]
+            return change(batch, where)
         raise _unknown(f"{where}, of shape {tuple(batch.shape)},", examples)
     if not is_container(batch):
         return batch
@@ -132,13 +159,13 @@ def cut_rows(batch: Any, start: int, stop: int, *, examples: int, where: str = "
         isinstance(p, Tensor | np.ndarray) or is_container(p) for p in parts
     ):
         if len(parts) == examples:
-            return type(batch)(parts[start:stop])
+            return type(batch)(change(parts, where))
         raise _unknown(f"{where}, {len(parts)} values in a {type(batch).__name__},", examples)
-    cut = [
-        cut_rows(part, start, stop, examples=examples, where=f"{where}[{place!r}]")
+    changed = [
+        _by_rows(part, change, examples=examples, where=f"{where}[{place!r}]")
         for place, part in zip(places_in(batch), parts, strict=True)
     ]
-    return rebuilt(batch, cut)
+    return rebuilt(batch, changed)
 
 
 def _unknown(what: str, examples: int) -> ConfigurationError:

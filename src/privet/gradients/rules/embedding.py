@@ -21,6 +21,7 @@ from privet.gradients.pool import scratch
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.registry import Call, Operation, Rule, handles
 from privet.gradients.strategy import row_chunks
+from privet.gradients.tracing import tracing
 from privet.gradients.use import Use, Uses, wide
 
 __all__ = ["Lookup"]
@@ -104,10 +105,10 @@ def _segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B
     rows, positions, features = gradient.shape
     own = torch.arange(positions, dtype=torch.int32, device=ids.device).expand(rows, positions).contiguous()
     representative = scratch((rows, entries), own).scatter_(1, ids, own).gather(1, ids)
-    repeated = (representative != own).flatten().nonzero()[:, 0]
+    repeated = None if tracing() else (representative != own).flatten().nonzero()[:, 0]
     flat = gradient.reshape(rows * positions, features)
-    count = repeated.shape[0]
-    if count > _MANY_REPEATED * flat.shape[0]:
+    count = flat.shape[0] if repeated is None else repeated.shape[0]
+    if repeated is None or count > _MANY_REPEATED * flat.shape[0]:
         starts = torch.arange(rows, device=ids.device).unsqueeze(1) * positions
         sums = scratch(flat.shape, flat).zero_().index_add_(0, (representative + starts).flatten(), flat)
         return _squares(sums).view(rows, positions).sum(1)
