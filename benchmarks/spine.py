@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--batch", type=int, action="append", help="only this size (may be repeated)")
     parser.add_argument("--contender", action="append", help="only this one (may be repeated)")
+    parser.add_argument("--only", choices=("time", "memory"), help="time wants a quiet machine, memory does not")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long to time pairs, per cell")
     parser.add_argument("--again", action="store_true", help="measure cells again that the file has")
@@ -263,6 +264,8 @@ def main() -> None:
             for cell in cells(network, batch):
                 known = tuple(cell[name] for name in KEY) in results.rows
                 if (known and not options.again) or (options.contender and cell["contender"] not in options.contender):
+                    continue
+                if options.only and (options.only == "memory") != cell["memory"]:
                     continue
                 row = run(cell, options)
                 results.add(row)

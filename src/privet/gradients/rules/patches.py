@@ -62,8 +62,11 @@ class Pairing:
     @cached_property
     def pixels_first(self) -> bool:
         """Returns whether patches are better copied pixel by pixel than channel by channel."""
+        channels = self.source.shape[1]
         single = math.prod(self.kernel) == 1 and self.source.is_contiguous()
-        return self.groups == 1 and self.source.shape[1] > 4 and not single
+        # What lies together in memory: a kernel's row over all channels, or a row of places where the stride is 1.
+        runs = channels > 4 or (self.stride[-1] > 1 and self.dilation[-1] == 1 and channels * self.kernel[-1] >= 8)
+        return self.groups == 1 and runs and not single
 
     def narrowed(self, start: int, stop: int) -> Pairing:
         """Returns the pairing of some rows alone."""
