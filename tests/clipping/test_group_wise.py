@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
 import torch
 
-from privet import ConfigurationError
-from privet.clipping import GroupWise
+from privet import ConfigurationError, Gaussian, Mechanism, Poisson
+from privet.clipping import ClippingPolicy, GroupWise, PerLayer
+from privet.schedules import Listed, Plan
 
 NAMES = ["a", "b", "c"]
 POLICY = GroupWise({"x": 3.0, "y": 4.0}, {"y": ["b"], "x": ["c", "a"]})
@@ -40,6 +43,21 @@ def test_bounds_follow_their_groups() -> None:
 def test_groups_that_bound_nothing_are_refused(bounds: Any, members: Any) -> None:
     with pytest.raises(ConfigurationError):
         GroupWise(bounds, members)
+
+
+@pytest.mark.parametrize("policy", [POLICY, PerLayer({"a": 1.0, "b": 2.0}), PerLayer(1.0)], ids=str)
+def test_a_policy_goes_to_other_processes_and_stays_frozen_there(policy: ClippingPolicy) -> None:
+    for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert twin == policy
+        assert twin.sensitivity == policy.sensitivity
+        assert repr(twin) == repr(policy)
+
+
+def test_a_schedule_changes_the_bound_of_every_group() -> None:
+    mechanism = Mechanism(sampling=Poisson(0.1), clipping=POLICY, noise=Gaussian(1.0), steps=4)
+    plan = Plan(mechanism, clip_norm=Listed((1.0, 0.5)), every=2)
+    assert plan.at(1).clipping == GroupWise({"x": 1.5, "y": 2.0}, POLICY.members)
+    assert plan.at(1).clipping.sensitivity == 2.5
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d"]])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from privet._checks import check_positive
 from privet.clipping.flat import scaled_down
@@ -54,6 +54,9 @@ class GroupWise(ClippingPolicy):
             raise ConfigurationError(f"members is {members}. Expected no empty group and no parameter named twice.")
         object.__setattr__(self, "clip_norms", MappingProxyType(bounds))
         object.__setattr__(self, "members", MappingProxyType(members))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for copies and other processes: pickle knows no frozen mapping
+        return type(self), (dict(self.clip_norms), dict(self.members))
 
     @property
     def sensitivity(self) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from privet._checks import check_positive
 from privet.clipping.flat import scaled_down
@@ -44,6 +44,10 @@ class PerLayer(ClippingPolicy):
             object.__setattr__(self, "clip_norm", MappingProxyType(bounds))
         else:
             object.__setattr__(self, "clip_norm", check_positive("clip_norm", self.clip_norm))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for copies and other processes: pickle knows no frozen mapping
+        bounds = self.clip_norm
+        return type(self), (dict(bounds) if isinstance(bounds, Mapping) else bounds,)
 
     @property
     def sensitivity(self) -> float:

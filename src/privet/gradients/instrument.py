@@ -178,9 +178,9 @@ class Instrument:
             if o.dim() == 0:
                 self._fail(UnsupportedModelError(
                     "the model returned a scalar that needs a gradient, such as a loss of its own: it hides how the "
-                    "examples were put together, and so what one example can do. Expected outputs with one row for each "
-                    "example. Compute the loss from them (do not pass labels to a model that then reduces a loss), or "
-                    "use PrivateStep with a loss per example."
+                    "examples were put together, and so what one example can do. Expected outputs with one row for "
+                    "each example. Compute the loss from them (do not pass labels to a model that then reduces a "
+                    "loss), or use PrivateStep with a loss per example."
                 ))  # fmt: skip
             elif o.dim() <= self._axis or o.shape[self._axis] != examples:
                 self._fail(UnsupportedModelError(

@@ -120,13 +120,15 @@ class Plan:
 
 def _clipping_at(policy: ClippingPolicy, course: Course, t: int) -> ClippingPolicy:
     """Returns the policy with its clip norm, or each of them, at schedule step t."""
-    norm: object = getattr(policy, "clip_norm", None)
-    described = "clip_norm" in getattr(policy, "__dataclass_fields__", {})
-    if described and isinstance(norm, Mapping):
+    fields = getattr(policy, "__dataclass_fields__", {})
+    field = next((each for each in ("clip_norm", "clip_norms") if each in fields), None)
+    norm: object = None if field is None else getattr(policy, field)
+    if field is not None and isinstance(norm, Mapping):
         bounds = {key: value_at(course, t, start=c, name=f"the clip norm of {key!r}") for key, c in norm.items()}
-        return replace(policy, clip_norm=bounds)  # type: ignore[type-var]
-    if described and isinstance(norm, int | float):
-        return replace(policy, clip_norm=value_at(course, t, start=float(norm), name="the clip norm"))  # type: ignore[type-var]
+        return replace(policy, **{field: bounds})  # type: ignore[type-var]
+    if field is not None and isinstance(norm, int | float):
+        scheduled = value_at(course, t, start=float(norm), name="the clip norm")
+        return replace(policy, **{field: scheduled})  # type: ignore[type-var]
     raise ConfigurationError(
         f"{type(policy).__name__} has no clip norm that a schedule could change. Expected a frozen dataclass with a "
         "field clip_norm, such as Flat or PerLayer."
