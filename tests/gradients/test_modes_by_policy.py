@@ -65,7 +65,7 @@ class Watched:
 
             def run(policy: ClippingPolicy) -> ClippedSum:
                 return self.two_pass.clipped_sum(
-                    lambda: loss(self.module, batch) * factors, examples=n, parameters=parameters, policy=policy
+                    lambda b: loss(self.module, b) * factors, batch, examples=n, parameters=parameters, policy=policy
                 )[0]
 
             return {name: run(policy) for name, policy in chosen.items()}
@@ -91,7 +91,7 @@ def allowed(mode: str, module: nn.Module, bound: float) -> dict[str, ClippingPol
     for policy in several.values():
         with pytest.raises(ConfigurationError, match="weighs each example once"):
             TwoPass(Capture({}, on_backward=lambda recorded: None)).clipped_sum(
-                lambda: torch.zeros(1), examples=1, parameters=trainable(module), policy=policy
+                lambda _: torch.zeros(1), (), examples=1, parameters=trainable(module), policy=policy
             )
     return {name: policy for name, policy in found.items() if name not in several}
 
