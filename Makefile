@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check crosscheck bench bench-spine bench-modes bench-accounting clean
+.PHONY: help venv demo test check crosscheck bench bench-spine bench-modes bench-layers bench-accounting clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench       all of the following, into benchmarks/results (hours; installs peers in environments of their own):'
 	@echo '     bench-spine       whole steps beside non-private PyTorch and Opacus, time and memory'
 	@echo '     bench-modes       every mode beside non-private PyTorch, time and memory'
+	@echo '     bench-layers      single layers beside torch.nn and Opacus, time and memory (a quarter of an hour)'
 	@echo '     bench-accounting  how long an ε takes, beside the two public accountants'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
@@ -61,7 +62,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: bench-spine bench-modes bench-accounting
+bench: bench-spine bench-modes bench-layers bench-accounting
 
 bench-spine: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
@@ -70,6 +71,11 @@ bench-spine: $(BENCH_STAMP)
 bench-modes: $(BENCH_STAMP)
 	@echo '==> Timing every mode on every network (benchmarks/modes.py)'
 	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.modes --out benchmarks/results --date "$$(date +%F)"
+
+bench-layers: $(BENCH_STAMP) $(STAMP)
+	@echo '==> Timing single layers, batches 16 to 2048 (benchmarks/layers.py)'
+	$(BENCH_VENV)/bin/python -m benchmarks.layers --out benchmarks/results --again --note ''
+	$(BIN)/python -m benchmarks.layers --out benchmarks/results --plot
 
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Timing the accountants beside the peers in .venv-crosscheck (benchmarks/accounting.py)'
