@@ -36,6 +36,15 @@ def test_every_row_of_what_privet_stops_names_a_test():
         assert NAMED.search(row), row
 
 
+def test_every_benchmark_and_script_has_a_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    runnable = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text(encoding="utf-8")]
+    for path in (p for p in runnable if not p.stem.endswith("_cell")):  # a part of another, in a process of its own
+        assert f"bench-{path.stem}:" in makefile, path.name
+    assert "scripts/crosscheck-accounting" in makefile
+    assert "scripts/check" in makefile
+
+
 def test_the_runner_finds_setups_and_blocks_and_skips_with_a_reason():
     page = (
         "<!-- setup\nx = 1\n-->\n\n```python\ny = x\n```\n\n```\nnot python\n```\n\n"
