@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check crosscheck bench bench-spine bench-modes bench-layers bench-accounting clean
+.PHONY: help venv demo test check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -26,6 +26,7 @@ help:
 	@echo '     bench-spine       whole steps beside non-private PyTorch and Opacus, time and memory'
 	@echo '     bench-modes       every mode beside non-private PyTorch, time and memory'
 	@echo '     bench-layers      single layers beside torch.nn and Opacus, time and memory (a quarter of an hour)'
+	@echo '     bench-compiled    compiled steps, compile time included, beside compiled non-private PyTorch'
 	@echo '     bench-accounting  how long an ε takes, beside the two public accountants'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
@@ -62,7 +63,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: bench-spine bench-modes bench-layers bench-accounting
+bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting
 
 bench-spine: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
@@ -76,6 +77,10 @@ bench-layers: $(BENCH_STAMP) $(STAMP)
 	@echo '==> Timing single layers, batches 16 to 2048 (benchmarks/layers.py)'
 	$(BENCH_VENV)/bin/python -m benchmarks.layers --out benchmarks/results --again --note ''
 	$(BIN)/python -m benchmarks.layers --out benchmarks/results --plot
+
+bench-compiled: $(BENCH_STAMP)
+	@echo '==> Timing compiled steps, compilation included (benchmarks/compiled.py, up to an hour)'
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.compiled --out benchmarks/results --date "$$(date +%F)"
 
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Timing the accountants beside the peers in .venv-crosscheck (benchmarks/accounting.py)'

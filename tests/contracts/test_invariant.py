@@ -88,6 +88,22 @@ def test_autocast_is_near(name: str, door: str) -> None:
     assert {t.dtype for t in found.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", ["linear", "convolution", "attention"])
+def test_norms_are_not_rounded_by_a_backward_inside_autocast(name: str, door: str) -> None:
+    """One example of a large gradient has a clipped sum as long as the clip norm, to float32's precision."""
+    model, batch = model_of(name, torch.float32), batch_of(name, 1, dtype=torch.float32)
+
+    def large(m: nn.Module, b: Any) -> Tensor:
+        return ZOO[name].loss(m, b).float() * 1e4
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = door_sum(door, model, batch, loss=large)
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    assert size(found) == pytest.approx(1.0, rel=2e-4)
+    assert size(found) <= 1.0 + 1e-6
+
+
 def test_the_two_doors_agree() -> None:
     model, batch, loss = model_of("in place"), batch_of("in place", 6), ZOO["in place"].loss
     assert_exact(

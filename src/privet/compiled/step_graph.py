@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from privet.compiled.refusals import Written, explained, watched_forward
@@ -44,6 +45,7 @@ __all__ = ["CompiledSum"]
 _BACKEND = "inductor"
 _KEPT = 8
 """Graphs kept; with more situations than these the oldest is traced again when it comes back."""
+_HALF = frozenset({torch.float16, torch.bfloat16})
 
 _Graph = Callable[[list[Tensor]], list[Tensor]]
 
@@ -55,7 +57,7 @@ class _Traced:
     situation: Any
     policy: Policy
     names: tuple[str, ...]  # of the sums, in order
-    graph: _Graph
+    graph: GraphModule
     run: _Graph  # the graph, compiled
     tried: bool = False  # on other data and weights
     ran: bool = False
@@ -153,14 +155,20 @@ class CompiledSum:
     # -- one graph ---------------------------------------------------------------------------------------------------
 
     def _run(self, entry: _Traced, inputs: list[Tensor]) -> list[Tensor]:
-        device = inputs[0].device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            if entry.ran:
-                return entry.run(inputs)
-            with explained():
-                outputs = entry.run(inputs)
+        if entry.ran:
+            return self._as_run(entry.run, inputs)
+        with explained():
+            outputs = self._as_run(entry.run, inputs)
         entry.ran = True
         return outputs
+
+    @staticmethod
+    def _as_run(graph: _Graph, inputs: list[Tensor]) -> list[Tensor]:
+        with (
+            torch.no_grad(),
+            torch.autocast(inputs[0].device.type, enabled=False),
+        ):  # what was cast is cast in the graph
+            return graph(inputs)
 
     @torch.no_grad()
     def _try(self, entry: _Traced, whole: _Graph, inputs: list[Tensor], state: list[Tensor]) -> bool:
@@ -181,10 +189,10 @@ class CompiledSum:
             with undisturbed(self._module) as restore:
                 expected = whole([*others, *state])
                 restore()
-                found = entry.graph([*others, *state])
+                found = self._as_run(entry.graph, [*others, *state])
         finally:
             torch._foreach_copy_(trained, before)
-        coarse = any(t.dtype in (torch.float16, torch.bfloat16) for t in [*tensors, *state])
+        coarse = _is_coarse(entry.graph, [*tensors, *state])
         names = ("the losses", "how many are dropped", "the norms", *entry.names)  # clipping hides a factor in the sums
         wrong = _differing(names, found, expected, tolerance=5e-2 if coarse else 2e-3)
         if wrong:
@@ -194,6 +202,12 @@ class CompiledSum:
                 "made a Python number. Use detach() and torch operations there, or train with compile=False."
             )
         return bool(expected[2].isfinite().all(0).logical_and(~others[0]).any())
+
+
+def _is_coarse(graph: GraphModule, inputs: Sequence[Tensor]) -> bool:
+    """Returns whether something is computed in half precision."""
+    told = (a for node in graph.graph.nodes for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype))
+    return not _HALF.isdisjoint({*told, *(t.dtype for t in inputs)})
 
 
 def _other(t: Tensor) -> Tensor:

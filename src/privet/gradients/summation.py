@@ -5,9 +5,11 @@ Axes: B units of privacy (examples, or their owners), R rows of a use, K clippin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,27 @@ __all__ = [
     "total_norms",
     "weighted_sums",
 ]
+
+
+_In = ParamSpec("_In")
+_Out = TypeVar("_Out")
+
+
+def _in_full(function: Callable[_In, _Out]) -> Callable[_In, _Out]:
+    """Runs a function without autograd, and without autocast: a backward inside its context would round the norms."""
+
+    @functools.wraps(function)
+    def run(*args: _In.args, **kwargs: _In.kwargs) -> _Out:
+        with torch.no_grad():
+            cast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+            if not cast:
+                return function(*args, **kwargs)
+            with ExitStack() as contexts:
+                for device in cast:
+                    contexts.enter_context(torch.autocast(device, enabled=False))
+                return function(*args, **kwargs)
+
+    return run
 
 
 class NormReducer(Protocol):
@@ -189,7 +212,7 @@ def _gathered(recorded: Recorded, parameters: Mapping[str, nn.Parameter], owner:
     return found
 
 
-@torch.no_grad()
+@_in_full
 def clipped_sum(
     recorded: Recorded,
     parameters: Mapping[str, nn.Parameter],
@@ -277,14 +300,14 @@ def statistics_of(squared: Tensor, left_out: Tensor | None, absent: Tensor | Non
     return {"dropped": count, "norms": squared}
 
 
-@torch.no_grad()
+@_in_full
 def squared_norms(recorded: Recorded, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:  # name -> (B,)
     """Returns the squared norms of the examples' gradients of every parameter that has a use."""
     found = _gathered(recorded, parameters, Owner(recorded.examples or 0))
     return {name: gathered.squared_norms() for name, gathered in found.items()}
 
 
-@torch.no_grad()
+@_in_full
 def masked_sums(
     recorded: Recorded,
     parameters: Mapping[str, nn.Parameter],
@@ -298,7 +321,7 @@ def masked_sums(
     return {name: gathered.weighted_sum(weights) for name, gathered in found.items()}
 
 
-@torch.no_grad()
+@_in_full
 def per_example_gradients(
     recorded: Recorded, parameters: Mapping[str, nn.Parameter], *, scale: float = 1.0
 ) -> dict[str, Tensor]:  # name -> (B, *shape)
@@ -309,7 +332,7 @@ def per_example_gradients(
     return {name: gathered.per_unit(everything) * scale for name, gathered in found.items()}
 
 
-@torch.no_grad()
+@_in_full
 def weighted_sums(
     recorded: Recorded,
     parameters: Mapping[str, nn.Parameter],
