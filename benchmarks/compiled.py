@@ -162,8 +162,8 @@ def main() -> None:
     head = f"# When compiling pays\n\n{where}\n{options.note}\n\n"
     explained = (
         "Seconds of a whole run from its first step on, compilation and the check of the first batch included, and\n"
-        f"the same as a multiple (`x`) of *{BASE}* over as many steps. `~`: the later steps were not all taken; they are\n"
-        "counted at the median of those that were.\n\n"
+        f"the same as a multiple (`x`) of *{BASE}* over as many steps. `~`: not all of the later steps were\n"
+        "taken; they are counted at the median of those that were.\n\n"
     )
     (options.out / "compiled.md").write_text(head + explained + table(rows), encoding="utf-8")
 
