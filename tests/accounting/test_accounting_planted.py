@@ -24,7 +24,7 @@ from privet.accounting.terms import Pair, Part, Term
 POISSON = TABLE[0]
 PLAIN_REPLACED = next(row for row in TABLE if row[2] is Relation.REPLACE_ONE and row[3] == 9.99726)
 FIXED_SIZE = next(row for row in TABLE if row[3] == 14.8207)
-TRUNCATED = next(row for row in TABLE if row[3] == 1.93195)
+TRUNCATED = next(row for row in TABLE if row[3] == 1.92987)
 MIXTURE = Term(((1.0, Part(Pair.MIXTURE, 0.3, 0.7)),))
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 from accounting_oracles import fixed, poisson, truncated
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privet.accounting import (
@@ -45,6 +45,7 @@ NOISE = 1 + 4e-4  # both sides are upper bounds; this is how far above the truth
 @pytest.mark.parametrize("accountant", [PldAccountant, RdpAccountant])
 class TestMonotone:
     @quick
+    @example(1.5, 1e-4, 607, 1e-7, 1.25)  # rare events, where Rényi's bound is loose by a factor of 40
     @given(SIGMAS, RATES, STEPS, DELTAS, st.floats(1.01, 3.0))
     def test_in_every_argument(self, accountant, sigma, rate, steps, delta, factor):  # noqa: PLR0917  fixtures
         ask = accountant().epsilon
@@ -53,6 +54,18 @@ class TestMonotone:
         assert ask(poisson(sigma, rate, max(1, int(steps / factor))), delta) <= epsilon
         assert ask(poisson(sigma * factor, rate, steps), delta) <= epsilon
         assert ask(poisson(sigma, rate, steps), min(1.0, delta * factor)) <= epsilon
+
+
+@quick
+@example(1.5, 1e-4, 485, 1e-7, [607, 520])
+@example(1.5, 1e-4, 607, 1e-7, [400, 485])
+@given(SIGMAS, st.floats(1e-5, 0.5), STEPS, DELTAS, st.lists(STEPS, max_size=3))
+def test_a_finer_grid_says_the_same_whatever_was_asked_before(sigma, rate, steps, delta, before):
+    asked = PldAccountant()
+    for count in before:
+        asked.epsilon(poisson(sigma, rate, count), delta)
+    found = asked.epsilon(poisson(sigma, rate, steps), delta)
+    assert found == pytest.approx(PldAccountant(tolerance=1e-6).epsilon(poisson(sigma, rate, steps), delta), 1e-3, 3e-5)
 
 
 @quick

@@ -22,6 +22,7 @@ __all__ = ["PldAccountant"]
 
 _SMALLEST_DELTA = 1e-200  # below it the masses leave the range of float64, and Rényi's bound is used alone
 _KEPT_GRIDS = 12
+_REFINEMENTS = 6
 
 
 class PldAccountant(Accountant):
@@ -52,7 +53,7 @@ class PldAccountant(Accountant):
         upper, method = math.inf, self.name
         readings, goal = self._at_delta(counts, cumulant, delta)
         if readings:
-            upper = max(each.profile.epsilon(delta) for each in readings)
+            upper = _epsilon_of(readings, delta)
         if goal.epsilon < upper or math.isnan(upper):
             upper, method = goal.epsilon, "rdp"
         low = 0.0
@@ -92,18 +93,32 @@ class PldAccountant(Accountant):
             # Rényi's bound at the kept order is as valid as at the best one, and says where the answer must lie.
             quick = renyi_epsilon_at(cumulant, goal.order, delta)
             readings = self._reread(grid, counts, quick)
-            if readings:
+            if readings and _epsilon_of(readings, delta) > 0.6 * goal.aim:  # else it is coarser than it should be
                 return readings, Goal(quick, math.log(delta), goal.order, quick)
         epsilon, order = renyi_epsilon(cumulant, delta)
         goal = Goal(epsilon, math.log(delta), order, epsilon)
         if epsilon == 0.0:
             return [], goal  # nothing is smaller, and no grid can be aimed at it
         readings = self._fresh(counts, goal)
-        found = max((each.profile.epsilon(delta) for each in readings), default=epsilon)
-        if 0.0 < found < 0.8 * epsilon:
-            # Rényi's bound is loose here, and the grid was made for an ε that is too large.
-            readings = self._fresh(counts, replace(goal, aim=found))
+        if readings and 0.0 < _epsilon_of(readings, delta) < 0.8 * epsilon:
+            return self._refined(counts, goal, readings, delta), goal
         return readings, goal
+
+    def _refined(self, counts: dict[Term, int], goal: Goal, readings: list[Readings], delta: float) -> list[Readings]:
+        """Returns the readings of a grid fine enough that a finer one says the same, where Rényi's bound is loose.
+
+        There the first grid was made for an ε that is too large, and what a grid adds cannot be told from the tilt.
+        """
+        tolerance, found = self.tolerance, _epsilon_of(readings, delta)
+        for _ in range(_REFINEMENTS):
+            self._grids.pop(goal, None)
+            goal = replace(goal, aim=found)
+            readings = self._fresh(counts, goal, tolerance=tolerance)
+            before, found = found, _epsilon_of(readings, delta) if readings else 0.0
+            if found <= 0.0 or found >= before * (1.0 - 3.0 * self.tolerance):
+                break
+            tolerance /= 16.0
+        return readings
 
     def _at_epsilon(self, counts: dict[Term, int], cumulant: Cumulant, epsilon: float) -> tuple[list[Readings], Goal]:
         for goal, grid in reversed(list(self._grids.items())):
@@ -138,11 +153,11 @@ class PldAccountant(Accountant):
         self._grids.move_to_end(grid.goal)
         return grid.read(counts) or []
 
-    def _fresh(self, counts: dict[Term, int], goal: Goal) -> list[Readings]:
+    def _fresh(self, counts: dict[Term, int], goal: Goal, *, tolerance: float | None = None) -> list[Readings]:
         """Returns the readings of a new grid, which is kept; none where δ is below what float64 can hold."""
         if goal.log_delta < math.log(_SMALLEST_DELTA):
             return []
-        grid = grid_for(counts, goal, tolerance=self.tolerance)
+        grid = grid_for(counts, goal, tolerance=tolerance or self.tolerance)
         self._grids[goal] = grid
         while len(self._grids) > _KEPT_GRIDS:
             self._grids.popitem(last=False)
@@ -177,6 +192,10 @@ class PldAccountant(Accountant):
             return [], 0.0
         grid = grid_for(counts, goal, tolerance=self.tolerance / 64.0)
         return grid.read(counts) or [], grid.step
+
+
+def _epsilon_of(readings: list[Readings], delta: float) -> float:
+    return max(each.profile.epsilon(delta) for each in readings)
 
 
 def _shift(added: float, step: float, eta: float) -> float:
