@@ -121,6 +121,30 @@ def test_wrong_weights_of_a_policy_of_ones_own_stop_the_run_before_the_step(grap
     step((torch.ones(3, 2),))
 
 
+def test_a_policy_that_is_changed_in_place_never_meets_a_graph_of_its_former_sensitivity(graphs):
+    class Movable(ClippingPolicy):
+        bound = 1.0
+
+        @property
+        def sensitivity(self):
+            return self.bound
+
+        def groups(self, names):
+            return [0] * len(names)
+
+        def weights(self, squared_norms):
+            return self.bound / (squared_norms.sqrt() + 1e-3)
+
+    net, policy = nn.Linear(2, 1), Movable()
+    step = step_of(net, policy=policy, size=2)
+    step((torch.ones(1, 2),))
+    policy.bound = 0.01
+    _, clipped = step._summed((torch.ones(1, 2),), 1)
+    assert clipped.sensitivity == 0.01
+    assert size(dict(clipped.take())) == pytest.approx(0.01, rel=1e-3)
+    assert len(graphs) == 2
+
+
 def test_a_repeated_token_is_one_entry_in_a_graph(graphs):
     net = nn.Embedding(6, 3).double()
     for ids in (torch.tensor([[1, 1, 1, 1], [0, 2, 2, 5]]), torch.tensor([[0, 1, 2, 3], [4, 4, 4, 0]])):

@@ -38,7 +38,7 @@ from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.coverage import undisturbed
 from privet.gradients.one_pass import Losses, OnePass
 from privet.gradients.tracing import traced
-from privet.gradients.weights import Policy, weights_of
+from privet.gradients.weights import Policy, sensitivity_of, weights_of
 
 __all__ = ["CompiledSum"]
 
@@ -107,7 +107,8 @@ class CompiledSum:
             )
             return [found, total.statistics["dropped"], total.statistics["norms"], *total.take().values()]
 
-        situation = (form, kinds([*inputs, *state]), tuple(parameters), self._outlook(absent.device))
+        sensitivity = sensitivity_of(policy)  # compared by itself: a policy of the user's own may be changed in place
+        situation = (form, kinds([*inputs, *state]), tuple(parameters), sensitivity, self._outlook(absent.device))
         entry = self._known(situation, policy)
         if entry is None:
             entry = self._trace(whole, [*inputs, *state], situation, policy, tuple(parameters))
@@ -116,7 +117,7 @@ class CompiledSum:
         found, dropped, norms, *sums = self._run(entry, [*inputs, *state])
         weights_of(policy, norms, absent)  # raises for a policy's wrong answers, which a graph cannot
         statistics = {"dropped": dropped, "norms": norms}
-        return ClippedSum(dict(zip(entry.names, sums, strict=True)), policy.sensitivity, statistics), found
+        return ClippedSum(dict(zip(entry.names, sums, strict=True)), sensitivity, statistics), found
 
     # -- which graph -------------------------------------------------------------------------------------------------
 
