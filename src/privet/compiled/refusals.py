@@ -51,7 +51,8 @@ class Written:
     def refuse_read_first(self, graph: GraphModule) -> None:
         """Raises if the graph reads what an earlier forward left."""
         constants = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
-        if any(value is constant for value in self._before for constant in constants):
+        before, self._before = self._before, []  # they may hold a whole forward
+        if any(value is constant for value in before for constant in constants):
             raise _refused("reads a tensor that an earlier forward left on a module")
 
 
