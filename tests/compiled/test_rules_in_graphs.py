@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from privet.clipping import ClippingPolicy
 from privet.compiled import CompiledSum
 from privet.errors import ConfigurationError
 from privet.gradients import summation
-from privet.gradients.pool import scratch
+from privet.gradients.pool import free_idle, scratch
 from privet.gradients.tracing import traced, tracing
 from tests.compiled.graphs import step_of, sums_of
 from tests.contracts.doors import assert_exact, distance, reference, size
@@ -158,6 +159,8 @@ def _squares(module: nn.Module, batch: tuple[Tensor]) -> Tensor:
 
 def test_scratch_memory_is_never_part_of_a_graph():
     like = torch.empty(1)
+    gc.collect()  # what other tests left in cycles must not come back in between
+    free_idle()
     kept = scratch((2**17,), like)
     address = kept.data_ptr()
     del kept

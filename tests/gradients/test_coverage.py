@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -305,3 +305,45 @@ def test_outputs_of_a_class_registered_without_names_are_looked_into() -> None:
     assert_exact(found, reference(model, batch, loss, Flat(0.5)))
     with pytest.raises((CoverageError, UnsupportedModelError)):
         paper_sum(Mixed().double(), batch, loss=loss, policy=Flat(0.5))
+
+
+class Watching(Net):
+    """Notes, in its class for doors copy modules, how many examples each forward has that a gradient may follow."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def __init__(self, least: int = 0) -> None:
+        super().__init__()
+        self.least = least
+        self.sizes.clear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.sizes.append(len(x))
+        if len(x) < self.least:
+            raise ValueError("too few")
+        return self.last(torch.relu(self.layer(x)))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_check_of_a_large_batch_looks_at_its_first_examples_alone(door: str) -> None:
+    net, batch = Watching().double(), batch_of("linear", 40)
+    found = door_sum(door, net, batch, loss=loss_of)
+    assert net.sizes == [16, 17, 16, 16, 40]
+    assert_exact(found, reference(net, batch, loss_of, Flat(1.0)))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_model_that_wants_all_of_the_batch_is_checked_on_all_of_it(door: str) -> None:
+    net, batch = Watching(least=20).double(), batch_of("linear", 40)
+    found = door_sum(door, net, batch, loss=loss_of)
+    net.least = 0
+    assert 41 in net.sizes
+    assert_exact(found, reference(net, batch, loss_of, Flat(1.0)))
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", [Centred, Neighbours, Custom], ids=lambda k: k.__name__)
+def test_a_large_batch_hides_nothing(kind: type[nn.Module], door: str) -> None:
+    with pytest.raises((CoverageError, UnsupportedModelError)):
+        door_sum(door, kind().double(), batch_of("linear", 40), loss=loss_of)

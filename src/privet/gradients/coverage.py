@@ -5,7 +5,8 @@ and once without, and three backwards. Two claims are tested on random output gr
 batch and for the rest: the captured gradients of S add up to autograd's own gradient of the outputs of S. A use that
 was missed, rows given to the wrong example, and examples that meet in the backward all make the two differ.
 
-Its gradients are compared and dropped: nothing is stored in `p.grad`, and nothing is released.
+Its gradients are compared and dropped: nothing is stored in `p.grad`, and nothing is released. All of it is done on the
+first examples of the batch alone, so that the check needs little time, and less memory than the step that follows.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from privet.gradients.tripwire import Tripwires
 __all__ = ["check_coverage", "undisturbed"]
 
 _ATTEMPTS = 8
+_EXAMPLES = 16
+"""As many are looked at: enough that parts which few examples reach, such as experts, are met."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -69,6 +72,17 @@ def _grown(inputs: Any, examples: int, axis: int) -> Any:
     return tree_map(grow, inputs)
 
 
+def _fewer(inputs: Any, examples: int, axis: int) -> Any:
+    """Returns the first examples of the inputs, cut wherever the batch axis shows."""
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
+            return leaf.narrow(axis, 0, _EXAMPLES)
+        return leaf
+
+    return tree_map(cut, inputs)
+
+
 def _detached(inputs: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
 
@@ -101,19 +115,32 @@ def check_coverage(
         CoverageError: if what was captured is not what autograd finds, with the parameters by name.
     """
     inputs = _detached(inputs)
-    capture.channels_last = prefers_channels_last(module)
     with undisturbed(module) as restore, torch.enable_grad():
-        try:
+
+        def check(some: Any, count: int) -> bool:
+            capture.channels_last = prefers_channels_last(module)
             try:
-                _learn(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
+                _learn(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
             except RuntimeError:
                 if not capture.channels_last:
                     raise
                 capture.channels_last = False  # a `view` that needs the channels outside, say
-                _learn(capture, run, inputs, examples=examples, batch_axis=batch_axis, restore=restore)
+                _learn(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
             return _compare(
-                capture, run, inputs, examples=examples, batch_axis=batch_axis, tripwires=tripwires, restore=restore
+                capture, run, some, examples=count, batch_axis=batch_axis, tripwires=tripwires, restore=restore
             )
+
+        try:
+            known = {site: set(layouts) for site, layouts in capture.layouts.known.items()}
+            if examples > _EXAMPLES:
+                try:
+                    return check(_fewer(inputs, examples, batch_axis), _EXAMPLES)
+                except PrivetError:
+                    raise
+                except Exception:  # noqa: BLE001 - a model may want all of the batch, and then says what is wrong with it
+                    capture.release()
+                    capture.layouts.known = known
+            return check(inputs, examples)
         finally:
             capture.release()
             capture.layouts.trace = None

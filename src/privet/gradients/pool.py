@@ -54,9 +54,8 @@ def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
     """Returns uninitialised memory of a shape, with the type and device of `like`."""
     size, dtype = math.prod(shape), like.dtype
     if not like.is_cpu or size * like.element_size() < _LEAST_BYTES or tracing():
-        return torch.empty(
-            shape, dtype=dtype, device=like.device
-        )  # elsewhere torch's own allocator keeps what is freed
+        # Elsewhere torch's own allocator keeps what is freed.
+        return torch.empty(shape, dtype=dtype, device=like.device)
     with _lock:
         fits = [b for b in _buffers if size <= b.size <= 2 * size and b.flat.dtype == dtype and b.idle]
         if fits:
