@@ -6,7 +6,8 @@ Axes: B units of privacy (examples, or their owners), R rows of a use, K clippin
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
@@ -329,7 +330,17 @@ def per_example_gradients(
     owner = Owner(recorded.examples or 0)
     everything = slice(0, owner.units)
     found = _gathered(recorded, parameters, owner)
-    return {name: gathered.per_unit(everything) * scale for name, gathered in found.items()}
+    every = itertools.chain(*recorded.direct.values(), *recorded.derived.values())
+    held = {t.untyped_storage().data_ptr() for use in every for t in (use.gradient, *use.data) if t is not None}
+    return {name: _times(scale, gathered.per_unit(everything), held) for name, gathered in found.items()}
+
+
+def _times(scale: float, rows: Tensor, held: Collection[int]) -> Tensor:
+    """Returns the rows times the scale: the same memory, for they are the largest tensors of all, if it is theirs."""
+    spread = any(stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True))
+    if spread or rows.untyped_storage().data_ptr() in held:
+        return rows * scale
+    return rows if scale == 1.0 else rows.mul_(scale)
 
 
 @_in_full
