@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from privet import Flat, Gaussian, Mechanism, Poisson, UnsupportedModelError
+from privet.clipping import Automatic
 from tests.compiled.graphs import step_of
 from tests.contracts.doors import assert_exact, distance, size, taken
 
@@ -114,9 +115,10 @@ def test_a_batch_of_another_form_brings_one_graph_more(pair, batch):
 
 def test_another_policy_brings_one_graph_more(pair):
     pair()
-    for bound, expected in ((0.2, 2), (0.1, 2), (0.2, 2)):
+    rows = ((Flat(0.2), 2), (Flat(0.1), 2), (Flat(0.2), 2), (Automatic(0.2), 3), (Automatic(0.2, stability=1.0), 4))
+    for policy, expected in rows:
         for step in pair.steps:
-            step._update.mechanism = Mechanism(sampling=Poisson(0.1), clipping=Flat(bound), noise=Gaussian(0.0))
+            step._update.mechanism = Mechanism(sampling=Poisson(0.1), clipping=policy, noise=Gaussian(0.0))
         assert pair() == expected
 
 
