@@ -19,7 +19,8 @@ from privet.gradients.capture import Recorded
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
 from privet.gradients.rules.registry import row_norms
-from privet.gradients.strategy import row_chunks
+from privet.gradients.strategy import gram_padding, row_chunks
+from privet.gradients.tracing import tracing
 from privet.gradients.use import Allowance, Owner, Use, Uses, of_type
 from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
 
@@ -57,6 +58,10 @@ def _in_full(function: Callable[_In, _Out]) -> Callable[_In, _Out]:
                 return function(*args, **kwargs)
 
     return run
+
+
+_NARROW = 2e-4
+"""How much of a squared norm the bound on its rounding error may be."""
 
 
 class NormReducer(Protocol):
@@ -134,8 +139,30 @@ class _Gathered:
             return torch.stack([uses.rule.squared_norms(uses) for _, uses in moved]).sum(0)
         if self.owner.index is not None:
             return row_norms(self.per_unit(slice(0, self.owner.units)))
+        if (tied := self._tied_norms()) is not None:
+            return tied
         size = 4 * self.parameter.numel()
         return torch.cat([row_norms(self.per_unit(chunk)) for chunk in row_chunks(self.owner.units, size)])
+
+    def _tied_norms(self) -> Tensor | None:  # (B,)
+        """Returns the norms of a sum of two gradients by their own norms and their inner product, if that is known.
+
+        Where the two nearly cancel, the gradient is formed instead, for those units alone.
+        """
+        if tracing() or self.derived or len(self.direct) != 2 or not all(map(self._one_row_each, self.direct)):
+            return None
+        first, second = (Uses(uses.items, allowance=Allowance(0)) for uses in self.direct)  # no rows of them are kept
+        found = _inner_products(first, second) or _inner_products(second, first)
+        if found is None:
+            return None
+        inner, size = found
+        apart = first.rule.squared_norms(first) + second.rule.squared_norms(second)
+        padding = (apart + 2.0 * size) * gram_padding(self.parameter.shape[-1], inner.dtype)
+        norms = (apart + 2.0 * inner + padding).clamp(min=0.0)
+        close = (padding > _NARROW * norms) | (apart > 4.0 * norms)
+        for unit in (close & apart.isfinite() & inner.isfinite() & (apart > 0.0)).nonzero()[:, 0].tolist():
+            norms[unit] = row_norms(self.per_unit(slice(unit, unit + 1)))[0]
+        return norms
 
     def per_unit(self, units: slice) -> Tensor:  # (B', *shape)
         """Returns the gradients of some units, instantiated. With a given owner, of all."""
@@ -190,6 +217,11 @@ class _Gathered:
 
         derived = [(d, [without(uses) for uses in groups]) for d, groups in self.derived]
         return _Gathered(self.parameter, [without(uses) for uses in self.direct], derived, self.owner)
+
+
+def _inner_products(uses: Uses, others: Uses) -> tuple[Tensor, Tensor] | None:
+    factors = others.rule.factors(others)
+    return None if factors is None else uses.rule.inner_products(uses, *factors)
 
 
 def _by_rule(uses: Sequence[Use], allowance: Allowance) -> list[Uses]:

@@ -81,6 +81,16 @@ class _Table(Rule):
         norms = [_segment_norms(ids[c], gradient[c], entries) for c in row_chunks(rows, 4 * entries)]
         return torch.cat(norms)
 
+    def inner_products(self, uses: Uses, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns `sum_ts (gradient_t . right_s) left[s, id_t]`, S positions of the other use: no table is formed."""
+        ids, gradient = _joined(uses)
+        alike = torch.bmm(gradient.to(right.dtype), right.mT)  # (B, T, S)
+        picked = left.mT.gather(1, ids.unsqueeze(2).expand(-1, -1, left.shape[1]))  # (B, T, S)
+        lengths = (
+            torch.linalg.vector_norm(gradient, dim=2).unsqueeze(2) * torch.linalg.vector_norm(right, dim=2)[:, None]
+        )
+        return (alike * picked).flatten(1).sum(1), (lengths.to(picked.dtype) * picked.abs()).flatten(1).sum(1)
+
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         total: Tensor | None = None
         for use in uses:

@@ -62,6 +62,9 @@ class _Weight(Rule):
         a, g = _joined(uses)
         return (a, g) if self._transposed else (g, a)
 
+    def factors(self, uses: Uses) -> tuple[Tensor, Tensor]:
+        return self._oriented(uses)
+
     def per_example(self, uses: Uses) -> Tensor:
         return _products(*self._oriented(uses))
 

@@ -77,6 +77,17 @@ class Rule(ABC):
         """Returns the sum of the rows' gradients, each times its weight."""
         return weighted_rows(uses.remembered(lambda: self.per_example(uses)), weights)
 
+    # A parameter with uses of two rules (a table that is also the last layer) has the sum of both gradients, whose norm
+    # needs their inner product. One rule offers its gradients as products of two factors, the other takes them.
+
+    def factors(self, uses: Uses) -> tuple[Tensor, Tensor] | None:  # (R, T, O), (R, T, I)
+        """Returns left and right such that row i's gradient is `left_i^T right_i`, or None if it is no such product."""
+        return None
+
+    def inner_products(self, uses: Uses, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:  # (R,), (R,)
+        """Returns each row's inner product with `left_i^T right_i` and the sum of its terms' sizes, or None."""
+        return None
+
 
 class Operation(ABC):
     """One operation with its constants: how to run it, the gradients of its data, and a rule for each role.
