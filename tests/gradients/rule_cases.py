@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.gradients import rule_cases_more
+
 Inputs = Callable[[int, torch.dtype], tuple[Tensor, ...]]
 
 
@@ -292,4 +294,11 @@ def _recurrences() -> list[Case]:
     return [Case("recurrent", name, module, reals((5, 3)), empty=False) for name, module in rows]
 
 
-CASES = [*_convolutions(), *_embeddings(), *_normalizations(), *_attentions(), *_recurrences()]
+def _more() -> list[Case]:
+    families = {"bag": rule_cases_more.bags(), "form": rule_cases_more.forms()}
+    return [
+        Case(family, *row, empty="axis 1" not in row[0]) for family, rows in families.items() for row in rows
+    ]  # none on axis 1 is one that stands in for none
+
+
+CASES = [*_convolutions(), *_embeddings(), *_normalizations(), *_attentions(), *_recurrences(), *_more()]

@@ -168,7 +168,7 @@ def _first_use_alone(monkeypatch):
 
 def _repeated_ids_apart(monkeypatch):
     wrong = lambda ids, gradient, entries: gradient.square().sum((1, 2))  # noqa: E731
-    monkeypatch.setattr(embedding, "_segment_norms", wrong)
+    monkeypatch.setattr(embedding, "segment_norms", wrong)
 
 
 def _reset_gate_open(monkeypatch):

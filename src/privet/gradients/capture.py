@@ -13,7 +13,7 @@ so that the recomputation of checkpointed activations is seen too. An operation 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,29 +21,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from privet.errors import ProtocolError, UnsupportedModelError
-from privet.gradients.captured import CapturedCall, CapturedOperation, Recorded
+from privet.gradients.captured import CapturedCall, CapturedOperation, Recorded, tensors_in
 from privet.gradients.derived import Derivation, is_isometry
 from privet.gradients.layout import Layout, Layouts, Site
 from privet.gradients.rules.free import EXPANSIONS, expansion
 from privet.gradients.rules.functional import fallback
-from privet.gradients.rules.registry import Operation, handler_of, structural_handler_of
+from privet.gradients.rules.registry import Operation, apart_handler_of, handler_of, structural_handler_of
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Use
 
 __all__ = ["Capture", "Recorded"]
 
 _TENSOR_GETTERS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yields the tensors in nested lists, tuples and dicts of arguments."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
-        elif isinstance(value, dict):
-            yield from _tensors_in(value.values())
 
 
 def _in_backward() -> bool:
@@ -181,11 +170,15 @@ class Capture:
             return func(*args, **kwargs)
         if self._opaque:
             args, kwargs = tree_map(self._hidden, (args, kwargs))
-        tensors = list(_tensors_in(itertools.chain(args, kwargs.values())))
+        tensors = list(tensors_in(itertools.chain(args, kwargs.values())))
         rooted = [self.is_root(t) for t in tensors]
         roots = [t for t, is_root in zip(tensors, rooted, strict=True) if is_root]
         if not roots:
             return func(*args, **kwargs)
+        if (rearrange := apart_handler_of(func)) is not None:
+            result = rearrange(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         met, self._met = self._met, {}
         try:
             labels = tuple(self.label(root) for root in roots)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from privet.gradients.rules.registry import Operation
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Use
 
-__all__ = ["CapturedCall", "CapturedOperation", "Recorded", "Recorder"]
+__all__ = ["CapturedCall", "CapturedOperation", "Recorded", "Recorder", "tensors_in"]
 
 
 @dataclass(eq=False)
@@ -26,6 +26,17 @@ class Recorded:
     examples: int | None = None
     direct: dict[str, list[Use]] = field(default_factory=dict)
     derived: dict[Derivation, list[Use]] = field(default_factory=dict)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yields the tensors in nested lists, tuples and dicts of arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
 
 
 class Recorder(Protocol):

@@ -24,7 +24,7 @@ from privet.gradients.strategy import row_chunks
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Use, Uses, wide
 
-__all__ = ["Lookup"]
+__all__ = ["Lookup", "looked_up", "refuse_options", "segment_norms", "segment_rows"]
 
 _MANY_REPEATED = 0.25
 """The share of repeated positions above which all positions are summed by entry, not the repeated ones alone."""
@@ -45,7 +45,7 @@ def _looked_up(use: Use) -> tuple[Tensor, Tensor]:  # -> ids (B, T), gradient (B
     return ids, gradient
 
 
-def _joined(uses: Uses) -> tuple[Tensor, Tensor]:
+def looked_up(uses: Uses) -> tuple[Tensor, Tensor]:  # -> ids (B, T), gradient (B, T, D)
     """Returns ids and gradients of all uses, one after the other along T."""
     pairs = [_looked_up(use) for use in uses]
     if len(pairs) == 1:
@@ -66,19 +66,14 @@ class _Table(Rule):
     """The table: each position's gradient belongs to the entry that it looked up."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        ids, gradient = _joined(uses)
-        rows, positions, features = gradient.shape
-        entries = uses.shape[0]
-        flat = (ids + entries * torch.arange(rows, device=ids.device).unsqueeze(1)).flatten()
-        table = gradient.new_zeros(rows * entries, features)
-        return table.index_add_(0, flat, gradient.reshape(rows * positions, features)).view(rows, *uses.shape)
+        return segment_rows(*looked_up(uses), uses.shape)
 
     def squared_norms(self, uses: Uses) -> Tensor:
-        ids, gradient = _joined(uses)
+        ids, gradient = looked_up(uses)
         rows, entries = gradient.shape[0], uses.shape[0]
         if gradient.shape[1] <= 1 or not gradient.numel():
             return _squares(gradient.flatten(0, 1)).view(gradient.shape[:2]).sum(1)
-        norms = [_segment_norms(ids[c], gradient[c], entries) for c in row_chunks(rows, 4 * entries)]
+        norms = [segment_norms(ids[c], gradient[c], entries) for c in row_chunks(rows, 4 * entries)]
         return torch.cat(norms)
 
     def inner_products(self, uses: Uses, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +100,16 @@ class _Table(Rule):
         return total.view(uses.shape)
 
 
-def _segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B, T), (B, T, D) -> (B,)
+def segment_rows(ids: Tensor, gradient: Tensor, shape: Sequence[int]) -> Tensor:  # (B, T), (B, T, D) -> (B, *shape)
+    """Returns the sums by entry, of all positions of one example that share an id, as tables."""
+    rows, positions, features = gradient.shape
+    entries = shape[0]
+    flat = (ids + entries * torch.arange(rows, device=ids.device).unsqueeze(1)).flatten()
+    table = gradient.new_zeros(rows * entries, features)
+    return table.index_add_(0, flat, gradient.reshape(rows * positions, features)).view(rows, *shape)
+
+
+def segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B, T), (B, T, D) -> (B,)
     """Returns the squared norms of the sums by entry, of all positions of one example that share an id.
 
     A map from entry to position, written in any order, gives each id one representative position: whichever wrote
@@ -172,37 +176,44 @@ def _embedding(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwar
     )  # fmt: skip
     if a is None or not call.is_root(a.weight):
         return NotImplemented
-    if a.max_norm is not None:
-        raise UnsupportedModelError(
-            f"embedding of {call.label(a.weight)} has max_norm={a.max_norm}: each forward would rescale the entries "
-            "that the batch looks up, which writes the data into the weights without noise. Expected max_norm=None. "
-            "Drop it, and rescale the whole table after the step if need be."
-        )
     return _applied(call, a, a.input, a.padding_idx)
 
 
 @handles(torch.embedding)
 def _builtin(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    a = named(args, kwargs, weight=None, indices=None, padding_idx=-1, scale_grad_by_freq=False, sparse=False)
+    a = named(
+        args, kwargs, weight=None, indices=None, padding_idx=-1, scale_grad_by_freq=False, sparse=False, max_norm=None
+    )
     if a is None:
         return NotImplemented
     return _applied(call, a, a.indices, None if a.padding_idx < 0 else a.padding_idx)
+
+
+def refuse_options(call: Call, a: SimpleNamespace, operation: str) -> None:
+    """Raises where an option would write data into the table, or mix examples, or leave entries without noise."""
+    if a.max_norm is not None:
+        raise UnsupportedModelError(
+            f"{operation} of {call.label(a.weight)} has max_norm={a.max_norm}: each forward would rescale the entries "
+            "that the batch looks up, which writes the data into the weights without noise. Expected max_norm=None. "
+            "Drop it, and rescale the whole table after the step if need be."
+        )
+    if a.scale_grad_by_freq:
+        raise UnsupportedModelError(
+            f"{operation} of {call.label(a.weight)} has scale_grad_by_freq=True: an example's gradient would depend on "
+            "which ids the other examples of the batch have. Expected False."
+        )
+    if a.sparse:
+        raise UnsupportedModelError(
+            f"{operation} of {call.label(a.weight)} has sparse=True. A private gradient is dense: entries that nobody "
+            "looked up get noise too, or who was in the batch would show. Expected sparse=False."
+        )
 
 
 def _applied(call: Call, a: SimpleNamespace, ids: Any, padding: int | None) -> Any:
     """Returns the captured lookup, or NotImplemented if it is not one."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or not call.is_root(a.weight) or a.weight.dim() != 2:
         return NotImplemented
-    if a.scale_grad_by_freq:
-        raise UnsupportedModelError(
-            f"embedding of {call.label(a.weight)} has scale_grad_by_freq=True: an example's gradient would depend on "
-            "which ids the other examples of the batch have. Expected False."
-        )
-    if a.sparse:
-        raise UnsupportedModelError(
-            f"embedding of {call.label(a.weight)} has sparse=True. A private gradient is dense: entries that nobody "
-            "looked up get noise too, or who was in the batch would show. Expected sparse=False."
-        )
+    refuse_options(call, a, "embedding")
     if padding is not None and padding < 0:
         padding += a.weight.shape[0]
     return call.apply(Lookup(padding=padding), (ids,), {"table": a.weight})

@@ -21,6 +21,7 @@ __all__ = [
     "Handler",
     "Operation",
     "Rule",
+    "apart_handler_of",
     "handler_of",
     "handles",
     "row_norms",
@@ -152,20 +153,24 @@ Handler = Callable[[Call, Callable[..., Any], tuple[Any, ...], dict[str, Any]], 
 
 _HANDLERS: dict[Any, Handler] = {}
 _STRUCTURAL: set[Any] = set()
+_APART: set[Any] = set()
 
 
-def handles(*functions: Any, structural: bool = False) -> Callable[[Handler], Handler]:
+def handles(*functions: Any, structural: bool = False, apart: bool = False) -> Callable[[Handler], Handler]:
     """Returns a decorator that makes a handler answer for torch functions, such as `torch.nn.functional.linear`.
 
     A handler gets the call as the user wrote it. It returns the result, or NotImplemented where it does not know this
     form of the call: then the vmap fallback takes it. A `structural` handler only takes the call apart, into operations
     on parameters that are then looked at by themselves; it is in use where vmap takes the place of every rule, too.
+    One that takes it `apart` is asked before anything is said of how the examples lie in the arguments: some of them
+    have no batch axis until it has rearranged them.
     """
 
     def register(handler: Handler) -> Handler:
         for function in functions:
             _HANDLERS[function] = handler
             (_STRUCTURAL.add if structural else _STRUCTURAL.discard)(function)
+            (_APART.add if apart else _APART.discard)(function)
         return handler
 
     return register
@@ -174,6 +179,11 @@ def handles(*functions: Any, structural: bool = False) -> Callable[[Handler], Ha
 def handler_of(function: Any) -> Handler | None:
     """Returns the handler of a torch function, or None."""
     return _HANDLERS.get(function)
+
+
+def apart_handler_of(function: Any) -> Handler | None:
+    """Returns the handler of a torch function if it rearranges the arguments first, or None."""
+    return handler_of(function) if function in _APART else None
 
 
 def structural_handler_of(function: Any) -> Handler | None:
