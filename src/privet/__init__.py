@@ -24,7 +24,7 @@ from privet.errors import (
 if TYPE_CHECKING:
     from privet.clipping import Flat, PerLayer
     from privet.engine import PrivacyEngine
-    from privet.gradients import register_rule
+    from privet.gradients import register_rule, rows_of
     from privet.mechanism import Gaussian, Mechanism
     from privet.memory import BatchMemoryManager
     from privet.sampling import Poisson
@@ -50,6 +50,7 @@ __all__ = [
     "ProtocolError",
     "UnsupportedModelError",
     "register_rule",
+    "rows_of",
     "validate",
 ]
 
@@ -65,6 +66,7 @@ _HOMES = {
     "PrivacyEngine": "privet.engine",
     "PrivateStep": "privet.step",
     "register_rule": "privet.gradients",
+    "rows_of": "privet.gradients",
     "validate": "privet.validation",
 }
 

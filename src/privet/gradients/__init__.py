@@ -3,7 +3,17 @@
 from privet.gradients import rules
 from privet.gradients.capture import Capture, Recorded
 from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.routing import rows_of
 from privet.gradients.rules.custom import register_rule
 from privet.gradients.summation import clipped_sum, per_example_gradients
 
-__all__ = ["Capture", "ClippedSum", "Recorded", "clipped_sum", "per_example_gradients", "register_rule", "rules"]
+__all__ = [
+    "Capture",
+    "ClippedSum",
+    "Recorded",
+    "clipped_sum",
+    "per_example_gradients",
+    "register_rule",
+    "rows_of",
+    "rules",
+]

@@ -24,6 +24,7 @@ from privet.errors import ProtocolError, UnsupportedModelError
 from privet.gradients.captured import CapturedCall, CapturedOperation, Recorded, tensors_in
 from privet.gradients.derived import Derivation, is_isometry
 from privet.gradients.layout import Layout, Layouts, Site
+from privet.gradients.routing import owners_for, routed_now
 from privet.gradients.rules.free import EXPANSIONS, expansion
 from privet.gradients.rules.functional import fallback
 from privet.gradients.rules.registry import Operation, apart_handler_of, handler_of, structural_handler_of
@@ -224,6 +225,9 @@ class Capture:
 
     def _layout(self, site: Site, t: Tensor) -> Layout:
         assert self._examples is not None
+        routed = routed_now()
+        if routed is not None and t.shape[0] == routed.rows:
+            return Layout.ROUTED
         return self.layouts.of(site, t, self._examples)
 
     def _derive(self, func: Callable[..., Any], args: Any, kwargs: Any, roots: Sequence[Tensor]) -> Any:
@@ -315,6 +319,7 @@ class Capture:
         """
         assert self._examples is not None
         layout = self.layout(data[0]) if layout is None else layout
+        routed = owners_for(operation, self._described(roots), self._examples) if layout is Layout.ROUTED else None
         if layout is Layout.SECOND and not operation.positionwise and self.layouts.trace is None:
             raise UnsupportedModelError(
                 f"{type(operation).__name__} of {', '.join(self._described(roots))} met a batch on axis 1. Expected "
@@ -327,7 +332,8 @@ class Capture:
                 targets[role] = root.derivation if isinstance(root, _DerivedTensor) else self._names[id(root)]
         plain = [self._plain(value) for value in values.values()]
         edge = self.parameters[next(s for r in values.values() if self.is_root(r) for s in self._sources(r))]
-        call = CapturedCall(self, self._cycle, operation, layout, self._examples, tuple(values), targets, len(data))
+        rest = self._examples, tuple(values), targets, len(data)
+        call = CapturedCall(self, self._cycle, operation, layout, routed, *rest)
         return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
 
     def _plain(self, value: Tensor) -> Tensor:
@@ -351,6 +357,8 @@ class Capture:
         operation = call.operation
 
         def examples_first(t: Tensor) -> Tensor:
+            if call.routed is not None:
+                return call.routed.examples_first(t, call.examples)
             if not operation.positionwise:  # its rows stay rows: those of one example have to lie together
                 if call.layout is Layout.MERGED and not self.batch_first:
                     return t.reshape(-1, call.examples, *t.shape[1:]).movedim(1, 0).flatten(0, 1)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from privet.gradients.derived import Derivation
 from privet.gradients.layout import Layout
+from privet.gradients.routing import Routed
 from privet.gradients.rules.registry import Operation
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Use
@@ -56,6 +57,7 @@ class CapturedCall:
     cycle: object  # the forwards it is part of: a token, for what they recorded would hold the graph that holds it
     operation: Operation
     layout: Layout
+    routed: Routed | None  # where the layout says so
     examples: int
     roles: tuple[str, ...]  # of the values, in order
     targets: dict[str, str | Derivation]  # role -> what is to be given a gradient

@@ -26,6 +26,7 @@ class Layout(Enum):
     ROWS = "axis 0 is the batch"
     MERGED = "axis 0 is batch and positions, batch first"
     SECOND = "axis 1 is the batch"
+    ROUTED = "rows have owners of their own (rows_of)"
 
     def examples_first(self, t: Tensor, examples: int, *, batch_first: bool) -> Tensor:  # -> (B, ...)
         """Returns a view of `t` with the examples on axis 0 and all else behind."""
@@ -38,8 +39,8 @@ class Layout(Enum):
                 return t.reshape(examples, -1, *t.shape[1:])
             case Layout.MERGED:
                 return t.reshape(-1, examples, *t.shape[1:]).movedim(1, 0)
-            case Layout.CONSTANT:
-                raise AssertionError("a constant has no examples")
+            case Layout.CONSTANT | Layout.ROUTED:
+                raise AssertionError(f"where the examples are is not told by a layout: {self.value}")
 
 
 class Site(NamedTuple):
@@ -166,3 +167,5 @@ def _fits(layout: Layout, t: Tensor, examples: int) -> bool:
             return t.dim() > 0 and t.shape[0] % examples == 0
         case Layout.SECOND:
             return t.dim() > 1 and t.shape[1] == examples
+        case Layout.ROUTED:
+            return False  # told each time, and never learned

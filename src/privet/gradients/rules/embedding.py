@@ -78,7 +78,7 @@ class _Table(Rule):
 
     def inner_products(self, uses: Uses, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Returns `sum_ts (gradient_t . right_s) left[s, id_t]`, S positions of the other use: no table is formed."""
-        ids, gradient = _joined(uses)
+        ids, gradient = looked_up(uses)
         alike = torch.bmm(gradient.to(right.dtype), right.mT)  # (B, T, S)
         picked = left.mT.gather(1, ids.unsqueeze(2).expand(-1, -1, left.shape[1]))  # (B, T, S)
         lengths = (

@@ -219,7 +219,8 @@ def mapped_call(
             roots[role] = leaf
         elif isinstance(leaf, Tensor) and call.layout(leaf) is not Layout.CONSTANT:
             first = call.layout(data[0] if data else leaf)
-            if call.layout(leaf) is not first or (user_rule is not None and first is not Layout.ROWS):
+            unknown = first is Layout.ROUTED or (user_rule is not None and first is not Layout.ROWS)
+            if call.layout(leaf) is not first or unknown:
                 raise UnsupportedModelError(
                     f"{name} of {_named(call, leaves)} met data of shape {tuple(leaf.shape)} in which "
                     f"{call.layout(leaf).value}. Expected the batch on axis 0 there. Move it, or register a rule of "
