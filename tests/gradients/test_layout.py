@@ -42,7 +42,7 @@ def learned(layout: Layout, b: int, t: int, d: int) -> Layouts:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.sampled_from(list(Layout)), small, small, small, small)
+@given(st.sampled_from([layout for layout in Layout if layout is not Layout.ROUTED]), small, small, small, small)
 def test_what_was_learned_from_one_batch_holds_for_every_other(
     layout: Layout, b: int, t: int, d: int, other: int
 ) -> None:
