@@ -143,6 +143,7 @@ def main() -> None:
     if options.out is None:
         print(json.dumps(measured(options.network[0], options.way, **how)))
         return
+    options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for network in options.network or BATCHES:
         for way in WAYS:
