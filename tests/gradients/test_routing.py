@@ -146,6 +146,63 @@ def test_operations_that_do_not_treat_rows_alike_are_refused() -> None:
         door_sum("explicit", Sliding().double(), batch_of(4), loss=loss_of)
 
 
+class Scaled(nn.Module):
+    """Rows scaled by a parameter that meets a constant, or is expanded, to the size of the features."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.ones(1)), nn.Linear(D, 2)
+        self.register_buffer("slopes", torch.arange(1.0, D + 1))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, D)
+        place = (tokens[:, 0] > 0).nonzero()[:, 0]
+        outside = self.scale * self.slopes
+        with privet.rows_of(place // x.shape[1]):
+            match self.way:
+                case "constant":
+                    scaled = tokens[place] * (self.scale * self.slopes)
+                case "expand":
+                    scaled = tokens[place] * self.scale.expand(D)
+                case "other rows":
+                    scaled = tokens[place] * outside + (x * self.scale).sum()
+                case _:
+                    scaled = tokens[place] * outside
+        return self.last(torch.zeros_like(tokens).index_add(0, place, scaled).view_as(x)).sum(1)
+
+
+def _with_rows(kept: int) -> tuple[Tensor]:
+    """Returns a batch of which so many tokens are routed, of the second and third example more than of the first."""
+    (x,) = batch_of(6)
+    first = x[..., 0].abs().neg()
+    for k in range(kept):
+        first[min(k, 1), k] = 1.0 + k
+    return (torch.cat([first.unsqueeze(2), x[..., 1:]], dim=2),)
+
+
+def test_what_meets_a_parameter_outside_may_be_of_any_size() -> None:
+    torch.manual_seed(0)
+    net, later = Scaled("outside").double(), _with_rows(D)  # as many rows as features
+    found = door_sum("explicit", net, batch_of(6), later, loss=loss_of)
+    assert_exact(found, reference(net, later, loss_of, Flat(1.0)))
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("way", ["constant", "expand", "other rows"])
+def test_what_would_be_rows_in_some_batches_is_refused_in_all(way: str, door: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match="inside rows_of"):
+        door_sum(door, Scaled(way).double(), batch_of(6), loss=loss_of)
+
+
+@pytest.mark.parametrize("way", ["constant", "expand"])
+def test_as_many_rows_as_a_constant_has_entries_in_the_first_batch_do_not_pass_either(way: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises((UnsupportedModelError, CoverageError)):
+        door_sum("explicit", Scaled(way).double(), _with_rows(D), batch_of(6), loss=loss_of)
+
+
 def test_outside_of_training_it_is_nothing() -> None:
     net, (x,) = Experts().double().eval(), batch_of(3)
     assert net(x).shape == (3, 2)

@@ -226,7 +226,8 @@ class Capture:
     def _layout(self, site: Site, t: Tensor) -> Layout:
         assert self._examples is not None
         routed = routed_now()
-        if routed is not None and t.shape[0] == routed.rows:
+        if routed is not None:
+            routed.require_rows(site, t)
             return Layout.ROUTED
         return self.layouts.of(site, t, self._examples)
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from privet.errors import ConfigurationError, UnsupportedModelError
+from privet.gradients.rules.free import EXPANSIONS
 from privet.gradients.tracing import tracing
 
 if TYPE_CHECKING:
+    from privet.gradients.layout import Site
     from privet.gradients.rules.registry import Operation
 
 __all__ = ["Routed", "owners_for", "routed_now", "rows_of"]
@@ -52,6 +54,21 @@ class Routed:
     def rows(self) -> int:
         """Returns R."""
         return self.owner.shape[0]
+
+    def require_rows(self, site: Site, t: Tensor) -> None:
+        """Raises unless `t` has a row for each owner, and has them as data.
+
+        R is another number in every batch. Were tensors of other sizes let through as constants, one of them would be
+        taken for rows in the batch in which R happens to be its size.
+        """
+        if t.dim() and t.shape[0] == self.rows and site.operation not in EXPANSIONS:
+            return
+        found = "makes rows of a parameter" if site.operation in EXPANSIONS else f"has shape {tuple(t.shape)}"
+        raise UnsupportedModelError(
+            f"{site} {found} inside rows_of of {self.rows} rows. Expected tensors with those rows on axis 0 wherever a "
+            "parameter is met there, and no expand or repeat of parameters. Do what concerns constants and parameters "
+            "alone, and other tensors, outside of rows_of; rows and parameters broadcast without expand."
+        )
 
     def require_examples(self, examples: int) -> None:
         """Raises if a row belongs to no example of the batch."""
