@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting clean
+.PHONY: help venv demo test explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -20,6 +20,7 @@ PYTEST_ARGS ?=
 help:
 	@echo 'make demo        train on the digits with differential privacy, and show what it costs (about two minutes)'
 	@echo 'make test        install what the tests need and run them all'
+	@echo 'make explore     the tests again, on other random examples than the ones of every other run'
 	@echo 'make check       format, lint, types, documentation, tests'
 	@echo 'make crosscheck  the accountants beside two public ones (installs those in .venv-crosscheck)'
 	@echo 'make bench       all of the following, into benchmarks/results (hours; installs peers in environments of their own):'
@@ -47,6 +48,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo '==> Running every test'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+explore: $(STAMP)
+	@echo '==> Running every test on fresh random examples'
+	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
 check: $(STAMP)
 	scripts/check

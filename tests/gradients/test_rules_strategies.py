@@ -24,7 +24,7 @@ from privet.gradients.use import Use, Uses
 from tests.gradients.harness import captured_sum, recorded_of, reference, relative_error, trainable
 from tests.gradients.rule_cases import CASES, loss
 
-quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FUNCTIONS = {
     (1, False): torch.conv1d, (2, False): torch.conv2d, (3, False): torch.conv3d,
     (1, True): torch.conv_transpose1d, (2, True): torch.conv_transpose2d, (3, True): torch.conv_transpose3d,
