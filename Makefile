@@ -76,7 +76,7 @@ bench-spine: $(BENCH_STAMP)
 
 bench-modes: $(BENCH_STAMP)
 	@echo '==> Timing every mode on every network (benchmarks/modes.py)'
-	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.modes --out benchmarks/results --date "$$(date +%F)"
+	$(BENCH_VENV)/bin/python -m benchmarks.modes --out benchmarks/results --again
 
 bench-layers: $(BENCH_STAMP) $(STAMP)
 	@echo '==> Timing single layers, batches 16 to 2048 (benchmarks/layers.py)'

@@ -1,9 +1,10 @@
 """What does each mode cost in time and memory, beside `"auto"` and beside PyTorch without privacy?
 
-    python -m benchmarks.modes --out benchmarks/results              every cell, then the table (about ten minutes)
-    python -m benchmarks.modes --network mnist --mode hooks          one cell, as one line of JSON
+    python -m benchmarks.modes --out benchmarks/results                      every cell, then the tables (half an hour)
+    python -m benchmarks.modes --network mnist --batch 64 --mode hooks       one cell, as one line of JSON
 
-Every cell runs in processes of its own, one for time and one for memory. Time is the median ratio to the floor of
+A run that was cut short goes on where it was; with `--again` it starts anew. Every cell runs in processes of its own,
+one for time and one for memory. Time is the median ratio to the floor of
 `benchmarks.spine_cell` (a step without privacy, plus one `torch.randn` over the parameters), steps of both alternating
 in one process. Memory is the kernel's high-water mark above what was resident before the first step: of the first two
 steps, which hold the check against autograd, and of the steps after them, when freed memory was handed back.
@@ -15,11 +16,13 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +31,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.networks import NETWORKS, Batch, Transformer
+from benchmarks.spine import machine
 from benchmarks.spine_cell import LEARNING_RATE, Step, floor, plain, resident, time_pairs
 
 __all__ = ["CELLS", "MODES"]
 
-BATCHES = {"mnist": 64, "cifar": 64, "embedding": 64, "transformer": 32}
+SMALL, LARGE = (16, 64), (16, 64, 512)
+BATCHES = {"mnist": LARGE, "cifar": LARGE, "embedding": LARGE, "transformer": SMALL, "resnet": SMALL}
 SEED = 0
+Row = dict[str, Any]
 
 
 class Checkpointed(nn.Module):
@@ -112,8 +118,13 @@ MODES: dict[str, Callable[[nn.Module, Batch], Step]] = {
     "passes=2": explicit(2),
 }
 CHECKPOINTED = ("not private", "passes=1", "passes=2")
-CELLS = [(network, mode, False) for network in BATCHES for mode in MODES]
-CELLS += [("transformer", mode, True) for mode in CHECKPOINTED]
+CELLS: list[Row] = [
+    {"network": network, "batch": batch, "mode": mode, "checkpointed": False}
+    for network, batches in BATCHES.items()
+    for batch in batches
+    for mode in MODES
+]
+CELLS += [{"network": "transformer", "batch": 64, "mode": mode, "checkpointed": True} for mode in CHECKPOINTED]
 
 
 def trimmed() -> None:
@@ -137,92 +148,110 @@ def peaks(step: Step) -> dict[str, float]:
     return found
 
 
-def measured(network: str, mode: str, *, checkpointed: bool, memory: bool, seconds: float) -> dict[str, float | int]:
+def measured(cell: Row, *, memory: bool, seconds: float) -> Row:
     """Returns one measurement."""
     torch.manual_seed(SEED)
-    batch = NETWORKS[network].batch(BATCHES[network])
+    network = NETWORKS[cell["network"]]
+    batch = network.batch(cell["batch"])
 
     def model() -> nn.Module:
         torch.manual_seed(SEED)
-        built = NETWORKS[network].build()
-        return Checkpointed(built) if checkpointed and isinstance(built, Transformer) else built
+        built = network.build()
+        return Checkpointed(built) if cell["checkpointed"] and isinstance(built, Transformer) else built
 
-    step = MODES[mode](model(), batch)
+    step = MODES[cell["mode"]](model(), batch)
     if memory:
         return dict(peaks(step))
     torch.manual_seed(SEED)
-    reference = floor(NETWORKS[network].build(), batch)
-    return time_pairs(reference, step, seconds=seconds)
+    return dict(time_pairs(floor(network.build(), batch), step, seconds=seconds))
 
 
-def run(network: str, mode: str, *, checkpointed: bool, seconds: float) -> dict[str, object]:
+def run(cell: Row, *, seconds: float, threads: int) -> Row:
     """Returns both measurements of one cell, each from a process of its own."""
-    row: dict[str, object] = {"network": network, "batch": BATCHES[network], "mode": mode, "checkpointed": checkpointed}
+    row = dict(cell)
     for memory in ([], ["--memory"]):
-        command = [sys.executable, "-m", "benchmarks.modes", "--network", network, "--mode", mode, *memory]
-        command += ["--seconds", str(seconds), *(["--checkpointed"] if checkpointed else [])]
+        command = [sys.executable, "-m", "benchmarks.modes", "--seconds", str(seconds), "--threads", str(threads)]
+        command += [f"--{name}={cell[name]}" for name in ("network", "batch", "mode")]
+        command += [*memory, *(["--checkpointed"] if cell["checkpointed"] else [])]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row.update(json.loads(done.stdout))
+        row.update(json.loads(done.stdout.splitlines()[-1]))
     return row
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """Returns the rows as a Markdown table, memory also as a ratio to what training without privacy needs."""
-    base = {(r["network"], r["checkpointed"]): float(str(r["mib"])) for r in rows if r["mode"] == "not private"}
-    lines = [
-        "| network | batch | mode | time | MiB | of not private | MiB, first step |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def table(rows: list[Row], shown: Callable[[Row, Row], str]) -> str:
+    """Returns a table of networks and modes; `shown` says a cell, given it and its network's without privacy."""
+    found: dict[tuple[str, int, bool], dict[str, Row]] = {}
     for r in rows:
-        name = f"{r['network']}, checkpointed" if r["checkpointed"] else str(r["network"])
-        mib, first = float(str(r["mib"])), float(str(r["first_mib"]))
-        share = mib / max(base[r["network"], r["checkpointed"]], 1.0)
-        quartiles = [f"{float(str(r[key])):.2f}" for key in ("ratio", "ratio_low", "ratio_high") if key in r]
-        time = "{} ({}-{})".format(*quartiles) if quartiles else "not timed"
-        lines.append(f"| {name} | {r['batch']} | {r['mode']} | {time} | {mib:.0f} | {share:.2f} | {first:.0f} |")
+        found.setdefault((r["network"], r["batch"], r["checkpointed"]), {})[r["mode"]] = r
+    lines = [f"| network | batch | {' | '.join(MODES)} |", "|---" * (2 + len(MODES)) + "|"]
+    for (network, batch, checkpointed), modes in found.items():
+        cells = [shown(modes[mode], modes["not private"]) if mode in modes else "-" for mode in MODES]
+        lines.append(f"| {network}{', checkpointed' if checkpointed else ''} | {batch} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def report(about: Row, rows: list[Row]) -> str:
+    """Returns the page."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "opacus")
+    with_quartiles = "{ratio:.2f} ({ratio_low:.2f}-{ratio_high:.2f})"
+    return f"""# What each mode costs
+
+{about["date"]}; {about["processor"]}, {about["cores"]} cores, {about["memory_gib"]} GiB; {about["threads"]} threads; \
+Python {about["python"]}, {versions}. Written by `python -m benchmarks.modes`; do not edit.
+
+## Time
+
+Median ratios to the *floor*, with quartiles: a step without privacy plus one `torch.randn` over the parameters, never
+checkpointed; steps of both alternate in one process.
+
+{table(rows, lambda row, _: with_quartiles.format(**row))}
+## Memory
+
+MiB at the peak of later steps above what was resident before the first, and in brackets as a multiple of *not private*.
+Each in a process of its own.
+
+{table(rows, lambda row, base: f"{row['mib']:.0f} ({row['mib'] / max(base['mib'], 1.0):.1f})")}
+## Memory of the first steps
+
+MiB at the peak of the first two steps, which hold the check against autograd.
+
+{table(rows, lambda row, _: f"{row['first_mib']:.0f}")}"""
+
+
+def all_cells(out: Path, *, seconds: float, threads: int, again: bool) -> None:
+    """Measures what is not in the file yet, and writes file and page after each cell."""
+    held, page = out / "modes.json", out / "modes.md"
+    rows: list[Row] = [] if again or not held.exists() else json.loads(held.read_text(encoding="utf-8"))["rows"]
+    for cell in CELLS:
+        if any(all(row.get(name) == value for name, value in cell.items()) for row in rows):
+            continue
+        rows.append(run(cell, seconds=seconds, threads=threads))
+        print(json.dumps(rows[-1]), flush=True)
+        about = {**machine(), "threads": threads, "seed": SEED}
+        held.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        page.write_text(report(about, rows), encoding="utf-8")
 
 
 def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for modes.json and modes.md")
+    parser.add_argument("--again", action="store_true", help="measure what is in that file as well")
     parser.add_argument("--network", choices=BATCHES)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--mode", choices=MODES)
     parser.add_argument("--checkpointed", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long to time pairs")
-    parser.add_argument("--date", default="")
-    parser.add_argument("--note", default="")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.out is None:
-        how = {"checkpointed": options.checkpointed, "memory": options.memory, "seconds": options.seconds}
-        print(json.dumps(measured(options.network, options.mode, **how)))
-        return
-    rows = []
-    for network, mode, checkpointed in CELLS:
-        rows.append(run(network, mode, checkpointed=checkpointed, seconds=options.seconds))
-        print(json.dumps(rows[-1]), flush=True)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    about = {
-        "date": options.date,
-        "hardware": "2 cores, CPU",
-        "threads": 1,
-        "versions": versions,
-        "seed": SEED,
-        "note": options.note,
-    }
-    (options.out / "modes.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    where = f"{options.date}; 2 cores, CPU, one thread; Python {versions['python']}, torch {versions['torch']}."
-    head = f"# What each mode costs\n\n{where}\n{options.note}\n\n"
-    explained = (
-        "`time` is the median ratio to the floor, with quartiles: a step without privacy plus one `torch.randn` over\n"
-        "the parameters, never checkpointed. `MiB` is the peak of later steps above what was resident before the\n"
-        "first; *first step* that of the first two, which hold the check against autograd.\n\n"
-    )
-    (options.out / "modes.md").write_text(head + explained + table(rows), encoding="utf-8")
+        cell = {name: getattr(options, name) for name in ("network", "batch", "mode", "checkpointed")}
+        print(json.dumps(measured(cell, memory=options.memory, seconds=options.seconds)))
+    else:
+        all_cells(options.out, seconds=options.seconds, threads=options.threads, again=options.again)
 
 
 if __name__ == "__main__":
