@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from privet import ConfigurationError, CoverageError, Flat, Gaussian, Mechanism, Poisson, PrivateStep
 from privet.clipping import ClippingPolicy, PerLayer
-from privet.gradients import two_pass
+from privet.gradients import strategy, two_pass
+from privet.gradients.rules import convolution, linear
+from privet.gradients.rules.registry import row_norms
 from privet.gradients.use import Use
 from tests.contracts.doors import assert_exact, copied, distance, reference, size, taken, trainable
 from tests.contracts.zoo import ZOO, batch_of, model_of, plain
@@ -303,6 +305,34 @@ def test_no_use_outlives_the_backward_of_its_operation(kind, monkeypatch):
         assert len(watch.uses) == 2 * 18
         assert watch.alive() == 0
         assert (watch.most > 10) if planted else (watch.most <= 2)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["matrix", "kernel"])
+def test_the_rows_of_a_whole_batch_are_never_held_at_once(kind, passes, monkeypatch):
+    """In one pass they are, to be summed: that is what shows that this would be seen."""
+    module, batch = {
+        "matrix": (nn.Linear(32, 64).double(), (torch.randn(40, 200, 32, dtype=torch.float64),)),
+        "kernel": (nn.Conv2d(16, 16, 3).double(), (torch.randn(40, 16, 24, 24, dtype=torch.float64),)),
+    }[kind]
+    rows = 40 * module.weight.numel() * 8
+    monkeypatch.setattr(strategy, "_CHUNK_BYTES", rows // 8)
+    held = []
+
+    def norms(tensor: Tensor) -> Tensor:
+        held.append(tensor.numel() * 8)
+        return row_norms(tensor)
+
+    for user in (linear, convolution):
+        monkeypatch.setattr(user, "row_norms", norms)
+    step = step_of(module, policy=Flat(0.1), passes=passes)
+    seen = taken(module, step.optimizer)
+    step(batch)
+    held.clear()  # those of the check on the first batch
+    step(batch)
+    assert_exact(seen[1], reference(module, batch, case_loss, Flat(0.1)))
+    most = max(each for each in held if each > 40 * 64 * 8)  # of the weight, not of the bias
+    assert most == rows if passes == 1 else most <= rows // 8
 
 
 def test_nothing_is_left_in_the_parameters():

@@ -43,7 +43,7 @@ def convolution_strategy(pairing: Pairing, *, budget: int = ROWS_BYTES) -> Convo
         pixels = math.prod(pairing.padded)
         shifts = 25 * sum(pairing.kernel) * (pixels * places + places**2)
         work = pixels**2 * channels + places**2 * outputs + shifts
-        if pairing.rows * pixels**2 * pairing.source.element_size() <= budget:
+        if pairing.rows * pixels**2 * pairing.source.element_size() <= ROWS_BYTES:  # working memory, not kept
             costs[ConvolutionStrategy.PIXELS] = 1.1 + work / (places * depth * outputs)
     return min(costs, key=lambda strategy: costs[strategy])
 

@@ -20,7 +20,7 @@ __all__ = ["ROWS_BYTES", "Strategy", "gram_padding", "linear_strategy", "prefers
 ROWS_BYTES = 160 * 2**20
 """Per-example gradients of one parameter above this many bytes are not kept from the norm to the weighted sum."""
 
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 
 
 class Strategy(Enum):
@@ -59,7 +59,7 @@ def linear_strategy(left: Tensor, right: Tensor, *, budget: int = ROWS_BYTES) ->
 
 
 def row_chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
-    """Yields slices of the rows that hold about 32 MiB each, at least one row."""
+    """Yields slices of the rows that hold about 16 MiB each, at least one row."""
     step = max(1, _CHUNK_BYTES // max(bytes_per_row, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

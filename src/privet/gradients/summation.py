@@ -231,8 +231,10 @@ def _by_rule(uses: Sequence[Use], allowance: Allowance) -> list[Uses]:
     return [Uses(tuple(group), allowance=allowance) for group in groups.values()]
 
 
-def _gathered(recorded: Recorded, parameters: Mapping[str, nn.Parameter], owner: Owner) -> dict[str, _Gathered]:
-    allowance = Allowance()
+def _gathered(
+    recorded: Recorded, parameters: Mapping[str, nn.Parameter], owner: Owner, *, allowance: Allowance | None = None
+) -> dict[str, _Gathered]:
+    allowance = allowance or Allowance()
     found: dict[str, _Gathered] = {}
     derived: dict[str, list[tuple[Derivation, list[Uses]]]] = {}
     for derivation, uses in recorded.derived.items():
@@ -335,8 +337,8 @@ def statistics_of(squared: Tensor, left_out: Tensor | None, absent: Tensor | Non
 
 @_in_full
 def squared_norms(recorded: Recorded, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:  # name -> (B,)
-    """Returns the squared norms of the examples' gradients of every parameter that has a use."""
-    found = _gathered(recorded, parameters, Owner(recorded.examples or 0))
+    """Returns the squared norms of the examples' gradients of every parameter that has a use, in little memory."""
+    found = _gathered(recorded, parameters, Owner(recorded.examples or 0), allowance=Allowance(0))  # no sums follow
     return {name: gathered.squared_norms() for name, gathered in found.items()}
 
 
