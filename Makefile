@@ -85,7 +85,7 @@ bench-layers: $(BENCH_STAMP) $(STAMP)
 
 bench-compiled: $(BENCH_STAMP)
 	@echo '==> Timing compiled steps, compilation included (benchmarks/compiled.py, up to an hour)'
-	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.compiled --out benchmarks/results --date "$$(date +%F)"
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.compiled --out benchmarks/results --again
 
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Timing the accountants beside the peers in .venv-crosscheck (benchmarks/accounting.py)'

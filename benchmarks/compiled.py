@@ -4,9 +4,10 @@
     python -m benchmarks.compiled --network mnist --way compiled --steps 100 --seconds 60      one cell, as JSON
 
 This is the question of Fig. 4 of Yousefpour et al. 2021 ("Opacus"): the time of a whole run over 1, 10, 100 and 1000
-steps of one fixed batch, from the first step on. Every cell runs in a process of its own with an empty compiler cache.
-Where 1000 steps do not fit into `--seconds`, the rest is the median of those that did, and the total is marked with ~.
-Each total is also given as a multiple of the compiled run without privacy over as many steps.
+steps of one fixed batch, from the first step on. A run that was cut short goes on where it was; with `--again` it
+starts anew. Every cell runs in a process of its own with an empty compiler cache. Where 1000 steps do not fit into
+`--seconds`, the rest is the median of those that did, and the total is marked with ~. Each total is also given as a
+multiple of the compiled run without privacy over as many steps.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.networks import NETWORKS, Batch
+from benchmarks.spine import machine
 from benchmarks.spine_cell import LEARNING_RATE, Step, plain
 
 __all__ = ["TOTALS", "WAYS"]
@@ -126,47 +129,52 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def report(about: dict[str, Any], rows: list[dict[str, object]]) -> str:
+    """Returns the page."""
+    return f"""# When compiling pays
+
+{about["date"]}; {about["processor"]}, {about["cores"]} cores, one thread; Python {about["python"]}, \
+torch {about["versions"]["torch"]}. Written by `python -m benchmarks.compiled`; do not edit.
+
+Seconds of a whole run from its first step on, compilation and the check of the first batch included, and the same as a
+multiple (`x`) of *{BASE}* over as many steps. `~`: not all of the later steps were taken; they are
+counted at the median of those that were.
+
+{table(rows)}"""
+
+
+def all_cells(out: Path, *, steps: int, seconds: float, again: bool) -> None:
+    """Measures what is not in the file yet, and writes file and page after each network."""
+    held = out / "compiled.json"
+    rows = [] if again or not held.exists() else json.loads(held.read_text(encoding="utf-8"))["rows"]
+    for network in BATCHES:
+        if any(row["network"] == network for row in rows):
+            continue
+        for way in WAYS:
+            rows.append(run(network, way, steps=steps, seconds=seconds))
+            print(json.dumps(rows[-1]), flush=True)
+        about = {**machine(), "threads": 1, "seed": SEED}
+        held.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        (out / "compiled.md").write_text(report(about, rows), encoding="utf-8")
+
+
 def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for compiled.json and compiled.md")
-    parser.add_argument("--network", choices=BATCHES, action="append", help="by default all, one after the other")
+    parser.add_argument("--again", action="store_true", help="measure what is in that file as well")
+    parser.add_argument("--network", choices=BATCHES)
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--steps", type=int, default=max(TOTALS))
     parser.add_argument("--seconds", type=float, default=60.0, help="about how long to go on after the first step")
-    parser.add_argument("--date", default="")
-    parser.add_argument("--note", default="")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     how = {"steps": options.steps, "seconds": options.seconds}
     if options.out is None:
-        print(json.dumps(measured(options.network[0], options.way, **how)))
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for network in options.network or BATCHES:
-        for way in WAYS:
-            rows.append(run(network, way, **how))
-            print(json.dumps(rows[-1]), flush=True)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    about = {
-        "date": options.date,
-        "hardware": "2 cores, CPU",
-        "threads": 1,
-        "versions": versions,
-        "seed": SEED,
-        "note": options.note,
-    }
-    (options.out / "compiled.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    where = f"{options.date}; 2 cores, CPU, one thread; Python {versions['python']}, torch {versions['torch']}."
-    head = f"# When compiling pays\n\n{where}\n{options.note}\n\n"
-    explained = (
-        "Seconds of a whole run from its first step on, compilation and the check of the first batch included, and\n"
-        f"the same as a multiple (`x`) of *{BASE}* over as many steps. `~`: not all of the later steps were\n"
-        "taken; they are counted at the median of those that were.\n\n"
-    )
-    (options.out / "compiled.md").write_text(head + explained + table(rows), encoding="utf-8")
+        print(json.dumps(measured(options.network, options.way, **how)))
+    else:
+        all_cells(options.out, again=options.again, **how)
 
 
 if __name__ == "__main__":
