@@ -52,13 +52,13 @@ class _Given(Operation):
 
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
         """Raises: the gradients are there already."""
-        raise NotImplementedError
+        raise AssertionError("the gradients were given: there is no forward to run")
 
     def data_gradients(
         self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Any, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """Raises: the gradients are there already."""
-        raise NotImplementedError
+        raise AssertionError("the gradients were given: there is no backward to run")
 
 
 _GIVEN = _Given()

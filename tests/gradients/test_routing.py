@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import privet
 from privet import ConfigurationError, CoverageError, Flat, UnsupportedModelError
@@ -201,6 +202,40 @@ def test_as_many_rows_as_a_constant_has_entries_in_the_first_batch_do_not_pass_e
     torch.manual_seed(0)
     with pytest.raises((UnsupportedModelError, CoverageError)):
         door_sum("explicit", Scaled(way).double(), _with_rows(D), batch_of(6), loss=loss_of)
+
+
+class Recomputed(nn.Module):
+    """Experts whose activations are computed again in the backward: whole, or each expert inside of rows_of."""
+
+    def __init__(self, *, whole: bool, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(D, D), Experts()
+        self.whole, self.reentrant = whole, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        h = self.first(x)
+        if self.whole:
+            return checkpoint(self.inner, h, use_reentrant=self.reentrant)
+        place = (x.reshape(-1, D)[:, 0] > 0).nonzero()[:, 0]
+        with privet.rows_of(place // x.shape[1]):
+            found = checkpoint(self.inner.experts[0], h.reshape(-1, D)[place], use_reentrant=self.reentrant)
+        return self.inner(h.reshape(-1, D).index_add(0, place, found).view_as(h))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_part_that_is_computed_again_says_again_whose_its_rows_are(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    net, batch = Recomputed(whole=True, reentrant=reentrant).double(), batch_of(6)
+    twin = Recomputed(whole=True, reentrant=False).double()  # the reference asks for gradients by torch.autograd.grad
+    twin.load_state_dict(net.state_dict())
+    assert_exact(door_sum("explicit", net, batch, loss=loss_of), reference(twin, batch, loss_of, Flat(1.0)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_rows_that_are_computed_again_outside_are_refused(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    with pytest.raises((UnsupportedModelError, CoverageError)):
+        door_sum("explicit", Recomputed(whole=False, reentrant=reentrant).double(), batch_of(6), loss=loss_of)
 
 
 def test_outside_of_training_it_is_nothing() -> None:
