@@ -164,8 +164,8 @@ def plain(layer: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
 def privet(layer: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
     """Returns the explicit door's way to a clipped sum, in one pass."""
     from privet import Flat
-    from privet.gradients.capture import Capture
-    from privet.gradients.one_pass import OnePass
+    from privet.gradients.capture.capture import Capture
+    from privet.gradients.passes.one_pass import OnePass
 
     parameters = dict(layer.named_parameters())
     way, policy = OnePass(Capture(parameters, on_backward=lambda recorded: None)), Flat(1.0)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from privet import AccountingError, BudgetExceededError, PrivacyEngine, ProtocolError
-from privet.memory import BatchMemoryManager
+from privet.training.virtual_steps import BatchMemoryManager
 
 MODES = ("auto", "hooks", "functorch")
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.layer_cell import BATCHES, LAYERS, losses, plain, privet, timed
 from benchmarks.layers import Measured, beyond, report
 from privet import Flat
-from privet.gradients.one_pass import OnePass
+from privet.gradients.passes.one_pass import OnePass
 from privet.gradients.reference import example_gradients, reference_sum
 
 

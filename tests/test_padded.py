@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from privet import ConfigurationError, Flat, Gaussian, Mechanism, Poisson, PrivateStep
 from privet.clipping import PerLayer
-from privet.gradients import one_pass
+from privet.gradients.passes import one_pass
 from privet.sampling import Partition
 from privet.sampling.physical import fill_rows
 from tests.contracts.doors import assert_exact, distance, reference, size, taken

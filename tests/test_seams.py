@@ -21,7 +21,7 @@ from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Owner
 from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.noise.gaussian import PrivateGradient
-from privet.update import PrivateUpdate
+from privet.training.update import PrivateUpdate
 from tests.contracts.doors import assert_exact, door_sum, reference, size
 from tests.contracts.zoo import ZOO, D, batch_of, model_of, plain, squares
 from tests.gradients.harness import recorded_of, trainable

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
     from privet.mechanism import Gaussian, Mechanism
-    from privet.memory import BatchMemoryManager
     from privet.sampling import Poisson
     from privet.step import PrivateStep
+    from privet.training.virtual_steps import BatchMemoryManager
     from privet.validation import validate
 
 __all__ = [
@@ -57,7 +57,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BatchMemoryManager": "privet.memory",
+    "BatchMemoryManager": "privet.training.virtual_steps",
     "Flat": "privet.clipping",
     "Gaussian": "privet.mechanism",
     "Mechanism": "privet.mechanism",

@@ -15,21 +15,20 @@ from privet.accounting import get_accountant
 from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
 from privet.clipping import PSAC, Automatic, ClippingPolicy, Flat, PerLayer
-from privet.criterion import PrivateCriterion
 from privet.errors import ConfigurationError, ProtocolError
-from privet.gradients.capture import Recorded
-from privet.gradients.instrument import Instrument
+from privet.gradients.capture.instrument import Instrument
 from privet.gradients.summation import clipped_sum
+from privet.gradients.use import Recorded
 from privet.gradients.weights import groups_of
-from privet.materialised import Materialised, clear_with_zero_grad
 from privet.mechanism import Gaussian, Mechanism
-from privet.noise import GaussianNoise, noise_for
-from privet.optimizers import refuse_optimizer
-from privet.parameters import private_parameters
+from privet.noise import GaussianNoise, noise_for, noise_key
 from privet.sampling import privatize_loader
-from privet.step import noise_key, refuse_mixing
-from privet.update import PrivateUpdate
-from privet.validation import Issue, get_compatible_module, require_valid, validate
+from privet.training.criterion import PrivateCriterion
+from privet.training.materialised import Materialised, clear_with_zero_grad
+from privet.training.optimizers import refuse_optimizer
+from privet.training.parameters import private_parameters
+from privet.training.update import PrivateUpdate
+from privet.validation import Issue, get_compatible_module, refuse_mixing, require_valid, validate
 
 if TYPE_CHECKING:
     from privet.accounting.accountant import Accountant
@@ -307,7 +306,7 @@ class PrivacyEngine:
 
         No key is in it.
         """
-        from privet.checkpoint import save
+        from privet.training.checkpoint import save
 
         save(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates(module), extra=extra)
 
@@ -319,7 +318,7 @@ class PrivacyEngine:
         Raises:
             ConfigurationError: if the settings differ from those of the saved run.
         """
-        from privet.checkpoint import load
+        from privet.training.checkpoint import load
 
         return load(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates(module))
 

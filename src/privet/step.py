@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,29 +12,32 @@ from torch import Tensor, nn
 from privet._checks import check_positive
 from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
-from privet.compiled import CompiledSum
+from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError
-from privet.gradients.capture import Capture, Recorded
+from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.coverage import check_coverage
+from privet.gradients.capture.custom_modules import watch_custom_modules
+from privet.gradients.capture.instrument import examples_in
+from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.clipped_sum import ClippedSum
-from privet.gradients.coverage import check_coverage
-from privet.gradients.custom_modules import watch_custom_modules
-from privet.gradients.instrument import examples_in
-from privet.gradients.one_pass import OnePass, SumOfBatch
-from privet.gradients.pool import free_idle
+from privet.gradients.passes.compiled import CompiledSum
+from privet.gradients.passes.one_pass import OnePass
+from privet.gradients.passes.role import SumOfBatch
+from privet.gradients.passes.two_pass import TwoPass, refuse_several_weights
+from privet.gradients.rules.pool import free_idle
 from privet.gradients.summation import clipped_sum
-from privet.gradients.tripwire import Tripwires, refuse_thawed
-from privet.gradients.two_pass import TwoPass, refuse_several_weights
+from privet.gradients.use import Recorded
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
-from privet.noise import GaussianNoise, NoiseKey, noise_for
-from privet.optimizers import refuse_optimizer
-from privet.parameters import private_parameters
+from privet.noise import GaussianNoise, NoiseKey, noise_for, noise_key
 from privet.sampling import Poisson, PrivateLoader, loader_for
-from privet.sampling.physical import PhysicalSize, cut_rows, fill_rows, is_out_of_memory
-from privet.update import PrivateUpdate
-from privet.validation import find_mixing, require_valid
+from privet.sampling.physical import PhysicalSize, cut_rows, fill_rows
+from privet.training.optimizers import refuse_optimizer
+from privet.training.parameters import private_parameters
+from privet.training.update import PrivateUpdate
+from privet.validation import refuse_mixing, require_valid
 
-__all__ = ["PrivateStep", "noise_key", "refuse_mixing"]
+__all__ = ["PrivateStep"]
 
 LossPerExample = Callable[[nn.Module, Any], Tensor]
 
@@ -297,27 +300,3 @@ def _usual_size(mechanism: Mechanism, expected: float) -> int:
 
 def _nobody(recorded: Recorded) -> None:
     """Takes what a backward outside of any step recorded, which there is none of."""
-
-
-def refuse_mixing(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, batch_axis: int = 0) -> None:
-    """Raises if an example's output depends on the other examples of its batch."""
-    mixed = find_mixing(module, args, kwargs, batch_axis=batch_axis)
-    if mixed:
-        from privet.errors import UnsupportedModelError
-
-        raise UnsupportedModelError(
-            "examples are mixed inside the model: " + "; ".join(mixed) + ". Expected each row to depend on its own "
-            "example alone. Take statistics over each example, not over the batch, and keep none in buffers."
-        )
-
-
-def noise_key(*, secure_mode: bool, generator: torch.Generator | None) -> NoiseKey:
-    """Returns a fresh key, or a reproducible one from a generator."""
-    if generator is None:
-        return NoiseKey.fresh()
-    if secure_mode:
-        raise ConfigurationError(
-            "noise_generator makes the noise reproducible, and secure_mode demands noise that nobody can reproduce. "
-            "Give one of the two."
-        )
-    return NoiseKey.from_generator(generator)

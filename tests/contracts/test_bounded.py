@@ -173,7 +173,7 @@ def test_a_token_average_with_ignored_tokens_is_split() -> None:
         return torch.stack([criterion(m(b[0][i : i + 1]).mT, b[1][i : i + 1]) for i in range(len(b[0]))])
 
     expected = reference(model, (x, y), loss, Flat(C))
-    from privet.criterion import PrivateCriterion
+    from privet.training.criterion import PrivateCriterion
 
     split = PrivateCriterion(criterion, reduction="sum", examples=lambda: None)
     found = paper_sum(model, (x, y), loss=lambda m, b: split.per_example(m(b[0]).mT, b[1]), policy=Flat(C))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from privet import BudgetExceededError, Flat, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep
 from privet.accounting.event import GaussianEvent, PartitionEvent, PoissonEvent
-from privet.memory import BatchMemoryManager
+from privet.training.virtual_steps import BatchMemoryManager
 
 LEFT_OUT = "batches of the private loader were left out"
 DATA = TensorDataset(torch.randn(40, 3))

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from privet.gradients.capture import Capture, Recorded
-from privet.gradients.coverage import _learn
+from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.coverage import _learn
 from privet.gradients.reference import example_gradients, reference_sum
 from privet.gradients.summation import clipped_sum
+from privet.gradients.use import Recorded
 
 Loss = Callable[[nn.Module, Any], Tensor]  # per example, (B,)
 

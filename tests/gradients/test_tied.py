@@ -116,8 +116,8 @@ class Largest(TorchDispatchMode):
 
 
 def largest(net: nn.Module, batch: tuple[Tensor], loss: Any) -> int:
-    from privet.gradients.capture import Capture
-    from privet.gradients.coverage import _learn
+    from privet.gradients.capture.capture import Capture
+    from privet.gradients.capture.coverage import _learn
     from privet.gradients.summation import clipped_sum
 
     parameters, found = dict(net.named_parameters()), list[Any]()

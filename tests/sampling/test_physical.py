@@ -16,7 +16,7 @@ from privet.errors import ConfigurationError, OutOfMemoryError
 from privet.noise import NoiseKey
 from privet.sampling import BatchTicket, privatize_loader
 from privet.sampling.empty import EmptyBatch
-from privet.sampling.physical import PhysicalSize, cut_like, cut_rows, is_out_of_memory, tickets_of
+from privet.sampling.physical import PhysicalSize, cut_like, cut_rows, tickets_of
 
 # -- cutting -----------------------------------------------------------------------------------------------------------
 
@@ -142,33 +142,6 @@ def test_parts_are_the_batches_cut(poisson: bool, workers: int) -> None:
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("x"), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
-        (RuntimeError("shape mismatch"), False),
-        (ValueError("out of memory"), False),
-        (KeyboardInterrupt(), False),
-        (OutOfMemoryError("nothing helped"), False),
-    ],
-)
-def test_which_errors_mean_that_memory_ran_out(error: BaseException, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
-    outer = ValueError("while something else")
-    outer.__cause__ = error
-    assert is_out_of_memory(outer) is expected
-
-
-def test_the_allocator_of_the_cpu_raises_such_an_error() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(caught.value)
 
 
 def test_sizes_are_halved_down_to_one() -> None:

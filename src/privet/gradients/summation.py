@@ -15,13 +15,13 @@ from typing import ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from privet.gradients.capture import Recorded
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
-from privet.gradients.rules.registry import row_norms
-from privet.gradients.strategy import gram_padding, row_chunks
+from privet.gradients.rows import of_type, row_norms
+from privet.gradients.rules.gram import NARROW, gram_padding
+from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.tracing import tracing
-from privet.gradients.use import Allowance, Owner, Use, Uses, of_type
+from privet.gradients.use import Allowance, Owner, Recorded, Use, Uses
 from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
 
 __all__ = [
@@ -58,10 +58,6 @@ def _in_full(function: Callable[_In, _Out]) -> Callable[_In, _Out]:
                 return function(*args, **kwargs)
 
     return run
-
-
-_NARROW = 2e-4
-"""How much of a squared norm the bound on its rounding error may be."""
 
 
 class NormReducer(Protocol):
@@ -159,7 +155,7 @@ class _Gathered:
         apart = first.rule.squared_norms(first) + second.rule.squared_norms(second)
         padding = (apart + 2.0 * size) * gram_padding(self.parameter.shape[-1], inner.dtype)
         norms = (apart + 2.0 * inner + padding).clamp(min=0.0)
-        close = (padding > _NARROW * norms) | (apart > 4.0 * norms)
+        close = (padding > NARROW * norms) | (apart > 4.0 * norms)
         for unit in (close & apart.isfinite() & inner.isfinite() & (apart > 0.0)).nonzero()[:, 0].tolist():
             norms[unit] = row_norms(self.per_unit(slice(unit, unit + 1)))[0]
         return norms

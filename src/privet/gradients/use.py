@@ -5,19 +5,17 @@ Axes: B units of privacy (examples, unless an owner says otherwise), R rows, T p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, overload
+from typing import Any, ClassVar, overload
 
-import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from privet.gradients.rules.registry import Operation, Rule
+from privet.gradients.derived import Derivation
+from privet.gradients.rows import row_norms, weighted_rows
 
-__all__ = ["Allowance", "Owner", "Use", "Uses", "of_type", "wide"]
-
-_HALF = (torch.float16, torch.bfloat16)
+__all__ = ["Allowance", "Operation", "Owner", "Recorded", "Rule", "Use", "Uses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +142,71 @@ class Uses(Sequence[Use]):
         return Uses(tuple(use.masked(dropped) for use in self.items))
 
 
-def wide(t: Tensor) -> Tensor:
-    """Returns `t` in float32 at least: norms and sums never accumulate in half precision."""
-    return t.float() if t.dtype in _HALF else t
+@dataclass(eq=False)
+class Recorded:
+    """What one backward brought: the uses by parameter name, and by derivation, and how many examples there were."""
+
+    examples: int | None = None
+    direct: dict[str, list[Use]] = field(default_factory=dict)
+    derived: dict[Derivation, list[Use]] = field(default_factory=dict)
 
 
-def of_type(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns `t.to(dtype)`, without the call where there is nothing to do: most of a small step is such calls."""
-    return t if t.dtype == dtype else t.to(dtype)
+class Rule(ABC):
+    """Per-example gradients of one role of one operation, as pure functions of a parameter's uses.
+
+    Only `per_example` is needed. The other two say the same more cheaply, where there is a cheaper way. Uses of one
+    call are of one parameter and share this rule; several uses add up to one gradient *before* any norm is taken.
+    """
+
+    @abstractmethod
+    def per_example(self, uses: Uses) -> Tensor:  # (R, *shape)
+        """Returns the gradient of each row, the sum over the uses."""
+
+    def squared_norms(self, uses: Uses) -> Tensor:  # (R,)
+        """Returns the squared norm of each row's gradient, never rounded down beyond `1e-6` of itself."""
+        return row_norms(uses.remembered(lambda: self.per_example(uses)))
+
+    def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:  # (R,) -> shape
+        """Returns the sum of the rows' gradients, each times its weight."""
+        return weighted_rows(uses.remembered(lambda: self.per_example(uses)), weights)
+
+    # A parameter with uses of two rules (a table that is also the last layer) has the sum of both gradients, whose norm
+    # needs their inner product. One rule offers its gradients as products of two factors, the other takes them.
+
+    def factors(self, uses: Uses) -> tuple[Tensor, Tensor] | None:  # (R, T, O), (R, T, I)
+        """Returns left and right such that row i's gradient is `left_i^T right_i`, or None if it is no such product."""
+        return None
+
+    def inner_products(self, uses: Uses, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:  # (R,), (R,)
+        """Returns each row's inner product with `left_i^T right_i` and the sum of its terms' sizes, or None."""
+        return None
+
+
+class Operation(ABC):
+    """One operation with its constants: how to run it, the gradients of its data, and a rule for each role.
+
+    `data` are what varies with the examples, rows first; `values` are the parameters' values by role. An operation is
+    `positionwise` if it treats every index of the axes before the last the same, so that the batch may be any of them:
+    its uses then come with the examples on axis 0 and all other axes as positions, `(B, ..., I)` and `(B, ..., O)`.
+    """
+
+    positionwise: ClassVar[bool] = False
+    rules: Mapping[str, Rule]
+
+    @abstractmethod
+    def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:  # (R, ...)
+        """Returns the operation's output, a tensor or a tuple of tensors. Runs without autograd."""
+
+    @abstractmethod
+    def data_gradients(
+        self,
+        data: Sequence[Tensor],
+        values: Mapping[str, Tensor],
+        gradient: Any,  # (R, ...) of the output, a tuple if the output is one
+        needed: Sequence[bool],  # which of the data want a gradient
+    ) -> Sequence[Tensor | None]:
+        """Returns the gradient of each of the data that wants one, else None."""
+
+    def saved(self, data: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Returns what the rules need of the data: None in place of what they do not."""
+        return data

@@ -3,7 +3,7 @@
 from privet.noise.counter import CounterNoise
 from privet.noise.device import DeviceNoise
 from privet.noise.gaussian import GaussianNoise, NoiseMechanism, PrivateGradient
-from privet.noise.key import NoiseKey
+from privet.noise.key import NoiseKey, noise_key
 from privet.noise.keystream import Keystream
 from privet.noise.secure import SecureNoise
 from privet.noise.source import NoiseSource, noise_for
@@ -19,4 +19,5 @@ __all__ = [
     "PrivateGradient",
     "SecureNoise",
     "noise_for",
+    "noise_key",
 ]

@@ -14,7 +14,7 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "LARGEST_RADIUS", "normals_into", "scratch"]
+__all__ = ["CHUNK", "LARGEST_RADIUS", "normals_into", "thread_buffer"]
 
 # Elements worked on at once: large enough that calls cost nothing, small enough that the buffers stay in cache.
 CHUNK = 1 << 17
@@ -26,7 +26,7 @@ _ANGLE_PLACE = 2 if sys.byteorder == "little" else 3  # of the low half of the o
 _local = threading.local()
 
 
-def scratch(role: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def thread_buffer(role: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns `count` elements of a buffer that a thread keeps for a role: fresh memory costs more than arithmetic."""
     kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
     buffer = kept.get((role, dtype, device))
@@ -48,16 +48,18 @@ def normals_into(
     """
     pairs, drawn = words.view(-1, 2), out.view(-1, 2)
     half, device = len(pairs), out.device
-    whole = scratch("radius word", half, torch.int64, device)
+    whole = thread_buffer("radius word", half, torch.int64, device)
     torch.bitwise_and(pairs[:, 0], _LOW_BITS, out=whole)
-    logarithm = scratch("logarithm", half, torch.float64, device).copy_(whole)
+    logarithm = thread_buffer("logarithm", half, torch.float64, device).copy_(whole)
     # (x + 1) / 2**53 is exact: never 0, at most 1.
     logarithm.mul_(_ONE_GRAIN).add_(_ONE_GRAIN).log_().mul_(-2.0)
-    radius = logarithm if out.dtype == torch.float64 else scratch("radius", half, out.dtype, device).copy_(logarithm)
+    radius = (
+        logarithm if out.dtype == torch.float64 else thread_buffer("radius", half, out.dtype, device).copy_(logarithm)
+    )
     radius.sqrt_().mul_(std)
-    angle = scratch("angle", half, out.dtype, device).copy_(words.view(torch.int32).view(-1, 4)[:, _ANGLE_PLACE])
+    angle = thread_buffer("angle", half, out.dtype, device).copy_(words.view(torch.int32).view(-1, 4)[:, _ANGLE_PLACE])
     angle.mul_(math.pi * 2.0**-31)
-    wave = scratch("wave", half, out.dtype, device)
+    wave = thread_buffer("wave", half, out.dtype, device)
     torch.cos(angle, out=wave)
     torch.mul(radius, wave, out=drawn[:, 0])
     torch.sin(angle, out=wave)

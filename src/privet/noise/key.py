@@ -30,7 +30,7 @@ from privet.errors import ConfigurationError, ProtocolError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KEY_BYTES", "NoiseKey"]
+__all__ = ["KEY_BYTES", "NoiseKey", "noise_key"]
 
 KEY_BYTES = 32
 _LIVE: weakref.WeakSet[NoiseKey] = weakref.WeakSet()
@@ -132,6 +132,18 @@ class NoiseKey:
 
     def __repr__(self) -> str:
         return f"NoiseKey({'reproducible' if self._predictable else 'secret'})"
+
+
+def noise_key(*, secure_mode: bool, generator: torch.Generator | None) -> NoiseKey:
+    """Returns a fresh key, or a reproducible one from a generator."""
+    if generator is None:
+        return NoiseKey.fresh()
+    if secure_mode:
+        raise ConfigurationError(
+            "noise_generator makes the noise reproducible, and secure_mode demands noise that nobody can reproduce. "
+            "Give one of the two."
+        )
+    return NoiseKey.from_generator(generator)
 
 
 def _unique() -> int:

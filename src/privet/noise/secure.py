@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from privet.noise.boxmuller import normals_into, scratch
+from privet.noise.boxmuller import normals_into, thread_buffer
 from privet.noise.counter import CounterNoise, Span
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import BLOCK_BYTES, StepKey, TagBook, keystream_into
@@ -34,7 +34,7 @@ class SecureNoise(CounterNoise):
     def _normals(self, spans: list[Span], *, step: int, std: float) -> Tensor:
         cipher = self._keys.cipher(step)
         size = sum(span.blocks for span in spans) * BLOCK_BYTES
-        raw = scratch("keystream", size + BLOCK_BYTES, torch.uint8, _HOST)
+        raw = thread_buffer("keystream", size + BLOCK_BYTES, torch.uint8, _HOST)
         view: memoryview = raw.numpy().data
         start = 0
         for span in spans:  # in order: each call may spill one block into its successor's place
@@ -44,6 +44,6 @@ class SecureNoise(CounterNoise):
             )
             start += part
         words = raw[:size].view(torch.int64)
-        out = scratch("normals", words.numel(), spans[0].target.dtype, _HOST)
+        out = thread_buffer("normals", words.numel(), spans[0].target.dtype, _HOST)
         normals_into(out, words, std=std)
         return out

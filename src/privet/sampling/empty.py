@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from privet.batches.structure import is_container, parts_of, places_in, rebuilt
 from privet.errors import ConfigurationError
-from privet.sampling.structure import is_container, parts_of, places_in, rebuilt
 
 __all__ = ["EmptyBatch"]
 

@@ -16,24 +16,11 @@ import torch
 from torch import Tensor
 
 from privet._checks import check_count
+from privet.batches.structure import is_container, parts_of, places_in, rebuilt
 from privet.errors import ConfigurationError, OutOfMemoryError
 from privet.sampling.base import BatchTicket
-from privet.sampling.structure import is_container, parts_of, places_in, rebuilt
 
-__all__ = ["PhysicalSize", "cut_like", "cut_rows", "fill_rows", "is_out_of_memory", "tickets_of"]
-
-_SIGNS = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, OutOfMemoryError):
-        return False  # it was said already that no smaller batch helps
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS):
-        return True
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+__all__ = ["PhysicalSize", "cut_like", "cut_rows", "fill_rows", "tickets_of"]
 
 
 class PhysicalSize:

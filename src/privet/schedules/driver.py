@@ -15,7 +15,7 @@ from privet.errors import ConfigurationError
 from privet.mechanism import Mechanism
 from privet.schedules.course import Course, Exponential, Lambda, Listed, Stepwise
 from privet.schedules.plan import Plan
-from privet.update import update_of
+from privet.training.update import update_of
 
 __all__ = [
     "ExponentialBatchSize",

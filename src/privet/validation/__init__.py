@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from privet.validation.fix import FixedNorm, get_compatible_module
-from privet.validation.probe import find_mixing
+from privet.validation.probe import find_mixing, refuse_mixing
 from privet.validation.rules import Issue, is_compatible, require_valid, validate
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "find_mixing",
     "get_compatible_module",
     "is_compatible",
+    "refuse_mixing",
     "require_valid",
     "validate",
 ]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map
 
-from privet.errors import ConfigurationError
-from privet.gradients.coverage import undisturbed
+from privet.errors import ConfigurationError, UnsupportedModelError
+from privet.gradients.capture.undisturbed import undisturbed
 
-__all__ = ["find_mixing"]
+__all__ = ["find_mixing", "refuse_mixing"]
 
 T = TypeVar("T")
 
@@ -111,3 +111,15 @@ def find_mixing(
         if name not in buffers[1] or _differ(buffers[0][name], buffers[1][name], 0.0)
     ]
     return mixed + learned
+
+
+def refuse_mixing(
+    module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], *, batch_axis: int = 0
+) -> None:
+    """Raises if an example's output depends on the other examples of its batch."""
+    mixed = find_mixing(module, args, kwargs, batch_axis=batch_axis)
+    if mixed:
+        raise UnsupportedModelError(
+            "examples are mixed inside the model: " + "; ".join(mixed) + ". Expected each row to depend on its own "
+            "example alone. Take statistics over each example, not over the batch, and keep none in buffers."
+        )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from privet.gradients.rows import of_type, wide
 from privet.gradients.rules.arguments import named
-from privet.gradients.rules.registry import Call, Operation, Rule, handles
-from privet.gradients.use import Uses, of_type, wide
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.use import Operation, Rule, Uses
 
 __all__ = ["PReLU", "SharedPReLU"]
 

@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
+from privet.gradients.rows import of_type, row_norms, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.embedding import refuse_options, segment_norms, segment_rows
-from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms
-from privet.gradients.strategy import row_chunks
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.tracing import tracing
-from privet.gradients.use import Use, Uses, of_type, wide
+from privet.gradients.use import Operation, Rule, Use, Uses
 
 __all__ = ["HighestOf", "WeightedBag", "highest_of", "weighted_bag"]
 

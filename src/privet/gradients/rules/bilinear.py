@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.gradients.layout import Layout
+from privet.gradients.rows import of_type, row_norms, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.linear import Linear
-from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms
-from privet.gradients.strategy import row_chunks
-from privet.gradients.use import Allowance, Use, Uses, of_type, wide
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.rules.strategy import row_chunks
+from privet.gradients.use import Allowance, Operation, Rule, Use, Uses
 
 __all__ = ["Bilinear"]
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from privet.gradients.pool import scratch
+from privet.gradients.rules.pool import scratch
 
 __all__ = ["CELLS", "Cell", "Gradients", "Run", "Weights"]
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.convolution_strategy import ConvolutionStrategy, convolution_strategy
-from privet.gradients.pool import scratch
+from privet.gradients.rows import of_type, row_norms, summed, weighted_rows, wide
 from privet.gradients.rules.arguments import named
+from privet.gradients.rules.convolution_strategy import ConvolutionStrategy, convolution_strategy
+from privet.gradients.rules.gram import never_too_small
 from privet.gradients.rules.patches import Pairing
-from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
-from privet.gradients.strategy import ROWS_BYTES, gram_padding, row_chunks
-from privet.gradients.use import Use, Uses, of_type, wide
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.rules.strategy import ROWS_BYTES, row_chunks
+from privet.gradients.use import Operation, Rule, Use, Uses
 
 __all__ = ["Convolution", "Geometry"]
 
@@ -44,10 +45,10 @@ class Geometry:
         """Returns whether the convolution is a transposed one."""
         return self.output_padding is not None
 
-    def arguments(self, *, groups: int | None = None) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """Returns the constants in the order of `torch.convolution`."""
         extra = self.output_padding or (0,) * len(self.stride)
-        return (self.stride, self.padding, self.dilation, self.transposed, extra, groups or self.groups)
+        return (self.stride, self.padding, self.dilation, self.transposed, extra, self.groups)
 
 
 def _geometry(use: Use) -> Geometry:
@@ -64,24 +65,6 @@ def _pairing(use: Use) -> Pairing:
     return Pairing(*pair, kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
-def _grouped(use: Use) -> Tensor:  # (R, *shape)
-    """Returns the rows by one weight-gradient call in which each row is a group of its own."""
-    (data,) = use.data
-    assert data is not None
-    data, gradient, geometry = wide(data), wide(use.gradient), _geometry(use)
-    rows = use.rows
-    weight = scratch((rows * use.shape[0], *use.shape[1:]), data)  # only its shape is read
-    result = _backward(
-        gradient.reshape(1, rows * gradient.shape[1], *gradient.shape[2:]),
-        data.reshape(1, rows * data.shape[1], *data.shape[2:]),
-        weight,
-        None,
-        *geometry.arguments(groups=rows * geometry.groups),
-        (False, True, False),
-    )[1]
-    return result.view(rows, *use.shape)  # type: ignore[no-any-return]
-
-
 def _memory_order(rows: Tensor) -> list[int]:
     """Returns the axes of `rows` in the order of memory, the rows first."""
     return [0, *sorted(range(1, rows.dim()), key=lambda axis: -rows.stride()[axis])]
@@ -95,7 +78,7 @@ class _Weight(Rule):
     """The kernel: `sum_t field_t patch_t^T` for each row."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        return _summed([_pairing(use).instantiated() for use in uses])
+        return summed([_pairing(use).instantiated() for use in uses])
 
     def squared_norms(self, uses: Uses) -> Tensor:
         if len(uses) > 1:
@@ -113,8 +96,6 @@ class _Weight(Rule):
         match strategy:
             case ConvolutionStrategy.ROWS:
                 return row_norms(_flat(uses.remembered(lambda: self.per_example(uses))))
-            case ConvolutionStrategy.GROUPED:
-                return row_norms(uses.remembered(lambda: _summed([_grouped(use) for use in uses])))
             case ConvolutionStrategy.PIXELS:
                 gram = _gram_norms(_pairing(uses[0])) if len(uses) == 1 else None
                 return self.norms_by(ConvolutionStrategy.TILES, uses) if gram is None else gram
@@ -131,18 +112,11 @@ class _Weight(Rule):
                 return total
             back = [order.index(axis) - 1 for axis in range(1, len(order))]
             return total.permute(back).contiguous()
-        return _summed([_weighted(use, weights) for use in uses])
+        return summed([_weighted(use, weights) for use in uses])
 
 
 def _entries(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def _summed(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _weighted(use: Use, weights: Tensor) -> Tensor:  # (R,) -> shape
@@ -161,24 +135,21 @@ def _weighted(use: Use, weights: Tensor) -> Tensor:  # (R,) -> shape
 def _gram_norms(pairing: Pairing) -> Tensor | None:  # (R,)
     """Returns `sum_ts (patch_t . patch_s)(field_t . field_s)` plus a bound on its rounding error.
 
-    Returns None where the bound is more than 2e-4 of some norm: then a sum of squares has to be taken instead.
+    Returns None where the bound is not narrow; see `never_too_small`.
     """
     patches, field = pairing.grams()
     lengths = [m.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for m in (patches, field)]
     scale = (lengths[0] * lengths[1]).sum(1).square()
     gram = field.mul_(patches).flatten(1).sum(1)
     length = max(pairing.source.shape[1] * max(pairing.kernel), pairing.field.shape[1])
-    padding = scale * gram_padding(length, gram.dtype)
-    if bool(((padding > 2e-4 * gram) & (scale > 0) & gram.isfinite() & scale.isfinite()).any()):
-        return None
-    return gram.clamp(min=0) + padding
+    return never_too_small(gram, scale, length)
 
 
 class _Bias(Rule):
     """A vector added at every place: the sum of the gradient over the places."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        return _summed([g.sum(tuple(range(2, g.dim()))) for g in (wide(use.gradient) for use in uses)])
+        return summed([g.sum(tuple(range(2, g.dim()))) for g in (wide(use.gradient) for use in uses)])
 
 
 class Convolution(Operation):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from privet.errors import ConfigurationError, UnsupportedModelError
 from privet.gradients.rules.functional import mapped_call
-from privet.gradients.rules.registry import Call, Operation, Rule, handles
-from privet.gradients.use import Uses
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.use import Operation, Rule, Uses
 
 __all__ = ["ModuleUse", "module_rule", "register_rule"]
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.pool import scratch
+from privet.gradients.rows import wide
 from privet.gradients.rules.arguments import named
-from privet.gradients.rules.registry import Call, Operation, Rule, handles
-from privet.gradients.strategy import row_chunks
+from privet.gradients.rules.pool import scratch
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.tracing import tracing
-from privet.gradients.use import Use, Uses, wide
+from privet.gradients.use import Operation, Rule, Use, Uses
 
 __all__ = ["Lookup", "looked_up", "refuse_options", "segment_norms", "segment_rows"]
 

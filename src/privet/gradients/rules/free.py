@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
-from privet.gradients.rules.registry import Call, Operation, Rule, handles
-from privet.gradients.use import Uses, wide
+from privet.gradients.rows import wide
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.use import Operation, Rule, Uses
 
 __all__ = ["EXPANSIONS", "Broadcast", "expansion"]
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
-from privet.gradients.rules.registry import Call, Operation, Rule
-from privet.gradients.strategy import row_chunks
-from privet.gradients.use import Uses
+from privet.gradients.rules.registry import Call
+from privet.gradients.rules.strategy import row_chunks
+from privet.gradients.use import Operation, Rule, Uses
 
 __all__ = ["Mapped", "fallback", "mapped_call"]
 

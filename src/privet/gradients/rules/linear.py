@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from privet.gradients.pool import scratch
-from privet.gradients.rules.registry import Call, Operation, Rule, handles, row_norms, weighted_rows
-from privet.gradients.strategy import Strategy, gram_padding, linear_strategy, row_chunks
-from privet.gradients.use import Use, Uses, of_type, wide
+from privet.gradients.rows import of_type, row_norms, weighted_rows, wide
+from privet.gradients.rules.gram import never_too_small
+from privet.gradients.rules.pool import scratch
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.rules.strategy import Strategy, linear_strategy, row_chunks
+from privet.gradients.use import Operation, Rule, Use, Uses
 
 __all__ = ["Linear"]
 
@@ -117,16 +119,11 @@ def _in_memory_order(rows: Tensor) -> Tensor:
 def _gram_norms(left: Tensor, right: Tensor) -> Tensor | None:  # (B, T, O), (B, T, I) -> (B,)
     """Returns `sum_ts (l_t . l_s)(r_t . r_s)` (Li et al., arXiv 2110.05679) plus a bound on its rounding error.
 
-    Returns None where the bound is more than 2e-4 of some norm: then a sum of squares has to be taken instead.
+    Returns None where the bound is not narrow; see `never_too_small`.
     """
     gram = (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).flatten(1).sum(1)
     scale: Tensor = (torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)).sum(1).square()
-    padding = scale * gram_padding(max(left.shape[2], right.shape[2]), left.dtype)
-    # Rows that are not finite are dropped later, whatever their norm; zero rows have zero padding.
-    if bool(((padding > 2e-4 * gram) & (scale > 0) & gram.isfinite() & scale.isfinite()).any()):
-        return None
-    norms: Tensor = gram.clamp(min=0) + padding
-    return norms
+    return never_too_small(gram, scale, max(left.shape[2], right.shape[2]))
 
 
 class _Bias(Rule):

@@ -19,18 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.pool import scratch
+from privet.gradients.rows import summed, wide
 from privet.gradients.rules.arguments import named
-from privet.gradients.rules.registry import Call, Operation, Rule, handles
-from privet.gradients.use import Use, Uses, wide
+from privet.gradients.rules.pool import scratch
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.use import Operation, Rule, Use, Uses
 
 __all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
 
 _aten = torch.ops.aten
-
-
-def _summed(terms: Sequence[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else torch.stack(tuple(terms)).sum(0)
 
 
 def _three(use: Use) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +41,7 @@ class _FeatureScale(Rule):
     """The scale of a layer or RMS norm: `sum_t g_t (x_t - mean_t) rstd_t`."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        return _summed([self._of(use) for use in uses])
+        return summed([self._of(use) for use in uses])
 
     def _of(self, use: Use) -> Tensor:  # (B, *shape)
         x, mean, rstd = _three(use)
@@ -63,7 +60,7 @@ class _FeatureShift(Rule):
     def per_example(self, uses: Uses) -> Tensor:
         sums = [wide(use.gradient).reshape(use.rows, -1, *use.shape).sum(1) if use.gradient.numel() else _none(use)
                 for use in uses]  # fmt: skip
-        return _summed(sums)
+        return summed(sums)
 
 
 def _none(use: Use) -> Tensor:
@@ -74,7 +71,7 @@ class _ChannelScale(Rule):
     """The scale of a group norm: the sum over an example's places of `g (x - mean) rstd`, by channel."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        return _summed([self._of(use) for use in uses])
+        return summed([self._of(use) for use in uses])
 
     def _of(self, use: Use) -> Tensor:  # (B, C)
         x, mean, rstd = _three(use)
@@ -99,7 +96,7 @@ class _ChannelShift(Rule):
     """The shift of a group norm: the sum of the gradient over an example's places."""
 
     def per_example(self, uses: Uses) -> Tensor:
-        return _summed([_over_places(wide(use.gradient)) for use in uses])
+        return summed([_over_places(wide(use.gradient)) for use in uses])
 
 
 class LayerNorm(Operation):

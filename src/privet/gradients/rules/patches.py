@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from privet.gradients.pool import scratch
+from privet.gradients.rules.pool import scratch
 
 __all__ = ["Pairing"]
 

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
+from privet.gradients.rows import wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.cells import CELLS, Cell, Run, Weights
 from privet.gradients.rules.linear import Linear
-from privet.gradients.rules.registry import Call, Operation, Rule, handles
-from privet.gradients.use import wide
+from privet.gradients.rules.registry import Call, handles
+from privet.gradients.use import Operation, Rule
 
 __all__ = ["Slot"]
 

@@ -1,0 +1,281 @@
+"""The check on the first batch: where the examples are, and that what was captured is all there is.
+
+It runs the model a few more times, once in a run: twice to learn the layouts (B and B + 1 examples), once under capture
+and once without, and three backwards. Two claims are tested on random output gradients, for a random half S of the
+batch and for the rest: the captured gradients of S add up to autograd's own gradient of the outputs of S. A use that
+was missed, rows given to the wrong example, and examples that meet in the backward all make the two differ.
+
+Its gradients are compared and dropped: nothing is stored in `p.grad`, and nothing is released. All of it is done on the
+first examples of the batch alone, so that the check needs little time, and less memory than the step that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from privet.errors import CoverageError, PrivetError, UnsupportedModelError
+from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.tripwire import Tripwires
+from privet.gradients.capture.undisturbed import undisturbed
+from privet.gradients.rules.strategy import prefers_channels_last
+from privet.gradients.summation import weighted_sums
+from privet.gradients.use import Recorded
+
+__all__ = ["check_coverage"]
+
+_ATTEMPTS = 8
+_EXAMPLES = 16
+"""As many are looked at: enough that parts which few examples reach, such as experts, are met."""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _grown(inputs: Any, examples: int, axis: int) -> Any:
+    """Returns the inputs with one more example, a copy of the first, wherever the batch axis shows."""
+
+    def grow(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
+            return torch.cat([leaf, leaf.narrow(axis, 0, 1)], dim=axis)
+        return leaf
+
+    return tree_map(grow, inputs)
+
+
+def _fewer(inputs: Any, examples: int, axis: int) -> Any:
+    """Returns the first examples of the inputs, cut wherever the batch axis shows."""
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
+            return leaf.narrow(axis, 0, _EXAMPLES)
+        return leaf
+
+    return tree_map(cut, inputs)
+
+
+def _detached(inputs: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def check_coverage(
+    module: nn.Module,
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    *,
+    tripwires: Tripwires,
+    examples: int,
+    batch_axis: int = 0,
+) -> bool:
+    """Learns the layouts, checks that capture covers the model, and returns whether the check was conclusive.
+
+    It is not where gradients are not finite, as with one NaN example: then the next batch has to be checked.
+
+    Args:
+        module: the model, whose buffers and random numbers are put back after each run.
+        capture: learns the layouts; it must not be in use.
+        run: the model's differentiable outputs for some inputs, examples on `batch_axis`.
+        inputs: those of the first batch; no gradient reaches them.
+        tripwires: kept quiet while autograd's own gradients are formed.
+        examples: how many they are, at least 1.
+        batch_axis: where they are, 0 or 1.
+
+    Raises:
+        UnsupportedModelError: if the batch axis cannot be told somewhere.
+        CoverageError: if what was captured is not what autograd finds, with the parameters by name.
+    """
+    inputs = _detached(inputs)
+    with undisturbed(module) as restore, torch.enable_grad():
+
+        def check(some: Any, count: int) -> bool:
+            capture.channels_last = prefers_channels_last(module)
+            try:
+                _learn(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+            except RuntimeError:
+                if not capture.channels_last:
+                    raise
+                capture.channels_last = False  # a `view` that needs the channels outside, say
+                _learn(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+            return _compare(
+                capture, run, some, examples=count, batch_axis=batch_axis, tripwires=tripwires, restore=restore
+            )
+
+        try:
+            known = {site: set(layouts) for site, layouts in capture.layouts.known.items()}
+            if examples > _EXAMPLES:
+                try:
+                    return check(_fewer(inputs, examples, batch_axis), _EXAMPLES)
+                except PrivetError:
+                    raise
+                except Exception:  # noqa: BLE001 - a model may want all of the batch, and then says what is wrong with it
+                    capture.release()
+                    capture.layouts.known = known
+            return check(inputs, examples)
+        finally:
+            capture.release()
+            capture.layouts.trace = None
+
+
+def _learn(
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    *,
+    examples: int,
+    batch_axis: int,
+    restore: Callable[[], None],
+) -> None:
+    grown = _grown(inputs, examples, batch_axis)
+    for _ in range(_ATTEMPTS):
+        before = capture.layouts.learned
+        traces, failures = [], []
+        for some, count in ((inputs, examples), (grown, examples + 1)):
+            capture.layouts.trace = []
+            restore()
+            capture.begin(count)
+            try:
+                run(some)
+            except Exception as error:  # noqa: BLE001 - a wrong guess may be the cause: what was met before it mends the guess
+                failures.append((count, error))
+            finally:
+                capture.release()
+            traces.append(capture.layouts.trace)
+        capture.layouts.trace = None
+        settled = capture.layouts.learn(traces[0], traces[1], examples, examples + 1)
+        if settled and not failures:
+            return
+        if failures and capture.layouts.learned == before:
+            raise _explained(*failures[0], examples=examples, axis=batch_axis)
+    raise UnsupportedModelError(
+        f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "
+        "axis cannot be told. Expected the same operations whatever the size of the batch."
+    )
+
+
+def _explained(count: int, error: Exception, *, examples: int, axis: int) -> Exception:
+    if count == examples or isinstance(error, PrivetError):
+        return error
+    explained = UnsupportedModelError(
+        f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
+        f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
+        "axis is there, and no other input of that size there."
+    )
+    explained.__cause__ = error  # memory may have run out: a smaller batch is the cure then
+    return explained
+
+
+def _compare(
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    *,
+    examples: int,
+    batch_axis: int,
+    tripwires: Tripwires,
+    restore: Callable[[], None],
+) -> bool:
+    generator = torch.Generator().manual_seed(0)  # no secret: which rows are checked against which
+    restore()
+    half = torch.zeros(examples)
+    half[torch.randperm(examples, generator=generator)[: (examples + 1) // 2]] = 1.0
+    parameters = {name: p for name, p in capture.parameters.items() if p.requires_grad}
+
+    outputs = _differentiable(run(inputs))
+    draws = [_cotangent(o, generator) for o in outputs]
+    found = []
+    with tripwires.quiet():
+        for weights in (half, 1.0 - half):
+            rows = [_weighted(d, weights, batch_axis) for d in draws]
+            torch.autograd.backward(outputs, rows, retain_graph=True)
+            found.append([p.grad for p in parameters.values()])
+            for p in parameters.values():
+                p.grad = None
+    del outputs
+
+    recorded = _captured(capture, run, inputs, draws, examples=examples, restore=restore)
+    device = next(iter(parameters.values())).device
+    sums, sizes = weighted_sums(recorded, parameters, [half.to(device), (1.0 - half).to(device)])
+    uses = (use for each in (*recorded.direct.values(), *recorded.derived.values()) for use in each)
+    coarse = any(t is not None and t.dtype in _HALF for use in uses for t in (use.gradient, *use.data))
+    return _report(parameters, found, sums, sizes, tolerance=5e-2 if coarse else 2e-3)
+
+
+def _captured(
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    draws: Sequence[Tensor],
+    *,
+    examples: int,
+    restore: Callable[[], None],
+) -> Recorded:
+    kept: list[Recorded] = []
+    listener, capture.on_backward = capture.on_backward, kept.append
+    restore()
+    try:
+        capture.begin(examples)
+        outputs = _differentiable(run(inputs))
+        capture.end(outputs)
+        torch.autograd.backward(outputs, list(draws))
+    finally:
+        capture.on_backward = listener
+    return kept[0] if kept else Recorded(examples=examples)
+
+
+def _differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
+    found = [o for o in outputs if o.requires_grad]
+    if not found:
+        raise UnsupportedModelError(
+            "no output of the model depends on its trainable parameters. Expected a tensor that needs a gradient, in "
+            "a tuple, list, dict or dataclass."
+        )
+    return found
+
+
+def _cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(output.shape, generator=generator).to(output)
+
+
+def _weighted(draw: Tensor, weights: Tensor, axis: int) -> Tensor:
+    axis = min(axis, draw.dim() - 1)
+    shape = [1] * draw.dim()
+    shape[axis] = -1
+    return draw * weights.view(shape).to(draw)
+
+
+def _report(
+    parameters: Mapping[str, nn.Parameter],
+    found: Sequence[Sequence[Tensor | None]],
+    sums: Sequence[Mapping[str, Tensor]],
+    sizes: Mapping[str, float],
+    *,
+    tolerance: float,
+) -> bool:
+    """Returns whether the comparison says anything: gradients that are not finite cannot be compared."""
+    finite = True
+    overall = max(sizes.values(), default=0.0)
+    wrong = []
+    for place, (name, p) in enumerate(parameters.items()):
+        for gradients, captured in zip(found, sums, strict=True):
+            expected, got = gradients[place], captured.get(name)
+            expected = torch.zeros_like(p) if expected is None else expected
+            got = torch.zeros_like(p) if got is None else got.view(p.shape)
+            scale = max(sizes.get(name, 0.0), float(expected.float().norm()), 1e-5 * overall)
+            error = float((expected.to(got.dtype) - got).float().norm())
+            if not bool(expected.isfinite().all()):
+                finite = False
+            elif not error <= tolerance * scale:
+                kind = "another gradient" if bool(got.any()) else "no gradient"
+                wrong.append(f"{name}: {kind} was captured")  # without norms, which tell of private data
+                break
+    if wrong:
+        raise CoverageError(
+            "on the first batch, the per-example gradients of half of the examples do not add up to the gradient of "
+            "their outputs:\n  " + "\n  ".join(wrong) + "\nEither examples are mixed (a mean over the batch, a "
+            "batch axis that is not where it seems), or a parameter is used in a way that was not captured (a custom "
+            "autograd Function). Keep examples apart, or register a rule for the operation (privet.register_rule)."
+        )
+    return finite

@@ -1,0 +1,57 @@
+"""Modules with a rule of the user's own: hooks that make each of them one operation while it is watched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from privet.errors import UnsupportedModelError
+from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.hook import Hook, nothing
+from privet.gradients.rules.custom import ModuleUse, module_rule
+
+__all__ = ["watch_custom_modules"]
+
+
+class _Watch:
+    """The two hooks of one module."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._entered: list[bool] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entered.append(self._capture.enter_module(module))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._entered or not self._entered.pop():
+            return None
+        rule = module_rule(module)
+        if output is None or rule is None:  # the module raised
+            self._capture.show_module()
+            return None
+        if kwargs or not isinstance(output, Tensor):
+            self._capture.show_module()
+            raise UnsupportedModelError(
+                f"the rule registered for {type(module).__name__} met a call with keyword arguments {sorted(kwargs)} "
+                f"and a result of type {type(output).__name__}. Expected positional arguments, and one tensor as the "
+                "result."
+            )
+        roots = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        operation = ModuleUse(module, rule, args, tuple(roots))
+        data = [*(a for a in args if isinstance(a, Tensor)), output]
+        return self._capture.leave_module(module, operation, data, roots)
+
+
+def watch_custom_modules(module: nn.Module, capture: Capture) -> list[RemovableHandle]:
+    """Makes every module inside `module` that has a registered rule one operation; returns the hooks' handles."""
+    handles: list[RemovableHandle] = []
+    for child in module.modules():
+        if module_rule(child) is not None and any(p.requires_grad for p in child.parameters()):
+            watch = _Watch(capture)
+            enter, leave = Hook(watch.enter, nothing), Hook(watch.leave, nothing)
+            handles.append(child.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(child.register_forward_hook(leave, with_kwargs=True, always_call=True))
+    return handles

@@ -1,0 +1,64 @@
+"""The clipped sum in the least time: one forward, and one backward that keeps every use until all have come.
+
+Axes: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privet.gradients.capture.capture import Capture
+from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.passes.role import Losses
+from privet.gradients.summation import clipped_sum
+from privet.gradients.use import Recorded
+from privet.gradients.weights import Policy
+
+__all__ = ["OnePass"]
+
+
+class OnePass:
+    """Takes one forward at a time through its backward.
+
+    Args:
+        capture: watches the forward; it is released at the end, whatever happens.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def clipped_sum(
+        self,
+        losses: Losses,
+        batch: Any,
+        *,
+        examples: int,
+        parameters: Mapping[str, nn.Parameter],
+        policy: Policy,
+        absent: Tensor | None = None,  # (B,) bool
+    ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
+        """Returns the clipped sum and the losses; see `SumOfBatch`."""
+        capture = self._capture
+        sums: list[ClippedSum] = []
+
+        def received(recorded: Recorded) -> None:
+            sums.append(clipped_sum(recorded, parameters, policy, absent=absent))
+
+        before, capture.on_backward = capture.on_backward, received
+        try:
+            with torch.enable_grad():
+                capture.begin(examples)
+                found = losses(batch)
+                capture.end([found])
+                found.sum().backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            capture.release()
+            raise
+        finally:
+            capture.on_backward = before
+        (total,) = sums
+        return total, found.detach()

@@ -1,0 +1,187 @@
+"""The clipped sum in the least memory: one forward, a backward for the norms, and a backward for the weighted sums.
+
+No backward keeps what it saw. In the first, a parameter's uses turn into (B,) norms as soon as all of them are there;
+in the second, which knows the weights, every use turns into its part of the sum at once. Both go through the very same
+forward, so that dropout masks, buffers and the side of zero on which every activation fell are the same by
+construction: the gradients that are summed are those whose norms were taken. Activation checkpointing recomputes in
+each of the two backwards what it would recompute in one, with the random numbers of the forward.
+
+Axes: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privet.errors import ConfigurationError, ProtocolError
+from privet.gradients.capture.capture import Capture
+from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.derived import Derivation
+from privet.gradients.passes.role import Losses
+from privet.gradients.summation import masked_sums, squared_norms, statistics_of, total_norms
+from privet.gradients.use import Recorded, Use
+from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
+
+__all__ = ["TwoPass", "refuse_several_weights"]
+
+_ATTEMPTS = 3
+
+
+def refuse_several_weights(policy: Policy, names: list[str]) -> None:
+    """Raises unless the policy gives every example one weight for all parameters."""
+    groups = len(set(groups_of(policy, names)))
+    if groups > 1:
+        raise ConfigurationError(
+            f"passes=2 weighs each example once, and {type(policy).__name__} has {groups} groups of parameters with a "
+            "weight each. Expected a policy of one group, such as Flat. Use passes=1 for this policy."
+        )
+
+
+class TwoPass:
+    """Takes one forward at a time through its two backwards.
+
+    Args:
+        capture: watches the forward; it is released at the end, whatever happens.
+
+    How many uses a parameter has is known only when a backward is over. It is expected to be as in the steps before;
+    where more come, the backward for the norms runs again, now knowing. Nothing is released before the norms are.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._uses: dict[str, int] = {}  # the most that a backward has brought of each parameter
+
+    def clipped_sum(
+        self,
+        losses: Losses,
+        batch: Any,
+        *,
+        examples: int,
+        parameters: Mapping[str, nn.Parameter],
+        policy: Policy,
+        absent: Tensor | None = None,  # (B,) bool
+    ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
+        """Returns the clipped sum and the losses; see `SumOfBatch`. The policy has one group."""
+        refuse_several_weights(policy, list(parameters))
+        sensitivity = sensitivity_of(policy)
+        capture = self._capture
+        try:
+            with torch.enable_grad():
+                capture.begin(examples)
+                found = losses(batch)
+                capture.end([found])
+                total = found.sum()
+            squared = self._squared_norms(total, examples=examples, parameters=parameters)
+            weights, left_out = weights_of(policy, squared, absent)
+            sums = _Sums(parameters, examples, weights[0], left_out)
+            capture.on_use = sums.put
+            total.backward()  # type: ignore[no-untyped-call]
+        finally:
+            capture.on_use = None
+            capture.release()
+        return ClippedSum(sums.values(), sensitivity, statistics_of(squared, left_out, absent)), found.detach()
+
+    def _squared_norms(
+        self, total: Tensor, *, examples: int, parameters: Mapping[str, nn.Parameter]
+    ) -> Tensor:  # (1, B)
+        for _ in range(_ATTEMPTS):
+            norms = _Norms(parameters, examples, self._uses)
+            self._capture.on_use = norms.put
+            total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            for name, count in norms.counts.items():
+                self._uses[name] = max(count, self._uses.get(name, 1))
+            if not norms.late:
+                return norms.total()
+        raise ProtocolError(
+            f"two backwards of one forward used {', '.join(sorted(norms.late))} a different number of times. Expected "
+            "the same each time: a checkpointed part has to recompute what it computed. Use passes=1."
+        )
+
+
+class _Norms:
+    """Turns the uses of each parameter into squared norms when as many have come as are expected."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int, expected: Mapping[str, int]) -> None:
+        self.counts: dict[str, int] = {}
+        self.late: set[str] = set()  # parameters of which a use came after their norm was taken
+        self._parameters = parameters
+        self._examples = examples
+        self._expected = expected
+        self._held: dict[str, Recorded] = {}
+        self._norms: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def put(self, target: str | Derivation, use: Use) -> None:
+        """Takes one use of a parameter, or of what was derived from some."""
+        for name in _sources(target, self._parameters):
+            self.counts[name] = self.counts.get(name, 0) + 1
+            if name in self._norms:
+                self.late.add(name)
+                continue
+            held = self._held.setdefault(name, Recorded(examples=self._examples))
+            _add(held, target, use, name)
+            if self.counts[name] >= self._expected.get(name, 1):
+                self._reduce(name)
+
+    def _reduce(self, name: str) -> None:
+        recorded = self._held.pop(name)
+        self._norms[name] = squared_norms(recorded, {name: self._parameters[name]})[name]
+
+    @torch.no_grad()
+    def total(self) -> Tensor:  # (1, B)
+        """Returns the squared norms over all parameters, those included of which fewer uses came than expected."""
+        for name in list(self._held):
+            self._reduce(name)
+        norms = [(norm, self._parameters[name]) for name, norm in self._norms.items()]
+        return total_norms([norms], self._examples, self._parameters)
+
+
+class _Sums:
+    """Turns every use into its part of the weighted sum as it comes."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        examples: int,
+        weights: Tensor,  # (B,)
+        dropped: Tensor | None,  # (B,) bool
+    ) -> None:
+        self._parameters = parameters
+        self._examples = examples
+        self._weights = weights
+        self._dropped = dropped
+        self._values: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def put(self, target: str | Derivation, use: Use) -> None:
+        """Takes one use of a parameter, or of what was derived from some."""
+        for name in _sources(target, self._parameters):
+            parameter = self._parameters[name]
+            single = Recorded(examples=self._examples)
+            _add(single, target, use, name)
+            value = masked_sums(single, {name: parameter}, self._weights, self._dropped)[name].view(parameter.shape)
+            self._values[name] = self._values[name] + value if name in self._values else value
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns the sums, zero for a parameter without a use."""
+        for name, p in self._parameters.items():
+            if name not in self._values:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                self._values[name] = torch.zeros(p.shape, device=p.device, dtype=dtype)
+        return {name: self._values[name] for name in self._parameters}
+
+
+def _sources(target: str | Derivation, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    names = (target,) if isinstance(target, str) else target.sources
+    return [name for name in names if name in parameters]
+
+
+def _add(recorded: Recorded, target: str | Derivation, use: Use, name: str) -> None:
+    if isinstance(target, str):
+        recorded.direct.setdefault(name, []).append(use)
+    else:
+        recorded.derived.setdefault(target, []).append(use)

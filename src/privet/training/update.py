@@ -1,0 +1,373 @@
+"""One logical step, from the secret sum to the optimizer: the part that both doors share.
+
+Order matters, and is kept in one place: the ledger first, then noise, then `p.grad`.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from privet.accounting.event import Event
+from privet.accounting.ledger import Ledger
+from privet.errors import BudgetExceededError, ConfigurationError, ProtocolError
+from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.rows import of_type
+from privet.gradients.weights import groups_of
+from privet.mechanism import Mechanism
+from privet.noise import NoiseMechanism
+from privet.sampling import BatchTicket, Partition, Poisson, PrivateLoader
+from privet.training.logical_sum import LogicalSum
+from privet.training.optimizers import StepHooks
+
+__all__ = ["LateSum", "PrivateUpdate", "Scheduled", "update_of"]
+
+
+class Scheduled(Protocol):
+    """A schedule of the mechanism, as a checkpoint sees it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the schedule is."""
+
+    def refuse_state(self, state: Mapping[str, Any]) -> None:
+        """Raises if the state is of another schedule."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+
+
+class LateSum(Protocol):
+    """Forms the sum of a backward when a step needs it, and not before: the modes that show per-example gradients."""
+
+    @property
+    def pending(self) -> bool:
+        """Returns whether there is something to form a sum of."""
+
+    def bring(self) -> None:
+        """Hands the sum to the update's `receive`, if there is something to form it of."""
+
+    def summed(self, clipped: ClippedSum) -> None:
+        """Looks at the sum of a whole logical batch before noise is added."""
+
+
+class PrivateUpdate:
+    """Holds a clipped sum until the optimizer steps; then bills it, adds noise, and hands over `p.grad`.
+
+    Args:
+        parameters: the private parameters by name.
+        mechanism: what is released at each step. It may be replaced between logical steps, never inside of one.
+        noise: turns clipped sums into private gradients.
+        ledger: where every step is written before its noise is drawn.
+        divisor: a public constant: the expected batch size for a mean loss, 1 for a sum.
+        follows_rate: whether the divisor is an expected batch size, and so changes with the sampling rate.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        mechanism: Mechanism,
+        noise: NoiseMechanism,
+        ledger: Ledger,
+        divisor: float,
+        follows_rate: bool = True,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.noise = noise
+        self.ledger = ledger
+        self.divisor = divisor
+        self.steps = 0
+        self.schedules: list[Scheduled] = []
+        self._mechanism = self.settled = mechanism
+        self._first_rate = getattr(mechanism.sampling, "rate", None) if follows_rate else None
+        self._sum = LogicalSum()
+        self._resampled = False
+        self._loaders: list[weakref.ref[PrivateLoader]] = []
+        self._billed: tuple[int, Event | None] = (0, None)  # the last pass that was written, and what it cost
+        self._released: list[Callable[[], None]] = []
+        self._late: LateSum | None = None
+        self._warned: set[str] = set()
+        self._drawn: BatchTicket | None = None  # the batch that was handed over last, if no step was taken since
+        self._skipped: list[BatchTicket] = []  # batches of the same pass that came before it, and had no step either
+        self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes every step of the optimizer a release of this update."""
+        self._hooks.attach(optimizer)
+        _UPDATES[optimizer] = self
+
+    # -- what is released --------------------------------------------------------------------------------------------
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What the next step releases. Setting it opens a new phase; `settled` is the same without any schedules.
+
+        Raises:
+            ProtocolError: if a logical step is under way.
+        """
+        return self._mechanism
+
+    @mechanism.setter
+    def mechanism(self, mechanism: Mechanism) -> None:
+        self.reschedule(mechanism)
+        self.settled = mechanism
+
+    def reschedule(self, mechanism: Mechanism) -> None:
+        """Replaces the mechanism, on behalf of a schedule.
+
+        Raises:
+            ProtocolError: if a logical step is under way: a part of it was clipped as the mechanism says now.
+        """
+        if self.pending or self._sum.begun or self._sum.unfinished:
+            raise ProtocolError(
+                "the mechanism was to change inside a logical step, of which a part is clipped already. Expected "
+                "changes between logical steps. Call schedule.step() after the optimizer's step; with "
+                "physical batches, after that of the last one of its logical batch, or once a pass."
+            )
+        groups_of(mechanism.clipping, list(self.parameters))
+        sampling = mechanism.sampling
+        if sampling != self._mechanism.sampling:
+            if not isinstance(sampling, Poisson) or not isinstance(self._mechanism.sampling, Poisson):
+                raise ConfigurationError(
+                    f"{self._mechanism.sampling} cannot become {sampling} in mid-run. Expected Poisson sampling, "
+                    "before and after."
+                )
+            for loader in (reference() for reference in self._loaders):
+                if loader is not None:
+                    loader.resample(sampling)
+        self._mechanism = mechanism
+
+    def expect_resampling(self) -> None:
+        """Prepares the loaders for a sampling rate that changes."""
+        self._resampled = True
+        for loader in (reference() for reference in self._loaders):
+            if loader is not None:
+                loader.expect_resampling()
+
+    # -- where the batch came from -----------------------------------------------------------------------------------
+
+    def follow(self, loader: PrivateLoader) -> None:
+        """Hears of every batch of a loader, which follows changes of the sampling rate in turn."""
+        loader.on_batch(self.announce)
+        if self._resampled:
+            loader.expect_resampling()
+        self._loaders = [kept for kept in self._loaders if kept() is not None] + [weakref.ref(loader)]
+
+    def follows(self, loader: PrivateLoader) -> bool:
+        """Returns whether the loader's batches are announced here."""
+        return any(kept() is loader for kept in self._loaders)
+
+    def announce(self, ticket: BatchTicket) -> None:
+        """Takes note of a batch that the private loader is about to hand over."""
+        self._sum.announce(ticket)
+        last, self._drawn = self._drawn, ticket
+        if last is None or last.passes != ticket.passes or last.index > ticket.index:
+            self._skipped = []  # another pass: one may be left early, and one that no step is taken on releases nothing
+        elif last.index < ticket.index:
+            self._skipped.append(last)
+
+    def _as_drawn(self, sampling: Poisson | Partition | None) -> Mechanism:
+        """Returns the mechanism with the law that a batch was drawn under, maybe before a schedule changed it."""
+        if sampling is None or sampling == self._mechanism.sampling:
+            return self._mechanism
+        return replace(self._mechanism, sampling=sampling)
+
+    def _bill(self, ticket: BatchTicket | None) -> Event | None:
+        """Returns the event to be written for this step, or None if the pass that it is part of is written already."""
+        if ticket is None:
+            self._warn(
+                "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
+                "as a Gaussian release without amplification by sampling. Train on the loader that make_private "
+                "returned, one step for each of its batches."
+            )
+            return self._mechanism.noise.event
+        mechanism = self._as_drawn(ticket.sampling)
+        event = mechanism.event(1)
+        return None if mechanism.sampling.billed_per == "pass" and self._billed == (ticket.passes, event) else event
+
+    def _bill_skipped(self) -> None:
+        """Bills batches that were left out in the middle of a pass as if they had been trained on, and says so."""
+        if not self._skipped:
+            return
+        self._warn(
+            "batches of the private loader were left out, and a later one of the same pass was trained on. They are "
+            "billed as if they had been trained on; where the choice depended on their size, content or loss, epsilon "
+            "does not cover it. Take a step on every batch: one that is empty is a step like any other."
+        )
+        self.ledger.mark("batches left out")
+        while self._skipped:
+            mechanism = self._as_drawn(self._skipped[-1].sampling)
+            if mechanism.sampling.billed_per == "step":
+                self.ledger.begin(mechanism.event(1))
+            self._skipped.pop()
+
+    def _warn(self, message: str) -> None:
+        """Warns once of each thing."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    # -- the three moments of a step ---------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        """Returns whether a sum waits for its step."""
+        return self._sum.pending or (self._late is not None and self._late.pending)
+
+    @property
+    def unfinished(self) -> bool:
+        """Returns whether physical batches of the logical batch at hand are still to come."""
+        return self._sum.unfinished
+
+    def receive(self, clipped: ClippedSum, *, examples: int) -> None:
+        """Takes the sum of one backward.
+
+        Raises:
+            ProtocolError: if the sum of another backward still waits.
+        """
+        self._sum.receive(clipped, examples=examples)
+        self._hooks.renew()
+
+    def accumulate(self) -> None:
+        """Takes the step of a physical batch that is not the last of its logical batch: nothing is released.
+
+        Raises:
+            ProtocolError: if there was no backward on it.
+        """
+        self._bring()
+        self._sum.accumulate()
+
+    def discard(self) -> None:
+        """Forgets the sum that waits; nothing of it was released."""
+        self._sum.discard()
+
+    def on_forget(self, listener: Callable[[], None]) -> None:
+        """Calls `listener()` whenever a batch is given up, so that nothing of its forward is kept either."""
+        self._released.append(listener)
+
+    def on_demand(self, late: LateSum) -> None:
+        """Takes sums from `late` at each step, in place of those of `receive` after each backward."""
+        self._late = late
+
+    def _bring(self) -> None:
+        if self._late is not None:
+            self._late.bring()
+
+    def _ready(self) -> bool:
+        """Returns whether a sum waits, formed by now."""
+        self._bring()
+        return self._sum.pending
+
+    def retract(self) -> bool:
+        """Returns whether the physical batch at hand has left nothing, and may be handed over again in parts."""
+        for listener in self._released:
+            listener()
+        return self._sum.retract()
+
+    def forget(self) -> None:
+        """Gives up the logical batch at hand; nothing of it was released, and nothing of it is kept."""
+        for listener in self._released:
+            listener()
+        self._sum.forget()
+
+    def release(self) -> None:
+        """Bills the step, adds noise, and sets `p.grad` of every private parameter that is trainable now.
+
+        Raises:
+            ProtocolError: if there is no sum to release, or physical batches of its logical batch are still to come.
+            BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum is
+                forgotten, so that everything is as it was before the batch.
+        """
+        self._bring()
+        self._sum.require()
+        ticket = self._sum.ticket()
+        event = self._bill(ticket)
+        try:
+            self._bill_skipped()
+            if event is not None:
+                self.ledger.begin(event)
+        except BudgetExceededError:
+            self.discard()
+            raise
+        self._drawn = None
+        if ticket is not None:
+            self._billed = (ticket.passes, event or self._billed[1])
+        clipped = self._sum.take()
+        if self._late is not None:
+            self._late.summed(clipped)
+        step, self.steps = self.steps, self.steps + 1
+        private = self.noise.release(clipped, multiplier=self._mechanism.noise.multiplier, step=step)
+        divisor = self._divisor(ticket)
+        for name, value in private.values.items():
+            parameter = self.parameters[name]
+            if parameter.requires_grad:
+                divided = value if divisor == 1 else value.div_(divisor)
+                gradient = of_type(divided, parameter.dtype)
+                parameter.grad = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
+
+    def _divisor(self, ticket: BatchTicket | None) -> float:
+        """Returns the expected batch size at the rate that the batch was drawn with, or the constant of a sum."""
+        rate = getattr(self._as_drawn(None if ticket is None else ticket.sampling).sampling, "rate", None)
+        if self._first_rate is None or rate is None or rate == self._first_rate:
+            return self.divisor
+        return self.divisor * float(rate) / float(self._first_rate)
+
+    def refuse_zero_grad(self) -> None:
+        """Raises if a gradient would be thrown away between backward and step."""
+        if self.pending:
+            raise ProtocolError(
+                "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
+                "Expected zero_grad() before backward, or after step."
+            )
+
+    # -- to and from a checkpoint ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, without any key."""
+        schedules = [schedule.state_dict() for schedule in self.schedules]
+        return {"steps": self.steps, "noise": self.noise.state_dict(), "schedules": schedules}
+
+    def refuse_state(self, state: Mapping[str, Any]) -> None:
+        """Raises if the state was saved under other schedules."""
+        saved = state.get("schedules", [])
+        if len(saved) != len(self.schedules):
+            raise ConfigurationError(
+                f"the checkpoint has {len(saved)} schedules, and this run {len(self.schedules)}. Expected the same "
+                "ones. Build the schedules of the saved run, in the same order, before loading."
+            )
+        for schedule, its_state in zip(self.schedules, saved, strict=True):
+            schedule.refuse_state(its_state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes; steps already taken here are never numbered again."""
+        self.refuse_state(state)
+        self.forget()
+        self.noise.load_state_dict(state["noise"])
+        self.steps = max(self.steps, int(state["steps"]))
+        self._billed = (0, None)  # a pass that goes on after a resume is billed again
+        for schedule, its_state in zip(self.schedules, state.get("schedules", []), strict=True):
+            schedule.load_state_dict(its_state)
+
+
+_UPDATES: weakref.WeakKeyDictionary[torch.optim.Optimizer, PrivateUpdate] = weakref.WeakKeyDictionary()
+
+
+def update_of(optimizer: object) -> PrivateUpdate:
+    """Returns the update that an optimizer's steps release.
+
+    Raises:
+        ConfigurationError: if the optimizer was not made private.
+    """
+    found = _UPDATES.get(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
+    if found is None:
+        raise ConfigurationError(
+            f"this {type(optimizer).__name__} is not the optimizer of a private module. Expected the one that "
+            "make_private returned, or that PrivateStep was given."
+        )
+    return found
