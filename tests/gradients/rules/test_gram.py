@@ -1,0 +1,40 @@
+"""Norms by Gram matrices: never too small, and given up where the bound on their rounding error is wide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from privet.gradients.rules.gram import gram_padding, never_too_small
+
+PADDING = gram_padding(64, torch.float32)
+
+
+def test_a_narrow_bound_is_added():
+    gram, scale = torch.tensor([4.0, 9.0]), torch.tensor([4.0, 10.0])
+    norms = never_too_small(gram, scale, 64)
+    assert norms is not None
+    assert torch.allclose(norms - gram, scale * PADDING, rtol=1e-1)
+    assert (norms > gram).all()
+
+
+def test_a_norm_that_rounding_made_negative_is_none_to_trust():
+    assert never_too_small(torch.tensor([4.0, -1e-9]), torch.tensor([4.0, 4.0]), 64) is None
+
+
+@pytest.mark.parametrize(("share", "narrow"), [(0.5, True), (2.0, False)])
+def test_where_a_bound_stops_being_narrow(share, narrow):
+    scale = torch.tensor([1.0, 1.0])
+    gram = torch.tensor([1.0, PADDING / (share * 2e-4)])
+    assert (never_too_small(gram, scale, 64) is not None) == narrow
+
+
+@pytest.mark.parametrize(
+    "row", [(0.0, 0.0), (float("nan"), 1.0), (float("inf"), float("inf")), (1.0, float("inf"))]
+)  # of the Gram matrices, and of the sizes
+def test_rows_of_zeros_and_rows_that_are_dropped_later_do_not_give_a_batch_up(row):
+    gram, scale = torch.tensor([4.0, row[0]]), torch.tensor([4.0, row[1]])
+    norms = never_too_small(gram, scale, 64)
+    assert norms is not None
+    assert float(norms[0]) > 4.0
+    assert float(norms[1]) == 0.0 if row == (0.0, 0.0) else not norms[1].isfinite()
