@@ -27,6 +27,19 @@ def test_every_link_leads_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_the_tree_on_the_design_page_is_the_tree():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    drawn = re.search(r"^src/privet/\n(.*?)^tests/", page, re.DOTALL | re.MULTILINE)
+    assert drawn
+    listed = re.findall(r"\w+\.py\b", drawn[1])
+    package = ROOT / "src" / "privet"
+    files = [file.relative_to(package) for file in package.rglob("*.py")]
+    assert set(listed) <= {file.name for file in files}, "the page names modules that do not exist"
+    elsewhere = {file.name for file in files if file.parts[0] != "accounting"}  # of accounting/ the page names some
+    unnamed = elsewhere - set(listed) - {"__init__.py", "__main__.py"}
+    assert not unnamed, "modules are missing from the page"
+
+
 def test_every_row_of_what_privet_stops_names_a_test():
     page = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
     stops = page.split("## What privet stops")[1].split("## What privet cannot see")[0]

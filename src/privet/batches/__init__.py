@@ -1,3 +1,3 @@
-"""Batches as trees of values, and what becomes of one that does not fit into memory."""
+"""Batches as trees of values, and the errors which say that memory ran out."""
 
 __all__: list[str] = []

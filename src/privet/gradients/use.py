@@ -1,5 +1,7 @@
 """One use of a parameter: the operation in which it met data, what it met, and the gradient that came back.
 
+A use asks its operation for a rule, and a rule takes uses: these types need each other, so they are defined together.
+
 Axes: B units of privacy (examples, unless an owner says otherwise), R rows, T positions, I and O features.
 """
 

@@ -1,4 +1,4 @@
-"""One captured operation as autograd sees it, and what a backward brings of all of them."""
+"""One captured operation as autograd sees it."""
 
 from __future__ import annotations
 
