@@ -23,7 +23,7 @@ from privet import (
     UnsupportedModelError,
 )
 from privet.accounting.event import GaussianEvent
-from tests.contracts.doors import distance, loader, reference, size, taken
+from tests.contracts.doors import assert_exact, loader, reference, size, taken
 
 FOREIGN = "ignore:a step was taken on a batch"
 
@@ -109,7 +109,7 @@ def test_a_second_backward_through_one_forward_is_refused(stepped: bool) -> None
     expected = reference(plain(net), batch, lambda m, b: squares(m(b[0])), Flat(1.0))
     squares(net(batch[0])).sum().backward()
     optimizer.step()
-    assert distance(seen[-1], expected) <= 1e-5 * size(expected)
+    assert_exact(seen[-1], expected, tolerance=1e-5)
 
 
 @pytest.mark.filterwarnings(FOREIGN)
@@ -142,7 +142,7 @@ def test_several_forwards_may_share_a_backward() -> None:
     with pytest.warns(UserWarning, match="did not come"):
         optimizer.step()
     expected = reference(before, (x, y), lambda m, b: squares(m(b[0])) + squares(m(b[1])), Flat(1.0))
-    assert distance(seen[-1], expected) <= 1e-5 * size(expected)
+    assert_exact(seen[-1], expected, tolerance=1e-5)
 
 
 def test_forwards_of_different_sizes_never_share_a_backward() -> None:
@@ -262,7 +262,7 @@ def test_a_parameter_frozen_between_steps_stays_and_learns_again_once_thawed() -
         squares(net(batch[0])).sum().backward()
         optimizer.step()
         assert set(seen[-1]) == {n for n, p in net.named_parameters() if p.requires_grad}
-        assert distance(seen[-1], expected) <= 1e-5 * size(expected)
+        assert_exact(seen[-1], expected, tolerance=1e-5)
 
 
 def test_gradients_pass_through_a_module_that_is_held_fixed() -> None:

@@ -11,7 +11,8 @@ from benchmarks.layer_cell import BATCHES, LAYERS, losses, plain, privet, timed
 from benchmarks.layers import Measured, beyond, report
 from privet import Flat
 from privet.gradients.passes.one_pass import OnePass
-from privet.gradients.reference import example_gradients, reference_sum
+from privet.gradients.reference import example_gradients
+from tests.contracts.doors import assert_exact, expected_sum
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -38,9 +39,8 @@ def test_what_is_timed_as_privet_is_the_clipped_sum_of_the_reference(name, monke
         layer, [(x[i : i + 1], y[i : i + 1]) for i in range(5)], lambda m, each: losses(m, each).sum()
     )
     privet(layer, (x, y))()
-    expected = reference_sum(rows, Flat(1.0))
-    for key, value in expected.items():
-        torch.testing.assert_close(found[0].values[key].double(), value, rtol=1e-4, atol=1e-6)
+    expected = expected_sum(rows, Flat(1.0))
+    assert_exact(found[0].values, expected)
 
 
 def test_turns_give_every_contender_a_factor_and_torch_itself_one():

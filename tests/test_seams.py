@@ -16,13 +16,13 @@ from privet.accounting.event import GaussianEvent
 from privet.accounting.ledger import Ledger
 from privet.clipping import ClippingPolicy, PerLayer
 from privet.errors import ProtocolError
-from privet.gradients.reference import example_gradients, reference_sum
+from privet.gradients.reference import example_gradients
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Owner
 from privet.noise import GaussianNoise, NoiseKey, noise_for
 from privet.noise.gaussian import PrivateGradient
 from privet.training.update import PrivateUpdate
-from tests.contracts.doors import assert_exact, door_sum, reference, size
+from tests.contracts.doors import assert_exact, door_sum, expected_sum, reference, size
 from tests.contracts.zoo import ZOO, D, batch_of, model_of, plain, squares
 from tests.gradients.harness import recorded_of, trainable
 
@@ -108,7 +108,7 @@ def test_rows_of_one_user_are_clipped_together(name: str) -> None:
         plain(model), [tuple(t[i : i + 1] for t in batch) for i in range(7)], lambda m, b: loss(m, b).sum()
     )
     users = {n: torch.zeros(4, *g.shape[1:], dtype=g.dtype).index_add_(0, owners, g) for n, g in rows.items()}
-    assert_exact(dict(found.values), reference_sum(users, Flat(0.5)))
+    assert_exact(dict(found.values), expected_sum(users, Flat(0.5)))
     separate = clipped_sum(recorded_of(model, batch, loss), trainable(model), Flat(0.5))
     assert size({n: separate.values[n] - t for n, t in found.values.items()}) > 1e-3, "the owner makes a difference"
 

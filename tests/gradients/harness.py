@@ -1,15 +1,14 @@
-"""Runs a model once under capture, and once by the micro-batch reference."""
+"""Runs a model once under capture. The micro-batch reference to compare with is in `tests/contracts/doors.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import _learn
-from privet.gradients.reference import example_gradients, reference_sum
+from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
 
@@ -26,7 +25,7 @@ def recorded_of(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, *, lea
     capture = Capture(trainable(module), on_backward=results.append)
     size = len(batch[0])
     if learn and size:
-        _learn(capture, lambda b: (loss(module, b),), batch, examples=size, batch_axis=0, restore=lambda: None)
+        learn_layouts(capture, lambda b: (loss(module, b),), batch, examples=size)
     capture.begin(size)
     losses = loss(module, batch)
     capture.end()
@@ -38,17 +37,3 @@ def recorded_of(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, *, lea
 
 def captured_sum(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, policy: Any) -> dict[str, Tensor]:
     return dict(clipped_sum(recorded_of(module, batch, loss), trainable(module), policy).values)
-
-
-def reference(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, policy: Any) -> dict[str, Tensor]:
-    examples = [tuple(t[i : i + 1] for t in batch) for i in range(len(batch[0]))]
-    gradients = example_gradients(module, examples, lambda m, b: loss(m, b).sum())
-    return reference_sum(gradients, policy)
-
-
-def relative_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Returns the norm of the difference over the norm of the expected sum, over all parameters at once."""
-    assert set(found) == set(expected)
-    difference = sum(float((found[n].double() - expected[n].double()).square().sum()) for n in expected)
-    size = sum(float(expected[n].double().square().sum()) for n in expected)
-    return (difference / size) ** 0.5 if size else difference**0.5

@@ -8,7 +8,8 @@ from torch import nn
 from privet.clipping import Flat
 from privet.gradients import use
 from privet.gradients.summation import clipped_sum
-from tests.gradients.harness import recorded_of, reference, relative_error, trainable
+from tests.contracts.doors import reference, relative_error
+from tests.gradients.harness import recorded_of, trainable
 
 
 def test_rows_are_kept_up_to_an_allowance_over_the_whole_model(monkeypatch):

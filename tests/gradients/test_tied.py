@@ -61,8 +61,7 @@ def test_the_sum_is_the_reference_in_single_precision_whatever_the_scale(factor:
 
     found = door_sum("explicit", net, batch, loss=scaled)
     expected = reference(net.double(), batch, scaled, Flat(1.0))
-    wrong = sum(float((found[n].double() - expected[n]).square().sum()) for n in expected) ** 0.5
-    assert wrong <= 1e-4 * sum(float(e.square().sum()) for e in expected.values()) ** 0.5
+    assert_exact(found, expected)
 
 
 class Cancelling(nn.Module):
@@ -117,13 +116,13 @@ class Largest(TorchDispatchMode):
 
 def largest(net: nn.Module, batch: tuple[Tensor], loss: Any) -> int:
     from privet.gradients.capture.capture import Capture
-    from privet.gradients.capture.coverage import _learn
+    from privet.gradients.capture.coverage import learn_layouts
     from privet.gradients.summation import clipped_sum
 
     parameters, found = dict(net.named_parameters()), list[Any]()
     capture = Capture(parameters, on_backward=found.append)
     n = len(batch[0])
-    _learn(capture, lambda b: (loss(net, b),), batch, examples=n, batch_axis=0, restore=lambda: None)
+    learn_layouts(capture, lambda b: (loss(net, b),), batch, examples=n)
     capture.begin(n)
     losses = loss(net, batch)
     capture.end([losses])

@@ -32,10 +32,12 @@ from privet.sampling import BatchTicket
 from privet.schedules import ExponentialBatchSize
 from privet.training.logical_sum import LogicalSum
 from privet.training.update import update_of
-from tests.contracts.doors import taken
+from tests.contracts.doors import Expected, assert_exact, reference, taken
+from tests.contracts.doors import size as size_of
 
 torch.set_num_threads(1)
 N, STEPS = 40, 4  # examples, and logical steps in a pass
+CLIP = 0.3
 
 
 class Net(nn.Module):
@@ -59,6 +61,10 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
+def entropy(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:  # (B,)
+    return F.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+
 class Run:
     """A private run, what its optimizer saw, and what its noise was asked for."""
 
@@ -75,11 +81,12 @@ class Run:
             optimizer=self.optimizer,
             data_loader=DataLoader(self.data, batch_size=batch_size, num_workers=options.pop("num_workers", 0)),
             noise_multiplier=sigma,
-            max_grad_norm=0.3,
+            max_grad_norm=CLIP,
             noise_generator=torch.Generator().manual_seed(3),
             **options,
         )
         self.reduction = options.get("loss_reduction", "mean")
+        self.divisor = batch_size if self.reduction == "mean" else 1
         self.seen = taken(self.net, self.optimizer)
         self.drawn: list[tuple[int, float]] = []
         whole, own = SecureNoise.add_many, update_of(self.optimizer).noise.source
@@ -126,8 +133,8 @@ def assert_same_run(found: Run, expected: Run) -> None:
     assert found.engine.ledger.phases == expected.engine.ledger.phases
     assert len(found.seen) == len(expected.seen)
     for ours, theirs in zip(found.seen, expected.seen, strict=True):
-        for name, value in ours.items():
-            assert torch.allclose(value, theirs[name], rtol=1e-4, atol=1e-6)
+        most = CLIP * N / expected.divisor  # the terms of the sum: everybody's gradient, clipped
+        assert_exact(ours, Expected(theirs, terms=most + size_of(theirs)), tolerance=1e-5)  # and the noise
     # A state of the optimizer that counts steps counts logical ones.
     (steps,) = {int(state["step"]) for state in found.optimizer.state.values()}
     assert steps == len(expected.drawn)
@@ -157,13 +164,16 @@ def test_physical_batches_change_nothing_in_modes_that_show_gradients(new: Calla
 def test_the_sum_of_a_mean_is_scaled_by_the_physical_batch(new: Callable[..., Run]) -> None:
     """Without clipping in effect, sizes that do not divide the batch would show any other scale."""
     runs = []
-    for size in (None, 7):
+    for most in (None, 7):
         run = new(sigma=0.0)
         update = update_of(run.optimizer)
         update.mechanism = Mechanism(sampling=update.mechanism.sampling, clipping=Flat(1e4), noise=Gaussian(0.0))
-        runs.append(run.trained(size))
+        plain = Net()
+        plain.load_state_dict(run.net.state_dict())
+        everybody = reference(plain, run.data.tensors, entropy, Flat(1e4)).terms
+        runs.append(run.trained(most))
     for ours, theirs in zip(runs[0].seen, runs[1].seen, strict=True):
-        assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in ours)
+        assert_exact(ours, Expected(theirs, terms=everybody / run.divisor), tolerance=1e-5)
 
 
 def test_noise_is_bit_equal(new: Callable[..., Run]) -> None:
@@ -583,7 +593,7 @@ def explicit(
     step = PrivateStep(
         net,
         optimizer=optimizer,
-        mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(0.3), noise=Gaussian(sigma)),
+        mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(CLIP), noise=Gaussian(sigma)),
         loss_per_example=loss,
         expected_batch_size=20,
         passes=passes,
@@ -611,7 +621,7 @@ def test_a_step_splits_its_batch(size: Any, form: str, passes: int) -> None:
     step, net, seen, losses = explicit(size, form=form, passes=passes)
     _, _, expected, whole = explicit(None, form=form)
     for ours, theirs in zip(seen, expected, strict=True):
-        assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-7) for n in theirs)
+        assert_exact(ours, Expected(theirs, terms=CLIP), tolerance=1e-5)  # the mean of 20 that were clipped
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(losses, whole, strict=True))
     assert [(p.event, p.count) for p in step.ledger.phases] == [(PoissonEvent(0.5, GaussianEvent(0.0)), 3)]
     if isinstance(size, int):
@@ -625,7 +635,7 @@ def test_a_step_finds_the_size_that_fits(passes: int) -> None:
     assert step._size.tried == [20, 10]
     assert step._size.most == 5
     for ours, theirs in zip(seen, expected, strict=True):
-        assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-7) for n in theirs)
+        assert_exact(ours, Expected(theirs, terms=CLIP), tolerance=1e-5)  # the mean of 20 that were clipped
     net.fits = 3  # in mid-run, with a part of the batch summed already
     rows = len(net.rows)
     step._update.announce(TICKET)
@@ -643,7 +653,7 @@ def test_a_part_that_fails_in_mid_batch_neither_loses_nor_repeats_an_example(pas
     assert step_._size.most < step._size.most, "it failed once more, with a part of the batch summed already"
     for found in (seen, seen_):
         for ours, theirs in zip(found, expected, strict=True):
-            assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-7) for n in theirs)
+            assert_exact(ours, Expected(theirs, terms=CLIP), tolerance=1e-5)  # the mean of 20 that were clipped
     for found in (losses, losses_):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, whole, strict=True))
 
@@ -661,7 +671,7 @@ def test_noise_of_a_split_step_is_bit_equal() -> None:
         step = PrivateStep(
             net,
             optimizer=optimizer,
-            mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(0.3), noise=Gaussian(1.0)),
+            mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(CLIP), noise=Gaussian(1.0)),
             loss_per_example=lambda m, b: m(b).sum(1),
             expected_batch_size=20,
             physical_batch_size=size,
@@ -693,7 +703,7 @@ def test_what_cannot_be_cut_is_refused(batch: Any) -> None:
     step = PrivateStep(
         net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(0.3), noise=Gaussian(1.0)),
+        mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(CLIP), noise=Gaussian(1.0)),
         loss_per_example=lambda m, b: m(b[0] if isinstance(b, tuple | list) else b["x"]).sum(1),
         expected_batch_size=4,
         physical_batch_size=2,

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import _learn
+from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.two_pass import TwoPass
-from privet.gradients.reference import example_gradients, reference_sum
+from privet.gradients.reference import example_gradients
 from privet.gradients.summation import clipped_sum, per_example_gradients
 from privet.gradients.use import Recorded
 from privet.training.materialised import clipped_rows
-from tests.gradients.harness import relative_error, trainable
+from tests.contracts.doors import expected_sum, relative_error
+from tests.gradients.harness import trainable
 from tests.gradients.policies import policies, weights_an_example
 from tests.gradients.rule_cases import CASES, Case, loss
 
@@ -53,9 +54,7 @@ class Watched:
     def __init__(self, mode: str, module: nn.Module, batch: tuple[Tensor, ...]) -> None:
         self.mode, self.module, self.found = mode, module, list[Recorded]()
         self.capture = Capture(trainable(module), mapped=mode == "functorch", on_backward=self.found.append)
-        _learn(
-            self.capture, lambda b: (loss(module, b),), batch, examples=SIZE, batch_axis=0, restore=lambda: None
-        )  # fmt: skip
+        learn_layouts(self.capture, lambda b: (loss(module, b),), batch, examples=SIZE)
         self.two_pass = TwoPass(self.capture)
 
     def sums(
@@ -114,7 +113,7 @@ def test_the_clipped_sum_is_the_reference(case: Case, mode: str, dtype: torch.dt
         chosen = allowed(mode, module, bound)
         found = watched.sums(batch, torch.ones(SIZE, dtype=dtype), chosen)
         for name, policy in chosen.items():
-            error = relative_error(found[name].values, reference_sum(gradients, policy))
+            error = relative_error(found[name].values, expected_sum(gradients, policy))
             assert error < LIMITS[dtype], f"{name}, {bound}: {error}"
 
 

@@ -17,7 +17,8 @@ from privet.gradients.capture.instrument import Instrument
 from privet.gradients.rules import custom, registry
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
-from tests.gradients.harness import reference, relative_error, trainable
+from tests.contracts.doors import Expected, reference, relative_error
+from tests.gradients.harness import trainable
 
 
 class Scale(nn.Module):
@@ -83,7 +84,7 @@ def _summed(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _expected(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _expected(module: nn.Module, x: Tensor) -> Expected:
     return reference(module, (x,), lambda m, b: m(*b).square().sum(1), Flat(0.3))
 
 

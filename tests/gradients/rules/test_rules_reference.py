@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from privet.clipping import Flat, PerLayer
-from privet.gradients.reference import example_gradients, reference_sum
+from privet.gradients.reference import example_gradients
 from privet.gradients.summation import clipped_sum
-from tests.gradients.harness import captured_sum, recorded_of, relative_error, trainable
+from tests.contracts.doors import expected_sum, relative_error
+from tests.gradients.harness import captured_sum, recorded_of, trainable
 from tests.gradients.rule_cases import CASES, Case, loss
 
 POLICIES = {"all clipped": Flat(1e-2), "none clipped": Flat(1e6), "by layer": PerLayer(1.0)}
@@ -41,7 +42,7 @@ def test_the_clipped_sum_is_the_reference(case: Case, dtype):
         recorded = recorded_of(module, batch, loss)
         for name, policy in POLICIES.items():
             found = clipped_sum(recorded, trainable(module), policy).values
-            error = relative_error(found, reference_sum(gradients, policy))
+            error = relative_error(found, expected_sum(gradients, policy))
             assert error < LIMITS[dtype], f"{size} examples, {name}: {error}"
 
 
@@ -124,7 +125,7 @@ def test_half_precision_accumulates_in_float32(row):
     gradients = example_gradients(module, examples, lambda m, b: loss(m, b).sum())
     found = clipped_sum(recorded_of(module, batch, loss), trainable(module), Flat(0.1)).values
     assert all(value.dtype == torch.float32 for value in found.values())
-    assert relative_error(found, reference_sum(gradients, Flat(0.1))) < 2e-2
+    assert relative_error(found, expected_sum(gradients, Flat(0.1))) < 2e-2
 
 
 @pytest.mark.parametrize("row", ["stride and padding", "conv1d", "layer norm over", "self, light, causal"])
@@ -139,4 +140,4 @@ def test_autocast_is_covered(row):
     examples = [tuple(t[i : i + 1] for t in batch) for i in range(3)]
     gradients = example_gradients(module, examples, lambda m, b: mixed(m, b).sum())
     found = clipped_sum(recorded_of(module, batch, mixed), trainable(module), Flat(0.1)).values
-    assert relative_error(found, reference_sum(gradients, Flat(0.1))) < 5e-2
+    assert relative_error(found, expected_sum(gradients, Flat(0.1))) < 5e-2

@@ -12,7 +12,7 @@ import torch
 
 from privet.clipping import Flat, PerLayer
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import _learn
+from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.summation import clipped_sum
 from tests.gradients.harness import trainable
 from tests.gradients.rule_cases import CASES, Case, loss
@@ -43,9 +43,7 @@ class Watched:
         self.module, self.found = module, []
         self.capture = Capture(trainable(module), on_backward=self.found.append)
         size = len(batch[0])
-        _learn(
-            self.capture, lambda b: (loss(module, b),), batch, examples=size, batch_axis=0, restore=lambda: None
-        )  # fmt: skip
+        learn_layouts(self.capture, lambda b: (loss(module, b),), batch, examples=size)
 
     def sums(self, batch, factors, policies=POLICIES):
         self.found.clear()

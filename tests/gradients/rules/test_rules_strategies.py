@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from privet.clipping import Flat
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import _learn
+from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.rules import attention, cells, embedding, normalization, pool, recurrent
 from privet.gradients.rules.convolution import Convolution, Geometry
 from privet.gradients.rules.convolution_strategy import ConvolutionStrategy, convolution_strategy
@@ -20,7 +20,8 @@ from privet.gradients.rules.linear import Linear
 from privet.gradients.rules.patches import Pairing
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Use, Uses
-from tests.gradients.harness import captured_sum, recorded_of, reference, relative_error, trainable
+from tests.contracts.doors import reference, relative_error
+from tests.gradients.harness import captured_sum, recorded_of, trainable
 from tests.gradients.rule_cases import CASES, loss
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -322,7 +323,7 @@ class TimeMajor(nn.Module):
 def test_rows_merged_with_the_batch_inside_belong_to_their_examples():
     module, batch, found = TimeMajor().double(), (torch.randn(4, 3, 2, 5, dtype=torch.float64),), []
     capture = Capture(trainable(module), batch_first=False, on_backward=found.append)
-    _learn(capture, lambda b: (loss(module, b),), batch, examples=4, batch_axis=0, restore=lambda: None)
+    learn_layouts(capture, lambda b: (loss(module, b),), batch, examples=4)
     capture.begin(4)
     losses = loss(module, batch)
     capture.end()

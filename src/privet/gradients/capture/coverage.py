@@ -26,7 +26,7 @@ from privet.gradients.rules.strategy import prefers_channels_last
 from privet.gradients.summation import weighted_sums
 from privet.gradients.use import Recorded
 
-__all__ = ["check_coverage"]
+__all__ = ["check_coverage", "learn_layouts"]
 
 _ATTEMPTS = 8
 _EXAMPLES = 16
@@ -93,12 +93,12 @@ def check_coverage(
         def check(some: Any, count: int) -> bool:
             capture.channels_last = prefers_channels_last(module)
             try:
-                _learn(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
             except RuntimeError:
                 if not capture.channels_last:
                     raise
                 capture.channels_last = False  # a `view` that needs the channels outside, say
-                _learn(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
             return _compare(
                 capture, run, some, examples=count, batch_axis=batch_axis, tripwires=tripwires, restore=restore
             )
@@ -119,15 +119,28 @@ def check_coverage(
             capture.layouts.trace = None
 
 
-def _learn(
+def learn_layouts(
     capture: Capture,
     run: Callable[[Any], Sequence[Tensor]],
     inputs: Any,
     *,
     examples: int,
-    batch_axis: int,
-    restore: Callable[[], None],
+    batch_axis: int = 0,
+    restore: Callable[[], None] = lambda: None,
 ) -> None:
+    """Runs the model on B and on B + 1 examples until the capture knows the batch axis of every operation.
+
+    Args:
+        capture: keeps the layouts; it must not be in use.
+        run: the model's differentiable outputs for some inputs.
+        inputs: of B examples.
+        examples: B, at least 1.
+        batch_axis: where they are, 0 or 1.
+        restore: called before each run, to put buffers and random numbers back.
+
+    Raises:
+        UnsupportedModelError: if the batch axis cannot be told somewhere.
+    """
     grown = _grown(inputs, examples, batch_axis)
     for _ in range(_ATTEMPTS):
         before = capture.layouts.learned

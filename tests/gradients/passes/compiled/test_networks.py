@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks.networks import NETWORKS, Network, Transformer, texts
 from privet import Flat, Gaussian, Mechanism, Poisson, PrivateStep
 from privet.gradients.passes.compiled import step_graph
-from tests.contracts.doors import distance, size, taken
+from tests.contracts.doors import Expected, assert_exact, distance, size, taken
 
 SMALL = {
     **NETWORKS,
@@ -67,8 +67,8 @@ def test_a_network_is_one_graph_with_the_eager_sum(name, compilations):
     compiled = run(net, batches, noise=0.0, compile=True, physical_batch_size=2)
     assert len(compilations) == 1
     assert torch._dynamo.utils.counters["graph_break"] == {}
-    for ours, theirs in zip(compiled, eager, strict=True):
-        assert distance(ours, theirs) <= 1e-4 * max(size(theirs), 1e-6)
+    for ours, theirs, n in zip(compiled, eager, (2, 3, 0), strict=True):
+        assert_exact(ours, Expected(theirs, terms=n * 1.0))
     assert size(eager[0]) > size(eager[2]) == 0.0
 
 
@@ -93,8 +93,9 @@ def test_the_compiler_of_users_gives_the_eager_sum():
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     batches = [(torch.randn(n, 6), torch.randint(3, (n,))) for n in (4, 3, 5)]
     eager = run(net, batches, noise=0.0)
-    for ours, theirs in zip(run(net, batches, noise=0.0, compile=True, physical_batch_size=4), eager, strict=True):
-        assert distance(ours, theirs) <= 1e-4 * size(theirs)
+    compiled = run(net, batches, noise=0.0, compile=True, physical_batch_size=4)
+    for ours, theirs, batch in zip(compiled, eager, batches, strict=True):
+        assert_exact(ours, Expected(theirs, terms=len(batch[0]) * 1.0))
 
 
 @pytest.mark.slow
@@ -116,5 +117,6 @@ def test_a_network_on_an_accelerator_gives_the_eager_sum(name, compilations):
     net = network.build().cuda()
     batches = [tuple(t.cuda() for t in network.batch(n)) for n in (4, 3, 5)]
     eager = run(net, batches, noise=0.0)
-    for ours, theirs in zip(run(net, batches, noise=0.0, compile=True, physical_batch_size=4), eager, strict=True):
-        assert distance(ours, theirs) <= 1e-3 * size(theirs)
+    compiled = run(net, batches, noise=0.0, compile=True, physical_batch_size=4)
+    for ours, theirs, batch in zip(compiled, eager, batches, strict=True):
+        assert_exact(ours, Expected(theirs, terms=len(batch[0]) * 1.0), tolerance=1e-3)
