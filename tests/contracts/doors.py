@@ -74,12 +74,16 @@ def paper_sum(
     return seen[-1]
 
 
-def explicit_sum(module: nn.Module, *batches: Any, loss: Loss, policy: ClippingPolicy) -> dict[str, Tensor]:
+def explicit_sum(
+    module: nn.Module, *batches: Any, loss: Loss, policy: ClippingPolicy, **options: Any
+) -> dict[str, Tensor]:
     """Returns the sum of the last batch; the ones before are trained on first, with a learning rate of zero."""
     module = copied(module)
     optimizer = torch.optim.SGD(trainable(module), lr=0.0)
     mechanism = Mechanism(sampling=Poisson(0.1), clipping=policy, noise=Gaussian(0.0))
-    step = PrivateStep(module, optimizer=optimizer, mechanism=mechanism, loss_per_example=loss, expected_batch_size=1.0)
+    step = PrivateStep(
+        module, optimizer=optimizer, mechanism=mechanism, loss_per_example=loss, expected_batch_size=1.0, **options
+    )
     seen = taken(module, optimizer)
     for batch in batches:
         with warnings.catch_warnings():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,11 +15,20 @@ from torch.nn import functional as F
 from privet import Flat
 from privet.clipping import PerLayer
 from privet.gradients import rules
-from tests.contracts.doors import DOORS, assert_exact, distance, door_sum, paper_sum, reference, size
+from tests.contracts.doors import DOORS, assert_exact, distance, door_sum, explicit_sum, paper_sum, reference, size
 from tests.contracts.zoo import ZOO, D, batch_of, model_of, plain, squares
+from tests.gradients.policies import POLICIES as GROUPED
 
 C = 0.5
 POLICIES = {"flat": Flat(C), "per layer": PerLayer(C)}
+WAYS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "paper": paper_sum,
+    "paper, hooks": functools.partial(paper_sum, grad_sample_mode="hooks"),
+    "paper, functorch": functools.partial(paper_sum, grad_sample_mode="functorch"),
+    "explicit": explicit_sum,
+    "explicit, physical batches": functools.partial(explicit_sum, physical_batch_size=2),
+    "explicit, padded": functools.partial(explicit_sum, physical_batch_size=3, padded=True),
+}
 
 
 def allowed(*sums: dict[str, Tensor], examples: int) -> float:
@@ -83,6 +94,40 @@ def test_an_example_that_is_not_finite_adds_nothing(name: str, door: str, poison
     expected = reference(plain(model), rest, loss, Flat(C))
     assert_exact(door_sum(door, model, bad, loss=loss, policy=Flat(C)), expected)
     assert_exact(door_sum(door, model, batch, bad, loss=loss, policy=Flat(C)), expected)
+
+
+class Apart(nn.Module):
+    """Two layers that see two inputs: one alone can have a gradient, or a norm, that is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, 4), nn.Linear(D, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return squares(self.first(a)) + squares(self.second(b))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e100], ids=["nan", "inf", "overflow"])
+@pytest.mark.parametrize("spoilt", [0, 1], ids=["first layer", "second layer"])
+@pytest.mark.parametrize("door", WAYS)
+@pytest.mark.parametrize("policy", GROUPED)
+def test_an_example_that_is_not_finite_in_one_layer_adds_nothing_to_any(
+    policy: str, door: str, spoilt: int, poison: float
+) -> None:
+    """Two in five are spoilt. Of 1e100, in float64, the gradient is finite and its squared norm is not."""
+    torch.manual_seed(0)
+    model, chosen, rows = Apart().double(), GROUPED[policy](Apart(), C), torch.tensor([1, 4])
+    batch = (torch.randn(5, D, dtype=torch.float64), torch.randn(5, D, dtype=torch.float64))
+    bad = tuple(t.index_fill(0, rows, poison) if i == spoilt else t for i, t in enumerate(batch))
+    rest = tuple(t[[0, 2, 3]] for t in batch)
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return m(*b)
+
+    expected = reference(model, rest, loss, chosen)
+    assert expected.terms > 0.5 * C
+    assert_exact(WAYS[door](model, bad, loss=loss, policy=chosen), expected)
+    assert_exact(WAYS[door](model, batch, bad, loss=loss, policy=chosen), expected)
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -319,14 +319,15 @@ def test_rows_that_the_user_computed_without_any_backward_are_served():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("policy", [Flat(0.5), PerLayer(0.5)], ids=["flat", "per layer"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_row_that_is_not_finite_weighs_nothing(mode, value):
-    run = Run(mode)
+def test_a_row_that_is_not_finite_weighs_nothing(mode, policy, value):
+    run = Run(mode, clipping=policy)
     run.backward()
     next(run.net.parameters()).grad_sample[2, 0, 0] = value
     run.optimizer.step()
     rows = {name: r[[0, 1, 3]] for name, r in run.rows().items()}
-    assert near(run.attribute("summed_grad"), expected_sum(rows, Flat(0.5)))
+    assert near(run.attribute("summed_grad"), expected_sum(rows, policy))
 
 
 WRONG = {

@@ -15,6 +15,7 @@ from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.summation import clipped_sum
 from tests.gradients.harness import trainable
+from tests.gradients.policies import policies
 from tests.gradients.rule_cases import CASES, Case, loss
 
 SIZE = 6
@@ -77,16 +78,19 @@ def test_one_example_moves_the_sum_by_the_clip_norm_at_most(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_example_whose_gradient_is_not_finite_weighs_nothing(case: Case):
     batch = case.inputs(3, torch.float32)
-    watched = Watched(case.module(), batch)
+    module = case.module()
+    watched, chosen = Watched(module, batch), tuple(policies(module, BOUND).values())
     kept = torch.tensor([0, 2])
-    (expected,) = watched.sums(tuple(t[kept] for t in batch), torch.ones(2), POLICIES[:1])
+    expected = watched.sums(tuple(t[kept] for t in batch), torch.ones(2), chosen)
     for value in (math.nan, math.inf, -math.inf, 1e38):
-        (found,) = watched.sums(batch, torch.tensor([1.0, value, 1.0]), POLICIES[:1])
-        assert all(v.isfinite().all() for v in found.values.values())
-        assert found.statistics["dropped"] == 1 or math.isfinite(value)
-        assert distance(found, expected) <= (1e-5 if found.statistics["dropped"] else 1 + 1e-5) * BOUND
+        sums = watched.sums(batch, torch.tensor([1.0, value, 1.0]), chosen)
+        for policy, found, without in zip(chosen, sums, expected, strict=True):
+            assert all(v.isfinite().all() for v in found.values.values()), policy
+            assert found.statistics["dropped"] == 1 or math.isfinite(value), policy
+            moved = 1e-5 * BOUND if found.statistics["dropped"] else policy.sensitivity * (1 + 1e-5)
+            assert distance(found, without) <= moved, policy
     if batch[0].is_floating_point():
         spoilt = tuple(t.index_fill(0, torch.tensor([1]), math.nan) for t in batch)
-        (found,) = watched.sums(spoilt, torch.ones(3), POLICIES[:1])
-        assert found.statistics["dropped"] == 1
-        assert distance(found, expected) <= 1e-5 * BOUND
+        for policy, found, without in zip(chosen, watched.sums(spoilt, torch.ones(3), chosen), expected, strict=True):
+            assert found.statistics["dropped"] == 1, policy
+            assert distance(found, without) <= 1e-5 * BOUND, policy
