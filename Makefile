@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting clean
+.PHONY: help venv demo test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -16,10 +16,13 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 # One process per core, one thread per process: the quickest way through many small tensors.
 WORKERS ?= auto
 PYTEST_ARGS ?=
+# For test-cpus: --short, or the names of some of its choices.
+CPUS ?=
 
 help:
 	@echo 'make demo        train on the digits with differential privacy, and show what it costs (about two minutes)'
 	@echo 'make test        install what the tests need and run them all'
+	@echo 'make test-cpus   the tests that touch numbers, as other processors run them (many minutes)'
 	@echo 'make explore     the tests again, on other random examples than the ones of every other run'
 	@echo 'make check       format, lint, types, documentation, tests'
 	@echo 'make crosscheck  the accountants beside two public ones (installs those in .venv-crosscheck)'
@@ -48,6 +51,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo '==> Running every test'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+test-cpus: $(STAMP)
+	@echo '==> Running the tests that touch numbers with the kernels of other processors (scripts/test_cpus.py)'
+	$(BIN)/python scripts/test_cpus.py $(CPUS)
 
 explore: $(STAMP)
 	@echo '==> Running every test on fresh random examples'
