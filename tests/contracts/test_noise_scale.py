@@ -83,6 +83,7 @@ class Run:
     policy: str = "flat"
     course: dict[str, tuple[float, ...]] = field(default_factory=dict)
     by_hand: bool = False
+    rate: float = RATE
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -98,7 +99,7 @@ class Run:
             *_, self.loader = PrivacyEngine(accountant="rdp").make_private(
                 module=self.model,
                 optimizer=self.optimizer,
-                data_loader=DataLoader(self.data, batch_size=round(N * RATE)),
+                data_loader=DataLoader(self.data, batch_size=round(N * self.rate)),
                 noise_multiplier=SIGMA,
                 max_grad_norm=policy.sensitivity,
                 clipping=policy,
@@ -110,14 +111,14 @@ class Run:
             self.take = step = PrivateStep(
                 self.model,
                 optimizer=self.optimizer,
-                mechanism=Mechanism(sampling=Poisson(RATE), clipping=policy, noise=Gaussian(SIGMA), steps=5),
+                mechanism=Mechanism(sampling=Poisson(self.rate), clipping=policy, noise=Gaussian(SIGMA), steps=5),
                 loss_per_example=loss,
-                expected_batch_size=N * RATE,
+                expected_batch_size=N * self.rate,
                 noise_generator=generator,
                 **self.options,
             )
             self.loader = step.batches(self.data)
-        self.seen = taken(self.model, self.optimizer)
+        self.seen, self.sizes = taken(self.model, self.optimizer), list[int]()
         self.schedule = None
         if self.course and not self.by_hand:
             listed = {name: Listed(factors) for name, factors in self.course.items()}
@@ -154,12 +155,14 @@ class Run:
         """Yields each step's noise on the sum, by parameter, and the standard deviation that it must have."""
         passes = itertools.chain.from_iterable(self._logical_batches() for _ in itertools.count())
         for t, rows in enumerate(itertools.islice(passes, steps)):
-            policy = self.clipped_to(CLIP * self.factor("clip_norm", t))
+            self.sizes.append(sum(map(len, rows)))
+            bound = CLIP * self.factor("clip_norm", t)  # of each policy here, by its formula: not what it says itself
+            policy = self.clipped_to(bound)
             expected = reference(self.plain, (torch.cat(rows),), loss, policy)
-            divisor = N * RATE * self.factor("rate", t) if self.divided else 1.0
+            divisor = N * self.rate * self.factor("rate", t) if self.divided else 1.0
             yield (
                 {name: gradient.double() * divisor - expected[name] for name, gradient in self.seen[-1].items()},
-                SIGMA * self.factor("noise", t) * policy.sensitivity,
+                SIGMA * self.factor("noise", t) * bound,
             )
             if t + 1 < steps:
                 self._change(t + 1)
@@ -206,6 +209,14 @@ def test_the_noise_and_its_divisor_are_as_scheduled(what: str, door: str) -> Non
 @pytest.mark.parametrize("policy", ["flat", "per layer", "group-wise"])
 def test_a_policy_that_is_replaced_by_hand_brings_its_own_noise(policy: str, door: str) -> None:
     assert wrong_steps(Run(door, policy, COURSES["the clip norm"], by_hand=True)) == []
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if "partition" not in door])  # which has no empty batch
+def test_an_empty_batch_has_noise_like_any_other(door: str) -> None:
+    run = Run(door, rate=1 / N)
+    assert wrong_steps(run) == []
+    assert 0 in run.sizes
+    assert max(run.sizes) > 0
 
 
 # -- that these tests can fail -----------------------------------------------------------------------------------------

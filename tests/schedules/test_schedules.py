@@ -263,6 +263,29 @@ def test_prefetched_batches_are_billed_as_they_were_drawn() -> None:
     assert rates.count(0.2) > 1, "the worker had drawn ahead"
 
 
+def test_the_sum_of_a_prefetched_batch_is_divided_by_the_size_expected_at_its_own_rate() -> None:
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    data = DataLoader(TensorDataset(torch.ones(40, 3)), batch_size=8, num_workers=1)
+    _, _, loader = PrivacyEngine(accountant="rdp").make_private(
+        module=net, optimizer=optimizer, data_loader=data, noise_multiplier=0.0, max_grad_norm=1e-3
+    )
+    schedule = ListBatchSize(optimizer, factors=[1.0, 5.0])
+    seen, sizes = taken(net, optimizer), []
+    for (x,) in (batch for _ in range(2) for batch in loader):
+        optimizer.zero_grad()
+        (net(x) * 1e3).sum(1).mean().backward() if len(x) else net(x).sum().backward()
+        optimizer.step()
+        sizes.append(len(x))
+        schedule.step()
+    for gradient, size in zip(seen, sizes, strict=True):
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+        expected = 40 if size == 40 else 8  # everybody is in a batch of rate 1; of 0.2, eight are expected
+        assert norm == pytest.approx(size * 1e-3 / expected, rel=1e-3), "all gradients are alike, and clipped"
+    assert sum(size < 40 for size in sizes) > 1, "the worker had drawn ahead"
+    assert sizes[-1] == 40
+
+
 def test_a_budget_is_kept_under_a_schedule() -> None:
     mechanism = Mechanism(sampling=Poisson(0.2), clipping=Flat(1.0), noise=Gaussian(4.0), steps=20)
     plan = Plan(mechanism, noise=Exponential(0.97)).calibrated(epsilon=2.0, delta=1e-5, accountant="rdp")

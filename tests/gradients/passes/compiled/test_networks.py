@@ -58,7 +58,10 @@ def compilations(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in {"resnet", "transformer"} else []) for name in SMALL],
+)
 def test_a_network_is_one_graph_with_the_eager_sum(name, compilations):
     torch.manual_seed(1)
     network = SMALL[name]
