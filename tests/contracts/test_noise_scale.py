@@ -23,7 +23,7 @@ from privet import BatchMemoryManager, Gaussian, Mechanism, Poisson, PrivacyEngi
 from privet.clipping import ClippingPolicy, PerLayer
 from privet.noise import GaussianNoise
 from privet.schedules import Listed, Schedule
-from privet.update import update_of
+from privet.training.update import update_of
 from tests.contracts.doors import reference, taken
 from tests.gradients.policies import POLICIES, weights_an_example
 from tests.noise.law import refutations
