@@ -49,9 +49,11 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(60, 100, bias=False), nn.Linear(60, 80, bias=False)
+        self.both = True
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 60) -> (B,)
-        return 1e3 * (self.first(x)[:, 0] + 2.0 * self.second(x)[:, 0])
+        first = self.first(x)[:, 0]
+        return 1e3 * (first + 2.0 * self.second(x)[:, 0] if self.both else first)
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -217,6 +219,13 @@ def test_an_empty_batch_has_noise_like_any_other(door: str) -> None:
     assert wrong_steps(run) == []
     assert 0 in run.sizes
     assert max(run.sizes) > 0
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_layer_that_nobody_uses_has_noise_like_any_other(door: str) -> None:
+    run = Run(door)
+    run.model.both = run.plain.both = False
+    assert wrong_steps(run) == []
 
 
 # -- that these tests can fail -----------------------------------------------------------------------------------------
