@@ -65,6 +65,7 @@ def run(choice: Choice, tests: tuple[str, ...]) -> int:
         **os.environ,
         **choice.environment,
         "OMP_NUM_THREADS": str(choice.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait in a loop starve the others of a busy machine
         "PRIVET_TEST_SEED": str(choice.seed),
         "PRIVET_TEST_THREADS": str(choice.threads),
         "HYPOTHESIS_PROFILE": "explore",
