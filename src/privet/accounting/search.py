@@ -102,7 +102,7 @@ def enclosed(curve: Curve, ladder: Ladder, start: float, *, slope: float = 1.0) 
         if math.isfinite(found.height):
             if previous is not None and math.isfinite(previous.height):
                 slope = abs((previous.height - found.height) / moved)
-            length = _OVERSHOOT * abs(found.height) / min(max(slope, 0.05), 100.0) + 2e-4
+            length = _OVERSHOOT * abs(found.height) / min(max(slope, 1e-3), 1e3) + 2e-4
             if previous is not None and abs(found.height) > 0.5 * abs(previous.height):
                 length = max(length, 2.0 * moved)
         place = ladder.place(found.value)
