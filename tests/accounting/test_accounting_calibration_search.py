@@ -97,7 +97,7 @@ def test_each_number_takes_few_questions(point, by):
         assert count <= 15
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0.3, 50.0), st.floats(-7, 0), st.floats(0, 7), st.floats(-12, -1))
 def test_few_questions_anywhere(sigma, log_rate, log_steps, log_delta):
     rate, steps, delta = 10.0**log_rate, round(10.0**log_steps), 10.0**log_delta
@@ -138,6 +138,7 @@ CURVES = {
     "falls to 0": (lambda sigma: max(0.0, 4.0 / sigma - 2.0) * 50.0, 20),
     "jumps": (lambda sigma: 5e3 / sigma if sigma < 0.0123456 else 0.0, 18),
     "is infinite": (lambda sigma: math.inf if sigma < 2.2 else 1.0 / sigma, 18),
+    "sags": (lambda sigma: 1 + math.expm1(40 * (3.3 - sigma)) if sigma < 3.3 else 1 - 1e-3 * (sigma - 3.3), 22),
     "hardly moves": (lambda sigma: 1.001 * sigma**-0.01, 8),
 }
 
@@ -153,7 +154,39 @@ def test_curves_of_every_shape_are_enclosed(name):
     assert accountant.looks <= most
 
 
+class Steps(Curve):
+    """An accountant of any function of the number of steps."""
+
+    def bound_epsilon(self, event, delta, *, relation, group_size, lower):
+        self.looks += 1
+        return Bound(upper=self.of(event.count), lower=0.0, method=self.name)
+
+
+@pytest.mark.parametrize("last", [1, 2, 7_654_321, 10**9 - 1])
+def test_a_cliff_is_found_to_the_step_in_two_looks_more_than_bisection(last):
+    # Interpolation alone would creep along the flat part. At most 7 looks enclose the cliff by a factor of 1000; then
+    # bisection to a billionth of its logarithm takes 33, and the search two more.
+    accountant = Steps(lambda steps: 0.999999 if steps <= last else 1e6)
+    found = calibrate_steps(
+        1.0, 1e-5, lambda n: SelfComposedEvent(GaussianEvent(1.0), n), accountant=accountant, most=10**9
+    )
+    assert (found.value, found.outside) == (last, last + 1)
+    assert accountant.looks <= 7 + 33 + 2
+
+
+class Forgetful(Curve):
+    """An accountant whose answers change with what it was asked before, as where grids are kept."""
+
+    def __init__(self):
+        super().__init__(lambda sigma: 4.0 / sigma * (1.0 + 1e-3 * self.looks))
+
+
 def test_the_certificate_is_what_a_new_accountant_says():
+    register_accountant("forgetful", Forgetful)
+    found = calibrate_noise_multiplier(1.0, 1e-5, GaussianEvent, accountant="forgetful")
+    _FACTORIES.pop("forgetful")
+    assert Forgetful().epsilon(GaussianEvent(found.value), 1e-5) == found.epsilon <= 1.0
+    assert Forgetful().epsilon(GaussianEvent(found.outside), 1e-5) == found.epsilon_outside > 1.0
     found = calibrate_noise_multiplier(2.0, 1e-6, lambda x: steps_of(x, 0.02, 2000))
     assert get_epsilon(steps_of(found.value, 0.02, 2000), 1e-6) == found.epsilon
     assert get_epsilon(steps_of(found.outside, 0.02, 2000), 1e-6) == found.epsilon_outside

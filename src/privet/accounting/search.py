@@ -92,25 +92,25 @@ def enclosed(curve: Curve, ladder: Ladder, start: float, *, slope: float = 1.0) 
     """Returns a bracket around the crossing, or one end where the limits hold none. `slope` is how steep the curve is.
 
     Every step means to land just beyond the crossing. Its length comes from the height and the slope, and doubles where
-    the height did not halve.
+    the height did not halve, and after the third step in any case.
     """
     found = curve.look(ladder.at(ladder.place(start)))
     previous: Look | None = None
-    moved = 0.0
+    moved, taken = 0.0, 0
     while not ladder.at_limit(found):
         length = max(0.7, 2.0 * moved)
         if math.isfinite(found.height):
             if previous is not None and math.isfinite(previous.height):
                 slope = abs((previous.height - found.height) / moved)
             length = _OVERSHOOT * abs(found.height) / min(max(slope, 1e-3), 1e3) + 2e-4
-            if previous is not None and abs(found.height) > 0.5 * abs(previous.height):
+            if previous is not None and (taken > 3 or abs(found.height) > 0.5 * abs(previous.height)):
                 length = max(length, 2.0 * moved)
         place = ladder.place(found.value)
         length = min(length, _FARTHEST)
         value = ladder.at(place - length if found.fits else place + length)
         if value == found.value:  # the rungs lie further apart than the step is long
             value = ladder.beside(value, up=found.fits != ladder.private_above)
-        previous, found = found, curve.look(value)
+        previous, found, taken = found, curve.look(value), taken + 1
         moved = abs(ladder.place(found.value) - place)
         if previous.fits != found.fits:
             return Bracket(found, previous) if found.fits else Bracket(previous, found)
@@ -123,28 +123,23 @@ def narrowed(curve: Curve, ladder: Ladder, good: Look, bad: Look, tolerance: flo
     Among decimals it ends at a hundredth where the curve jumps: nothing there is worth a closer look.
 
     Looks are taken a little beside the place where the crossing seems to be, on the side of the farther end, so that
-    both ends close in. A look that lands on the other side than meant widens that little.
+    both ends close in.
     """
-    aside, third = tolerance / 2.0, None
+    third: Look | None = None
     allowed = math.ceil(math.log2(max(_width(ladder, good, bad) / tolerance, 1.0))) + _SPARE_LOOKS
     while _width(ladder, good, bad) > tolerance and not _jumps(ladder, good, bad):
         high, low = ladder.place(good.value), ladder.place(bad.value)
         middle = (high + low) / 2.0
-        wanted, meant = middle, None
         root = _root(ladder, [good, bad, *([third] if third else [])])
-        if root is not None:
-            meant = high - root > root - low
-            wanted = root + aside if meant else root - aside
-            # The ITP method's projection: as far from the middle as still lets bisection end in time.
-            reach = max(tolerance / 2.0 * 2.0**allowed - (high - low) / 2.0, 0.0)
-            wanted = min(max(wanted, middle - reach), middle + reach)
+        wanted = middle if root is None else root + math.copysign(tolerance / 2.0, high + low - 2.0 * root)
+        # The ITP method's projection: as far from the middle as still lets bisection end in time.
+        reach = max(tolerance / 2.0 * 2.0**allowed - (high - low) / 2.0, 0.0)
+        wanted = min(max(wanted, middle - reach), middle + reach)
         allowed -= 1
         value = ladder.between(good.value, bad.value, wanted)
         if value is None:
             break
         found = curve.look(value)
-        if meant is not None:
-            aside = tolerance / 2.0 if found.fits == meant else 4.0 * aside
         if found.fits:
             third, good = good, found
         else:
