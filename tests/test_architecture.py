@@ -33,6 +33,7 @@ LAYERS = {
         ("step",),
         ("engine",),
         ("cli",),
+        ("__main__",),
     ),
     "gradients": (
         ("derived", "layout", "rows", "tracing"),

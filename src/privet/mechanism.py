@@ -63,7 +63,11 @@ class Mechanism:
         return self.sampling.event_for(self.noise.event, self.steps if count is None else count)
 
     def epsilon(self, delta: float, *, accountant: str | Accountant = "pld") -> float:
-        """Returns ε at `delta` of the planned steps, for zero-out neighbours (add-or-remove-one costs the same)."""
+        """Returns ε at `delta` of the planned steps, for zero-out neighbours.
+
+        Under Poisson sampling add-or-remove-one costs the same. Under a partition it need not: a record that is added
+        or removed may move others to other batches, and this ε does not cover that.
+        """
         from privet.accounting import get_accountant
 
         return get_accountant(accountant).epsilon(self.event(), delta, relation=Relation.ZERO_OUT)

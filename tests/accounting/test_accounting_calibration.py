@@ -28,9 +28,9 @@ from privet.errors import AccountingError, ConfigurationError
 
 
 def check(found, event_of, relation=Relation.ADD_OR_REMOVE_ONE):
-    assert found.epsilon <= found.target_epsilon < found.epsilon_inside
+    assert found.epsilon <= found.target_epsilon < found.epsilon_outside
     assert get_epsilon(event_of(found.value), found.delta, relation=relation) <= found.target_epsilon * (1 + 1e-6)
-    assert get_epsilon(event_of(found.inside), found.delta, relation=relation) > found.target_epsilon * (1 - 1e-6)
+    assert get_epsilon(event_of(found.outside), found.delta, relation=relation) > found.target_epsilon * (1 - 1e-6)
 
 
 @settings(max_examples=8, deadline=None)
@@ -41,7 +41,7 @@ def test_the_least_noise(epsilon, rate, steps, exponent):
 
     found = calibrate_noise_multiplier(epsilon, 10.0**exponent, event_of)
     check(found, event_of)
-    assert found.inside == pytest.approx(found.value, rel=2e-5)
+    assert found.outside == pytest.approx(found.value, rel=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,15 @@ def test_the_most_steps(accountant):
 
     found = calibrate_steps(3.0, 1e-5, event_of, accountant=accountant)
     assert found.value == int(found.value)
-    assert found.inside == found.value + 1
-    assert found.epsilon <= 3.0 < found.epsilon_inside
+    assert found.outside == found.value + 1
+    assert found.epsilon <= 3.0 < found.epsilon_outside
 
 
 def test_steps_at_the_ends():
     none = calibrate_steps(0.1, 1e-5, lambda steps: SelfComposedEvent(GaussianEvent(0.5), steps))
-    assert (none.value, none.epsilon, none.inside) == (0, 0.0, 1)
+    assert (none.value, none.epsilon, none.outside) == (0, 0.0, 1)
     every = calibrate_steps(1.0, 1e-5, lambda steps: SelfComposedEvent(GaussianEvent(1e9), steps), most=1000)
-    assert (every.value, every.inside) == (1000, None)
+    assert (every.value, every.outside) == (1000, None)
     with pytest.raises(AccountingError, match="before the first step"):
         calibrate_steps(1.0, 1e-5, lambda steps: NonPrivateEvent())
 
@@ -93,7 +93,7 @@ def test_the_greatest_rate():
 
     check(calibrate_rate(2.0, 1e-5, event_of), event_of)
     every = calibrate_rate(50.0, 1e-5, lambda rate: PoissonEvent(rate, GaussianEvent(1.0)))
-    assert (every.value, every.inside) == (1.0, None)
+    assert (every.value, every.outside) == (1.0, None)
 
 
 def test_the_least_noise_on_the_count():

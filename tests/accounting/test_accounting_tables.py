@@ -37,7 +37,7 @@ def test_one_epoch_with_and_without_amplification(sigma, batches, delta, plain, 
 def test_least_noise_is_the_tables(epsilon, rate, steps, delta, by_pld, by_rdp):  # noqa: PLR0917  one row
     found = calibrate_noise_multiplier(epsilon, delta, lambda sigma: poisson(sigma, rate, steps))
     assert found.value == pytest.approx(by_pld, rel=1e-3)
-    assert found.epsilon <= epsilon < found.epsilon_inside
+    assert found.epsilon <= epsilon < found.epsilon_outside
     if by_rdp is not None:
         quick = calibrate_noise_multiplier(epsilon, delta, lambda sigma: poisson(sigma, rate, steps), accountant="rdp")
         assert found.value < quick.value <= by_rdp * (1 + 1e-3)

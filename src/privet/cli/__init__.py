@@ -1,4 +1,4 @@
-"""The command line: `privet epsilon`, `noise`, `steps` and `curve`. The one place of the library that prints."""
+"""The command line: `privet epsilon`, `delta`, `noise`, `steps`, `rate`, `mu` and `curve`. Only this package prints."""
 
 from __future__ import annotations
 

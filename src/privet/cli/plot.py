@@ -8,16 +8,30 @@ from pathlib import Path
 
 from privet.errors import ConfigurationError
 
-__all__ = ["plot_curve"]
+__all__ = ["check_plot", "plot_curve"]
+
+
+def check_plot(path: Path) -> None:
+    """Refuses a picture that cannot be made: without matplotlib, in an unknown format, or in a folder that is not."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise ConfigurationError("--plot needs matplotlib: pip install 'privet[plots]'.") from None
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigurationError(
+            f"The plot cannot be written to {path}: expected a file name that ends in one of "
+            f"{', '.join(f'.{each}' for each in sorted(known))}."
+        )
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"The plot cannot be written to {path}: {path.parent} is not a folder.")
 
 
 def plot_curve(path: Path, deltas: Sequence[float], curves: Mapping[str, Sequence[float]]) -> None:
     """Draws ε over δ for each accountant into a file whose suffix says its format."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigurationError("A plot needs matplotlib: pip install 'privet[plots]'.") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,10 +1,9 @@
-"""From options to an event: one place that knows which options a sampler needs."""
+"""From options to an event: one table of the options that each sampler takes. Any others are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import click
 
@@ -19,45 +18,33 @@ from privet.accounting import (
     repeated,
 )
 
-__all__ = ["SAMPLERS", "Sampler", "privacy_options", "sampler_options"]
+__all__ = ["FORMS", "Sampler", "sampler_of"]
 
-SAMPLERS = ("poisson", "truncated-poisson", "fixed-size", "partition", "none")
+# Each sampler, and the sets of options that describe it: exactly one of the sets must be given.
+FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "poisson": (("rate",), ("batch_size", "dataset_size")),
+    "truncated-poisson": (("rate", "cap", "dataset_size"), ("batch_size", "cap", "dataset_size")),
+    "fixed-size": (("batch_size", "dataset_size"),),
+    "partition": ((),),
+    "none": ((),),
+}
 _DEFAULT_RELATION = {"fixed-size": Relation.REPLACE_ONE, "partition": Relation.ZERO_OUT}
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler as the options describe it."""
+    """A sampler, as one of its sets of options describes it."""
 
     name: str
-    rate: float | None
-    batch_size: int | None
-    dataset_size: int | None
-    cap: int | None
-    relation_name: str | None
+    relation: Relation
+    rate: float | None = None
+    batch_size: int | None = None
+    dataset_size: int | None = None
+    cap: int | None = None
 
-    def __post_init__(self) -> None:
-        needs = {
-            "poisson": (),
-            "truncated-poisson": ("cap", "dataset_size"),
-            "fixed-size": ("batch_size", "dataset_size"),
-            "partition": (),
-            "none": (),
-        }[self.name]
-        missing = [f"--{need.replace('_', '-')}" for need in needs if getattr(self, need) is None]
-        if self.name in {"poisson", "truncated-poisson"} and self.rate is None:
-            both = self.batch_size is not None and self.dataset_size is not None
-            if not both:
-                missing.append("--rate (or --batch-size with --dataset-size)")
-        if missing:
-            raise click.UsageError(f"The sampler {self.name!r} needs {' and '.join(missing)}.")
-
-    @property
-    def relation(self) -> Relation:
-        """The relation asked for, or the one that the sampler is usually accounted under."""
-        if self.relation_name is not None:
-            return Relation(self.relation_name.replace("-", "_"))
-        return _DEFAULT_RELATION.get(self.name, Relation.ADD_OR_REMOVE_ONE)
+    def at_rate(self, rate: float) -> Sampler:
+        """Returns the same sampler with this sampling rate."""
+        return replace(self, rate=rate)
 
     def event(self, noise_multiplier: float, steps: int) -> Event:
         """Returns the event of so many steps; of a partition, of so many passes."""
@@ -82,63 +69,46 @@ class Sampler:
             return self.rate
         assert self.batch_size is not None
         assert self.dataset_size is not None
-        return self.batch_size / self.dataset_size if self.dataset_size else 0.0
+        return self.batch_size / self.dataset_size
 
 
-def sampler_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that describe a sampler, and hands the command the `Sampler` that they describe."""
+def sampler_of(
+    name: str, relation: str | None, options: Mapping[str, float | int | None], *, seeks_rate: bool
+) -> Sampler:
+    """Returns the sampler that the options describe; a command that `seeks_rate` takes none.
 
-    @wraps(command)
-    def with_sampler(
-        *,
-        sampler: str,
-        rate: float | None,
-        batch_size: int | None,
-        dataset_size: int | None,
-        cap: int | None,
-        relation: str | None,
-        **others: object,
-    ) -> None:
-        command(sampler=Sampler(sampler, rate, batch_size, dataset_size, cap, relation), **others)
-
-    return _with(
-        [
-            click.option(
-                "--sampler",
-                type=click.Choice(SAMPLERS),
-                default="poisson",
-                show_default=True,
-                help="How batches are formed. With `partition` (shuffled or in order) --steps counts passes.",
-            ),
-            click.option("--rate", type=float, help="Sampling rate, in [0, 1]."),
-            click.option("--batch-size", type=int, help="Expected (Poisson) or exact (fixed size) batch size."),
-            click.option("--dataset-size", type=int, help="Number of examples."),
-            click.option("--cap", type=int, help="Largest batch of truncated Poisson sampling."),
-            click.option(
-                "--relation",
-                type=click.Choice([relation.value.replace("_", "-") for relation in Relation]),
-                help="Neighbours  [default: add-or-remove-one; fixed-size: replace-one; partition: zero-out]",
-            ),
-        ],
-        with_sampler,
-    )
+    Raises:
+        click.UsageError: if the options given are not one of the sampler's sets. The message names what is missing and
+            what to leave out.
+    """
+    forms = FORMS[name]
+    if seeks_rate:
+        forms = tuple(tuple(each for each in form if each != "rate") for form in forms if "rate" in form)
+        if not forms:
+            able = " and ".join(each for each, sets in FORMS.items() if any("rate" in form for form in sets))
+            raise click.UsageError(f"The sampler '{name}' has no rate to find. Expected one that has: {able}.")
+    given = {key: value for key, value in options.items() if value is not None}
+    if not any(set(form) == set(given) for form in forms):
+        raise click.UsageError(_mismatch(name, forms, given))
+    if name != "fixed-size" and "batch_size" in given and given["batch_size"] > given["dataset_size"]:
+        raise click.UsageError(
+            f"--batch-size must be at most --dataset-size, got {given['batch_size']} of {given['dataset_size']}."
+        )
+    known = _DEFAULT_RELATION.get(name, Relation.ADD_OR_REMOVE_ONE)
+    return Sampler(name, known if relation is None else Relation(relation.replace("-", "_")), **given)  # type: ignore[arg-type]
 
 
-def privacy_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds δ, the accountant and the form of the output."""
-    return _with(
-        [
-            click.option("--delta", type=float, required=True, help="δ, in [0, 1]."),
-            click.option("--accountant", default="pld", show_default=True, help="pld, rdp, gdp, or one registered."),
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
-        ],
-        command,
-    )
+def _mismatch(name: str, forms: tuple[tuple[str, ...], ...], given: Mapping[str, object]) -> str:
+    """Returns what is wrong with a set of options, and how to come to the set that needs the fewest additions."""
+    form = min(forms, key=lambda each: (len(set(each) - set(given)), len(set(given) - set(each))))
+    missing = [each for each in form if each not in given]
+    # Where two sets are there in full, the choice between them is not ours.
+    kept = [form] if missing else [each for each in forms if set(each) <= set(given)]
+    surplus = ", or ".join(filter(None, (_options([each for each in given if each not in one]) for one in kept)))
+    expected = ", or ".join(_options(each) or "none of the options of a sampler" for each in forms)
+    advice = [f"Add {_options(missing)}."] * bool(missing) + [f"Leave out {surplus}."] * bool(surplus)
+    return f"The sampler '{name}' takes {expected}, got {_options(given) or 'none'}. {' '.join(advice)}"
 
 
-def _with(
-    options: list[Callable[[Callable[..., None]], Callable[..., None]]], command: Callable[..., None]
-) -> Callable[..., None]:
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _options(names: Iterable[str]) -> str:
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -1,6 +1,7 @@
 """Noise: the only place that draws it, and the only one where a clipped sum becomes a private gradient."""
 
 from privet.noise.counter import CounterNoise
+from privet.noise.cut_tails import cut_tail_delta
 from privet.noise.device import DeviceNoise
 from privet.noise.gaussian import GaussianNoise, NoiseMechanism, PrivateGradient
 from privet.noise.key import NoiseKey, noise_key
@@ -18,6 +19,7 @@ __all__ = [
     "NoiseSource",
     "PrivateGradient",
     "SecureNoise",
+    "cut_tail_delta",
     "noise_for",
     "noise_key",
 ]
