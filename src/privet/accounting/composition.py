@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from privet.accounting.lattice import Lattice
 
 __all__ = [
+    "WRAPPED",
     "Composition",
-    "Frame",
-    "Profile",
     "Spectrum",
     "Tail",
     "Window",
@@ -30,8 +29,9 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Complex = NDArray[np.complex128]
 _UNIT = 2.0**-53
-_WRAPPED = 27.0  # log of how much of the tilted mass the window may lose on each side: e^-27 is 2e-12
+WRAPPED = 27.0  # -log of how much of the tilted mass a window may lose on each side: e^-27 is 2e-12
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Tail:
     log_scale: float
     mean: float
     variance: float
-    added: float
+    centre: int  # the grid loss that the spectrum is shifted by
+
+    def log_moment(self, s: float) -> float:
+        """Returns a bound on log of the sum of mass e^(sℓ), with the mass that the tilt was applied to."""
+        return self.log_scale + s * self.mean + self.cumulant(s)
 
     def cumulant(self, s: float) -> float:
         """Returns a bound on log E[e^(s(ℓ - mean))] under the tilt: Hoeffding's lemma covers what a bin hides."""
@@ -62,9 +66,11 @@ def _bin_offsets(bits: int) -> NDArray[np.int64]:
 
 def tail_of(lattice: Lattice, step: float, tilt: float) -> Tail:
     """Returns the bins: single grid losses around the mode, wider ones further out, never beyond the tilted mean."""
-    losses = step * (lattice.first + np.arange(len(lattice.mass), dtype=np.float64))
+    losses, masses = step * (lattice.first + np.arange(len(lattice.mass), dtype=np.float64)), lattice.mass
+    if lattice.chance_of_none > 0.0:
+        losses, masses = np.append(0.0, losses), np.append(lattice.chance_of_none, masses)
     with np.errstate(divide="ignore"):
-        logs = np.log(lattice.mass) + tilt * losses
+        logs = np.log(masses) + tilt * losses
     largest = float(logs.max())
     tilted = np.exp(logs - largest)
     total = float(tilted.sum())
@@ -82,36 +88,73 @@ def tail_of(lattice: Lattice, step: float, tilt: float) -> Tail:
     widths = step * (np.diff(np.append(starts, reach)) - 1)[used]
     mean = float(mass[used] @ means)
     variance = float(mass[used] @ ((means - mean) ** 2 + widths**2 / 12.0))
-    with np.errstate(divide="ignore"):
-        added = np.exp(np.log(lattice.variance) + tilt * losses[1:] - largest).sum() / total
-    return Tail(means, mass[used], widths, largest + math.log(total), mean, variance, float(added))
+    centre = 0 if lattice.chance_of_none > 0.0 else round(mean / step)
+    return Tail(means, mass[used], widths, largest + math.log(total), mean, variance, centre)
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The transform of one tilted distribution in polar form, shifted by `centre` grid steps to lie around zero."""
+    """The transform of one tilted distribution in polar form, shifted by `centre` grid losses to lie around zero.
+
+    `log_ceiling` is the log of the amplitude with the rounding of its transform added. The rare factor of a step, whose
+    masses are those of its rare losses alone, has the chance s of none as its amplitude, and `rare` is log(1 + r/s) for
+    their transform r.
+    """
 
     log_amplitude: Array
+    log_ceiling: Array
     angle: Array
     centre: int
+    rare: Complex | None = None
+    rare_rounding: float = 0.0
 
 
 def spectrum_of(lattice: Lattice, tail: Tail, step: float, tilt: float, size: int) -> Spectrum:
     """Returns the spectrum on a circle of `size` grid losses."""
+    if lattice.chance_of_none > 0.0:
+        return _spectrum_of_rare(lattice, size)
     losses = step * (lattice.first + np.arange(len(lattice.mass), dtype=np.float64))
     with np.errstate(divide="ignore"):
         tilted = lattice.mass * np.exp(np.minimum(tilt * losses - tail.log_scale, 700.0))
     if not np.isfinite(tilted).all() or abs(float(tilted.sum()) - 1.0) > 1e-6:
         with np.errstate(divide="ignore"):
             tilted = np.exp(np.log(lattice.mass) + tilt * losses - tail.log_scale)
-    centre = round(tail.mean / step)
-    start = (lattice.first - centre) % size
-    padded = np.zeros(-(-(start + len(tilted)) // size) * size)
-    padded[start : start + len(tilted)] = tilted
-    transform = np.fft.rfft(padded.reshape(-1, size).sum(axis=0))
+    transform = _transform(tilted, lattice.first - tail.centre, size)
     amplitude = np.abs(transform)
-    log_amplitude = np.log(np.maximum(amplitude, 1e-300))
-    return Spectrum(log_amplitude, np.arctan2(transform.imag, transform.real), centre)
+    return Spectrum(
+        log_amplitude=np.log(np.maximum(amplitude, 1e-300)),
+        log_ceiling=np.log(amplitude + _transform_rounding(size)),
+        angle=np.arctan2(transform.imag, transform.real),
+        centre=tail.centre,
+    )
+
+
+def _spectrum_of_rare(lattice: Lattice, size: int) -> Spectrum:
+    chance = lattice.chance_of_none
+    constant = np.full(size // 2 + 1, math.log(chance))
+    return Spectrum(
+        log_amplitude=constant,
+        log_ceiling=constant,
+        angle=np.zeros(size // 2 + 1),
+        centre=0,
+        rare=np.log1p(_transform(lattice.mass, lattice.first, size) / chance),
+        rare_rounding=2.0 * _transform_rounding(size) * float(lattice.mass.sum()) / chance,
+    )
+
+
+def _transform(masses: Array, first: int, size: int) -> Complex:
+    start = first % size
+    padded = np.zeros(-(-(start + len(masses)) // size) * size)
+    padded[start : start + len(masses)] = masses
+    return np.fft.rfft(padded.reshape(-1, size).sum(axis=0))
+
+
+def _transform_rounding(size: int) -> float:
+    """Returns what rounding may add to any entry of a transform of masses that sum to 1, and to the masses back.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, theorem 24.2: log2 of the size times a few units.
+    """
+    return 4.0 * _UNIT * math.log2(max(size, 2))
 
 
 def good_size(least: int) -> int:
@@ -131,152 +174,85 @@ def good_size(least: int) -> int:
 
 @dataclass(frozen=True)
 class Window:
-    """Which losses the circle stands for, and what may lie above them under the tilt (log)."""
+    """Which losses the circle stands for: under the tilt at most e^-wrapped lies below them, and as much above."""
 
     low: int
     size: int
-    log_above: float
+    wrapped: float
 
 
-def window_for(tails: list[tuple[Tail, int]], step: float) -> Window:
-    """Returns the window outside which the tilted composition has at most e^-27 on each side, by Chernoff's bound."""
+def window_for(tails: list[tuple[Tail, int]], step: float, wrapped: float = WRAPPED) -> Window:
+    """Returns the window outside which the tilted composition has at most e^-wrapped on each side, by Chernoff."""
     variance = sum(count * tail.variance for tail, count in tails) + 1e-300
-    # Spectra are shifted by the rounded mean, so that what is left of it is the window's middle.
-    drift = sum(count * (tail.mean - round(tail.mean / step) * step) for tail, count in tails)
-    ideal = math.sqrt(2.0 * _WRAPPED / variance)
+    # What the spectra are not shifted by is the window's middle.
+    drift = sum(count * (tail.mean - tail.centre * step) for tail, count in tails)
+    ideal = math.sqrt(2.0 * wrapped / variance)
     ends = []
     for side in (1.0, -1.0):
         best = math.inf
-        for factor in (0.06, 0.2, 0.5, 1.0):
+        for factor in (0.01, 0.03, 0.06, 0.2, 0.5, 1.0):
             s = side * ideal * factor
             cumulant = sum(count * tail.cumulant(s) for tail, count in tails)
-            best = min(best, (cumulant + _WRAPPED) / abs(s))
+            best = min(best, (cumulant + wrapped) / abs(s))
         ends.append(best)
     low = math.floor((drift - ends[1]) / step) - 2
     high = math.ceil((drift + ends[0]) / step) + 2
-    return Window(low, high - low + 1, -_WRAPPED)
+    return Window(low, high - low + 1, wrapped)
 
 
 class Composition:
-    """The composition of one direction: counts of each distribution, and from them δ at every ε.
-
-    Every number it gives is rounded toward less privacy by the error that it knows of: mass at infinity, mass beyond
-    the window, rounding of the transforms.
-    """
+    """The composition of one direction: counts of each distribution, and from them the masses of their sum."""
 
     def __init__(self, *, size: int) -> None:
         self.size = size
         self._log_amplitude = np.zeros(size // 2 + 1)
+        self._log_ceiling = np.zeros(size // 2 + 1)
         self._angle = np.zeros(size // 2 + 1)
+        self._rare: Complex | None = None
+        self._rare_rounding = 0.0
         self.shift, self.steps = 0, 0
 
     def add(self, spectrum: Spectrum, count: int) -> None:
         """Composes `count` more (or, if negative, fewer) of a distribution."""
         self._log_amplitude += count * spectrum.log_amplitude
+        self._log_ceiling += count * spectrum.log_ceiling
         self._angle += count * spectrum.angle
         self.shift += count * spectrum.centre
         self.steps += count
+        if spectrum.rare is not None:
+            self._rare = count * spectrum.rare + (0.0 if self._rare is None else self._rare)
+            self._rare_rounding += count * spectrum.rare_rounding
 
     def masses(self, window: Window) -> tuple[Array, float]:
-        """Returns the tilted mass at each loss of the window, and what rounding may have moved at any of them."""
-        log_amplitude = self._log_amplitude
+        """Returns the tilted mass at each loss of the window, and what rounding may have moved at any of them.
+
+        The spectra are products of n factors f, each known to within e: the product is off by at most
+        Π(|f| + e) - Π|f|, which the ceilings give. Polar form adds the rounding of its own sums.
+
+        With rare factors s + r among them, what is returned is the part of the composition in which at least one rare
+        loss occurred: Πf (Π(s + r) - Πs) = Πf Πs (e^R - 1) with R = Σ log(1 + r/s). Rounding is then relative to the
+        probability of a rare loss, and not to 1.
+        """
         # Frequencies below e^-60 are far under the rounding; most are, since a composition is smooth.
-        used = int(np.flatnonzero(log_amplitude > -60.0)[-1]) + 1
-        amplitude = np.exp(log_amplitude[:used])
-        transform = np.zeros(len(log_amplitude), dtype=np.complex128)
-        transform.real[:used] = amplitude * np.cos(self._angle[:used])
-        transform.imag[:used] = amplitude * np.sin(self._angle[:used])
+        used = int(np.flatnonzero(self._log_ceiling > -60.0)[-1]) + 1
+        log_amplitude, angle = self._log_amplitude[:used], self._angle[:used]
+        amplitude = np.exp(log_amplitude)
+        wrong = np.exp(self._log_ceiling[:used]) * -np.expm1(np.minimum(log_amplitude - self._log_ceiling[:used], 0.0))
+        wrong += amplitude * 8.0 * _UNIT * (np.abs(angle) + np.abs(log_amplitude) + 1.0)
+        transform = np.zeros(len(self._log_amplitude), dtype=np.complex128)
+        transform.real[:used] = amplitude * np.cos(angle)
+        transform.imag[:used] = amplitude * np.sin(angle)
+        scale = 1.0
+        if self._rare is not None:
+            occurred = np.expm1(self._rare[:used])
+            size = np.abs(occurred)
+            wrong = wrong * size + amplitude * (1.0 + size) * math.expm1(min(self._rare_rounding, 1.0))
+            transform[:used] *= occurred
+            amplitude = amplitude * size
+            scale = float(size.max())
         mass = np.fft.irfft(transform, self.size)
-        mean_amplitude = float(2.0 * amplitude.sum() - amplitude[0]) / self.size + math.exp(-60.0)
-        rounding = 4.0 * _UNIT * math.log2(self.size) * (1.0 + self.steps) * mean_amplitude + math.exp(-60.0)
+        # Every frequency but the first stands for two, and each adds to every mass at most its own error.
+        back = _transform_rounding(self.size)
+        rounding = 2.0 * float((wrong + back * amplitude).sum()) / self.size + 2.0 * scale * math.exp(-60.0)
         turn = (window.low - self.shift) % self.size
         return np.concatenate([mass[turn:], mass[:turn]]), rounding
-
-
-class Frame:
-    """A window's positive losses and the weights that undo the tilt there: what outlives a question."""
-
-    def __init__(self, window: Window, *, step: float, tilt: float, reference: float) -> None:
-        self.window, self.tilt, self.reference = window, tilt, reference
-        # Only positive losses matter for ε >= 0; those so far below the reference that weights overflow set the floor.
-        self.floor = max(0.0, reference - 600.0 / (tilt + 1.0))
-        self.skip = min(max(0, math.ceil(self.floor / step) - window.low), window.size - 1)
-        self.losses = step * (window.low + self.skip + np.arange(window.size - self.skip, dtype=np.float64))
-        self.top = step * (window.low + window.size - 1)
-        distance = self.losses - reference
-        # A window that lies below the floor as a whole has no loss that counts.
-        self.weights = np.where(self.losses < self.floor, 0.0, np.exp(np.clip(-tilt * distance, -745.0, 690.0)))
-        self.rising = np.exp(np.clip(distance, -690.0, 690.0))
-        self.falling = 1.0 / self.rising
-
-
-class Profile:
-    """δ(ε) of one composed direction."""
-
-    def __init__(self, frame: Frame, mass: Array, rounding: float, *, log_scale: float, infinity: float) -> None:
-        self._frame, self._losses, self._floor = frame, frame.losses, frame.floor
-        self._log_scale = log_scale - frame.tilt * frame.reference
-        self._infinity = infinity
-        self._mass, self._rounding = mass[frame.skip :], rounding
-        self._upper = frame.weights * (np.maximum(self._mass, 0.0) + rounding)
-
-    @property
-    def _lower(self) -> Array:
-        return self._frame.weights * np.maximum(self._mass - self._rounding, 0.0)
-
-    def delta(self, epsilon: float) -> float:
-        """Returns an upper bound on δ at ε."""
-        if epsilon < self._floor:
-            return 1.0
-        return min(1.0, self._beyond(epsilon) + self._at(epsilon, self._upper) * (1.0 + 1e-12))
-
-    def _beyond(self, epsilon: float) -> float:
-        """Returns what losses outside the window may add at ε: tilted, they weigh at most as at the top, or at ε."""
-        frame = self._frame
-        log_weight = self._log_scale - frame.tilt * (max(frame.top, epsilon) - frame.reference)
-        return self._infinity + math.exp(min(log_weight + frame.window.log_above, 0.0))
-
-    def delta_below(self, epsilon: float) -> float:
-        """Returns δ at ε of the composed grid distribution, rounded down: what lies beyond is left out."""
-        return self._at(epsilon, self._lower) * (1.0 - 1e-12) if epsilon >= self._floor else 0.0
-
-    def _at(self, epsilon: float, weighted: Array) -> float:
-        k = int(np.searchsorted(self._losses, epsilon, side="right"))
-        value = float(weighted[k:] @ -np.expm1(epsilon - self._losses[k:]))
-        return math.exp(min(self._log_scale + math.log(value), 0.0)) if value > 0.0 else 0.0
-
-    def epsilon(self, delta: float) -> float:
-        """Returns an upper bound on the smallest ε >= 0 with at most δ; infinity if more than δ is at infinity."""
-        if delta <= self._infinity:
-            return math.inf
-        inside = self._solve(delta - self._beyond(0.0), self._upper, 1e-13)
-        # Above the window only what lies beyond it counts, and that falls like e^-λε.
-        frame = self._frame
-        needed = self._log_scale + frame.window.log_above - math.log(delta - self._infinity)
-        above = max(frame.top, self._floor, frame.reference + needed / frame.tilt)
-        return min(inside, above) * (1.0 + 1e-12)
-
-    def epsilon_below(self, delta: float) -> float:
-        """Returns a lower bound on the smallest ε >= 0 at which the composed grid distribution has at most δ."""
-        return self._solve(delta, self._lower, -1e-13) * (1.0 - 1e-12)
-
-    def _solve(self, delta: float, weighted: Array, slack: float) -> float:
-        """δ at ε between two losses is A - e^ε B with sums over the losses above: find the cell, then solve for ε."""
-        if delta <= 0.0:
-            return math.inf
-        target = math.exp(min(math.log(delta) - self._log_scale, 690.0))
-        sums, falling = _sums(weighted) * (1.0 + slack), _sums(weighted * self._frame.falling)
-        at_losses = sums - self._frame.rising * falling
-        k = int(np.argmax(at_losses <= target))
-        if at_losses[k] > target:
-            return math.inf
-        excess = float(sums[k]) - target
-        epsilon = self._frame.reference + math.log(excess / float(falling[k])) if excess > 0.0 else -math.inf
-        before = float(self._losses[k - 1]) if k > 0 else -math.inf
-        return max(self._floor, min(max(epsilon, before), float(self._losses[k])))
-
-
-def _sums(values: Array) -> Array:
-    """Returns the sum from each entry to the last."""
-    result: Array = np.cumsum(values[::-1])[::-1]
-    return result

@@ -45,7 +45,7 @@ def gaussian_log_delta(mu: float, epsilon: float) -> float:
         return math.log(ratio / 2.0) - upper**2 / 2.0 if ratio > 0.0 else -math.inf
     if epsilon > 700.0:
         first, second = float(special.log_ndtr(-upper)), epsilon + float(special.log_ndtr(-lower))
-        return first + math.log(max(-math.expm1(second - first), 1e-16))
+        return first + math.log(max(-math.expm1(min(second - first, 0.0)), 1e-16))
     difference = float(special.ndtr(-upper)) - math.exp(epsilon) * float(special.ndtr(-lower))
     # Where the difference is nothing but rounding, δ(0) <= 0.4 μ still bounds it.
     return math.log(difference if difference > 0.0 else 0.4 * mu)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from privet.accounting.blocks import block_lattice, block_size, refinement
 from privet.accounting.composition import (
+    WRAPPED,
     Composition,
-    Frame,
-    Profile,
     Spectrum,
     Tail,
     Window,
@@ -20,256 +22,406 @@ from privet.accounting.composition import (
     tail_of,
     window_for,
 )
-from privet.accounting.lattice import Lattice, lattices
+from privet.accounting.lattice import Lattice, lattice_above, lattice_below, rare_lattice, usual_lattice
+from privet.accounting.moments import Law
 from privet.accounting.pairs import mixtures
-from privet.accounting.terms import Term
+from privet.accounting.profile import Answer, Frame, Profile
+from privet.accounting.terms import Pair, Term
 
-__all__ = ["Goal", "Grid", "Readings", "grid_for"]
+__all__ = ["Goal", "Grid", "Place", "grid_for"]
 
+Array = NDArray[np.float64]
 _LARGEST_LATTICE = 2**20
-_LARGEST_CIRCLE = 2**21
+_USUAL_CIRCLE = 2**17  # above it a question costs more than some tens of milliseconds
+_LARGEST_CIRCLE = 2**20
 _MOST_LATTICES_KEPT = 256
 _ROOM_FOR_SPECTRA = 64 * 2**20  # bytes a grid
 
 
 @dataclass(frozen=True)
-class Goal:
-    """Where on the curve the answer is sought, by Rényi's bound: it sets tilt, grid and truncation.
+class Place:
+    """Where one direction is composed: the tilt, the ε that it aims at, and how steeply log δ falls there.
 
-    `aim` is the ε to be accurate at, which may be well below Rényi's.
+    The tilt is for the rounding of the transforms, the slope for the spacing. Where losses have exponential tails the
+    two are the same; where they are rare and heavy the curve is flatter than the saddle point says. Losses above
+    `split` are then composed apart from the others, without a tilt, and blocks of the others at `usual_tilt`.
     """
 
+    tilt: float
     epsilon: float
+    slope: float
+    split: float = math.inf
+    usual_tilt: float = 0.0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The question: log δ, where in each direction, and how much the grid may add: to ε, relative, or to log δ."""
+
     log_delta: float
-    order: float
-    aim: float
+    places: tuple[Place, ...]
+    tolerance: float
+    log_tolerance: float = 0.0
+    below: bool = False
 
     @property
-    def tilt(self) -> float:
-        """The tilt λ = α - 1: Rényi's best order is the saddle point."""
-        return self.order - 1.0
+    def epsilon(self) -> float:
+        """The largest ε aimed at."""
+        return max(place.epsilon for place in self.places)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether many equal steps are composed in two stages; blocks are only rounded up."""
+        return not self.below
+
+    @property
+    def splits(self) -> bool:
+        """Whether rare heavy losses are composed apart in some direction."""
+        return not self.below and any(math.isfinite(place.split) for place in self.places)
+
+    def allowed(self, place: Place) -> float:
+        """Returns how much the grid may add to ε in one direction: more in one whose ε is not the largest."""
+        sought = max(self.tolerance * max(place.epsilon, 1e-7), self.log_tolerance / max(place.slope, 1e-300))
+        return sought + 0.1 * (self.epsilon - place.epsilon)
+
+
+class Unit(NamedTuple):
+    """What is composed as one: a step of a term, a block of steps, or the rare factor of a step."""
+
+    term: Term
+    size: int
+    rare: bool = False
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """One direction of one term on a grid whose circle is not known yet."""
+    """One direction of one unit on a grid whose circle is not known yet."""
 
-    lattice: Lattice | None  # None where there are too many terms to keep them all
+    lattice: Lattice | None  # None where there are too many to keep them all
     tail: Tail
-    infinity: float
-    added: float
-    raised: float
 
 
 @dataclass(frozen=True)
 class _Direction:
-    """One direction of one term; `added` is the variance that the grid gives a step, without the tilt."""
+    """One direction of one unit on its circle."""
 
     tail: Tail
     spectrum: Spectrum | None
     log_kept: float
-    added: float
-    raised: float
+    offset: float
 
 
-@dataclass(frozen=True)
-class Readings:
-    """The profile of one direction, and what its lower bound needs: the grid's variance and the mass moved up."""
+class _UsualLosses:
+    """δ of the steps without a rare loss, by Chernoff's bound on their cumulants: it is a small part of the whole.
 
-    profile: Profile
-    added: float
-    raised: float
+    Canonne, Kamath and Steinke, arXiv 2004.00010: (1 - e^(ε - L))+ is at most e^(s(L - ε)) (s/(s+1))^s / (s+1).
+    """
 
+    def __init__(self, parts: list[tuple[Tail, int]]) -> None:
+        self._parts = parts
+        self._moments: dict[float, float] = {}
 
-def _prepared(term: Term, step: float, truncation: float, tilt: float) -> tuple[_Prepared, ...]:
-    """Returns both directions, or one where they are the same."""
-    found = (lattice for lattice in lattices(term, step, truncation) if lattice is not None)
-    return tuple(
-        _Prepared(
-            lattice=lattice,
-            tail=tail_of(lattice, step, tilt),
-            infinity=lattice.infinity,
-            added=float(lattice.variance.sum()),
-            raised=lattice.raised,
-        )
-        for lattice in found
-    )
+    def __call__(self, epsilon: float) -> float:
+        if epsilon <= 0.0:
+            return 1.0
+        least = 0.0
+        # Powers of √2, so that the moments serve every ε.
+        centre = round(2.0 * math.log2(1.0 / epsilon))
+        for exponent in range(centre - 6, centre + 30):
+            s = 2.0 ** (exponent / 2.0)
+            if s not in self._moments:
+                self._moments[s] = math.fsum(count * tail.log_moment(s) for tail, count in self._parts)
+            least = min(least, self._moments[s] - s * epsilon - math.log1p(s) - s * math.log1p(1.0 / s))
+        return math.exp(least)
 
 
 class Grid:
-    """A step, a tilt, and the spectra of terms on them, with the composition of the counts last asked for.
+    """A spacing, a tilt for each direction, the spectra of units on them, and the composition last asked for.
 
     It outlives a question: one step more costs one addition of spectra and one transform back.
     """
 
-    def __init__(self, goal: Goal, *, step: float, size: int, truncation: float) -> None:
-        self.goal, self.step, self.size, self.truncation = goal, step, size, truncation
-        self._directions: dict[Term, tuple[_Direction, ...]] = {}
-        self._counts: dict[Term, int] = {}
-        self._composed = (Composition(size=size), Composition(size=size))
+    def __init__(self, goal: Goal, *, spacing: float, truncation: float) -> None:
+        self.goal, self.spacing, self.truncation = goal, spacing, truncation
+        self.limited = False  # whether the spacing is the finest that is allowed, not the one that was wanted
+        self._block_sizes: dict[Term, int] = {}
+        self._sizes: list[int] = []
+        self._directions: dict[Unit, tuple[_Direction, ...]] = {}
+        self._counts: dict[Unit, int] = {}
+        self._composed: list[Composition] = []
         self._changes = 0
         self._room = _ROOM_FOR_SPECTRA
-        self._frames: list[Frame | None] = [None, None]
-        self._readings: list[Readings] | None = None
+        self._frames: list[Frame | None] = [None] * len(goal.places)
+        self._profiles: list[Profile] | None = None
 
-    def place(self, term: Term, prepared: tuple[_Prepared, ...] | None = None, count: int = 0) -> None:
-        """Takes a term's distributions onto the circle, if they are not there yet, and composes `count` of them."""
-        if term in self._directions:
+    @property
+    def sides(self) -> range:
+        """The directions: one where both are the same."""
+        return range(len(self.goal.places))
+
+    # -- units -------------------------------------------------------------------------------------------------------
+
+    def units(self, counts: Mapping[Term, int]) -> dict[Unit, int]:
+        """Returns the counts in blocks and single steps. A term keeps the size of its blocks as long as the grid."""
+        found: dict[Unit, int] = {}
+        for term, count in counts.items():
+            size = self._block_sizes.setdefault(term, block_size(count) if self.goal.in_blocks else 1)
+            blocks, single = divmod(count, size)
+            if blocks:
+                found[Unit(term, size)] = blocks
+            if single:
+                found[Unit(term, 1)] = single
+            if self.goal.splits:
+                found[Unit(term, 1, rare=True)] = count
+        return found
+
+    def prepare(self, unit: Unit) -> tuple[_Prepared, ...]:
+        """Returns a unit's distributions, tilted, in each direction."""
+        prepared = []
+        for side, place in enumerate(self.goal.places):
+            lattice = self._lattice(unit, place, forward=side == 0)
+            if unit.size > 1:
+                # Without a tilt the rounding of a block would lie in its tail, where the rare losses are sought.
+                tilt = place.usual_tilt if math.isfinite(place.split) else place.tilt
+                lattice = block_lattice(lattice, self.spacing, tilt, unit.size)
+            prepared.append(_Prepared(lattice, tail_of(lattice, self.spacing, place.tilt)))
+        return tuple(prepared)
+
+    def _lattice(self, unit: Unit, place: Place, *, forward: bool) -> Lattice:
+        """Returns the lattice of one step of a unit in one direction, on the grid that its blocks need."""
+        term, step, tail = unit.term, self.spacing / refinement(unit.size), self.truncation
+        if self.goal.below:
+            return lattice_below(term, step, tail, forward=forward)
+        if math.isinf(place.split):
+            nothing = Lattice(0, np.array([1.0, 0.0]), 0.0)
+            return nothing if unit.rare else lattice_above(term, step, tail, forward=forward, tilt=place.tilt)
+        # The split lies between the same two cells of every grid that this one refines.
+        split = max(round(place.split / self.spacing), 1) * self.spacing
+        return (rare_lattice if unit.rare else usual_lattice)(term, step, tail, split, forward=forward)
+
+    def start(self, counts: Mapping[Unit, int], prepared: dict[Unit, tuple[_Prepared, ...]]) -> None:
+        """Chooses the circles, and composes the counts on them."""
+        for side in self.sides:
+            size = self.window(side, ((prepared[unit][side].tail, count) for unit, count in counts.items())).size
+            self._sizes.append(good_size(int(1.1 * size) + 64))
+        self._composed = [Composition(size=size) for size in self._sizes]
+        for unit, both in prepared.items():
+            self.place(unit, both, counts[unit])
+
+    def window(self, side: int, tails: Iterator[tuple[Tail, int]]) -> Window:
+        """Returns the window that a composition needs; without a tilt it is to miss less than δ itself."""
+        place = self.goal.places[side]
+        wrapped = WRAPPED if math.isinf(place.split) else 12.0 - self.goal.log_delta
+        return window_for(list(tails), self.spacing, wrapped)
+
+    def place(self, unit: Unit, prepared: tuple[_Prepared, ...] | None = None, count: int = 0) -> None:
+        """Takes a unit's distributions onto the circles, if they are not there yet, and composes `count` of them."""
+        if unit in self._directions:
             return
         if prepared is None or prepared[0].lattice is None:
-            prepared = _prepared(term, self.step, self.truncation, self.goal.tilt)
-        spectra = [self._spectrum(each) for each in prepared]
+            prepared = self.prepare(unit)
         kept = self._room > 0
-        self._room -= sum(spectrum.angle.size for spectrum in spectra) * 16
-        self._directions[term] = tuple(
-            _Direction(
-                tail=each.tail,
-                spectrum=spectrum if kept else None,
-                log_kept=math.log1p(-each.infinity),
-                added=each.added,
-                raised=each.raised,
-            )
-            for each, spectrum in zip(prepared, spectra, strict=True)
-        )
+        found, spectra = [], []
+        for side, each in enumerate(prepared):
+            assert each.lattice is not None
+            spectrum = self._spectrum(side, each)
+            spectra.append(spectrum)
+            self._room -= spectrum.angle.size * 24
+            log_kept = math.log1p(-each.lattice.infinity) if each.lattice.infinity < 1.0 else -math.inf
+            found.append(_Direction(each.tail, spectrum if kept else None, log_kept, each.lattice.offset))
+        self._directions[unit] = tuple(found)
         if count:
-            self._composed[0].add(spectra[0], count)
-            self._composed[1].add(spectra[-1], count)
-            self._counts[term] = count
+            for composed, spectrum in zip(self._composed, spectra, strict=True):
+                composed.add(spectrum, count)
+            self._counts[unit] = count
 
-    def _spectrum(self, prepared: _Prepared) -> Spectrum:
+    def _spectrum(self, side: int, prepared: _Prepared) -> Spectrum:
         assert prepared.lattice is not None
-        return spectrum_of(prepared.lattice, prepared.tail, self.step, self.goal.tilt, self.size)
+        place = self.goal.places[side]
+        return spectrum_of(prepared.lattice, prepared.tail, self.spacing, place.tilt, self._sizes[side])
 
-    def _spectra(self, term: Term) -> tuple[Spectrum, Spectrum]:
-        """Returns the spectra of both directions, made again where there was no room to keep them."""
-        found = [direction.spectrum for direction in self._directions[term]]
-        if found[0] is None or found[-1] is None:
-            again = _prepared(term, self.step, self.truncation, self.goal.tilt)
-            return self._spectrum(again[0]), self._spectrum(again[-1])
-        return found[0], found[-1]
+    def _spectra(self, unit: Unit) -> list[Spectrum]:
+        """Returns the spectra of each direction, made again where there was no room to keep them."""
+        found = [direction.spectrum for direction in self._directions[unit]]
+        kept = [spectrum for spectrum in found if spectrum is not None]
+        if len(kept) == len(found):
+            return kept
+        return [self._spectrum(side, each) for side, each in enumerate(self.prepare(unit))]
 
     def missing(self, counts: Mapping[Term, int]) -> int:
         """Returns how many of the terms are not on the grid yet."""
-        return sum(term not in self._directions for term in counts)
+        return sum(term not in self._block_sizes for term in counts)
 
-    def _compose(self, counts: Mapping[Term, int]) -> None:
-        changed = {term: count - self._counts.get(term, 0) for term, count in counts.items()}
-        changed |= {term: -count for term, count in self._counts.items() if term not in counts}
+    def _compose(self, counts: dict[Unit, int]) -> None:
+        changed = {unit: count - self._counts.get(unit, 0) for unit, count in counts.items()}
+        changed |= {unit: -count for unit, count in self._counts.items() if unit not in counts}
         self._changes += sum(1 for change in changed.values() if change)
         if self._changes > max(256, sum(counts.values())):
-            # Sums that were added to more often than there are steps are formed afresh: the stated rounding is by step.
-            self._composed = (Composition(size=self.size), Composition(size=self.size))
+            # Sums that were added to more often than there are units are formed afresh: the stated rounding is by unit.
+            self._composed = [Composition(size=size) for size in self._sizes]
             self._changes, changed = 0, dict(counts)
-            self._directions = {term: kept for term, kept in self._directions.items() if term in counts}
-        for term, change in changed.items():
+            self._directions = {unit: kept for unit, kept in self._directions.items() if unit in counts}
+        for unit, change in changed.items():
             if change:
-                self.place(term)
-                for spectrum, composed in zip(self._spectra(term), self._composed, strict=True):
+                self.place(unit)
+                for spectrum, composed in zip(self._spectra(unit), self._composed, strict=True):
                     composed.add(spectrum, change)
-        self._counts, self._readings = dict(counts), None
+        self._counts, self._profiles = counts, None
 
-    def _both(self, term: Term) -> tuple[_Direction, _Direction]:
-        found = self._directions[term]
-        return found[0], found[-1]
+    # -- reading -----------------------------------------------------------------------------------------------------
 
-    def read(self, counts: Mapping[Term, int]) -> list[Readings] | None:
+    def read(self, counts: Mapping[Term, int]) -> list[Profile] | None:
         """Returns the profile of each direction for these counts, or None if they do not fit on this grid."""
-        if self._readings is not None and counts == self._counts:
-            return self._readings
-        self._compose(counts)
-        one_sided = all(len(self._directions[term]) == 1 for term in counts)
+        units = self.units(counts)
+        if self._profiles is not None and units == self._counts:
+            return self._profiles
+        if sum(counts.values()) == 1:
+            return self._alone(next(iter(counts)))
+        self._compose(units)
         found = []
-        for side in range(1 if one_sided else 2):
-            reading = self._read_side(side, [(self._both(term)[side], count) for term, count in counts.items()])
-            if reading is None:
+        for side in self.sides:
+            profile = self._read_side(side, [(unit, self._directions[unit][side], n) for unit, n in units.items()])
+            if profile is None:
                 return None
-            found.append(reading)
-        self._readings = found
+            found.append(profile)
+        self._profiles = found
         return found
 
-    def _read_side(self, side: int, parts: list[tuple[_Direction, int]]) -> Readings | None:
-        composed = self._composed[side]
-        needed = _window(parts, self.step)
-        if needed.size > self.size:
+    def _alone(self, term: Term) -> list[Profile]:
+        """Returns the profiles of one step, which needs no transform and no tilt: its lattice is its mass."""
+        found = []
+        for place, each in zip(self.goal.places, self.prepare(Unit(term, 1)), strict=True):
+            assert each.lattice is not None
+            window = Window(each.lattice.first, len(each.lattice.mass), math.inf)
+            frame = Frame(window, step=self.spacing, tilt=0.0, reference=max(place.epsilon, 0.0))
+            infinity, offset = each.lattice.infinity, each.lattice.offset
+            profile = Profile(
+                frame, each.lattice.mass, 0.0, log_scale=0.0, infinity=infinity, offset=offset, below=self.goal.below
+            )
+            found.append(profile)
+        return found
+
+    def _read_side(self, side: int, parts: list[tuple[Unit, _Direction, int]]) -> Profile | None:
+        composed, place = self._composed[side], self.goal.places[side]
+        needed = self.window(side, ((part.tail, count) for _, part, count in parts))
+        if needed.size > composed.size:
             return None
         low, frame = needed.low + composed.shift, self._frames[side]
-        if frame is None or not frame.window.low <= low <= frame.window.low + self.size - needed.size:
-            window = Window(low - (self.size - needed.size) // 4, self.size, needed.log_above)
-            frame = Frame(window, step=self.step, tilt=self.goal.tilt, reference=self.goal.aim)
+        if frame is None or not frame.window.low <= low <= frame.window.low + composed.size - needed.size:
+            window = Window(low - (composed.size - needed.size) // 4, composed.size, needed.wrapped)
+            frame = Frame(window, step=self.spacing, tilt=place.tilt, reference=max(place.epsilon, 0.0))
             self._frames[side] = frame
         mass, rounding = composed.masses(frame.window)
-        profile = Profile(
+        usual = _UsualLosses([(part.tail, count) for unit, part, count in parts if not unit.rare])
+        slack = 2e-15 * composed.steps * (-1.0 if self.goal.below else 1.0)  # Φ and the sums of lattices are rounded
+        return Profile(
             frame,
             mass,
             rounding,
-            log_scale=sum(count * part.tail.log_scale for part, count in parts) + 4e-16 * composed.steps,
-            infinity=-math.expm1(sum(count * part.log_kept for part, count in parts)),
+            log_scale=math.fsum(count * part.tail.log_scale for _, part, count in parts) + slack,
+            infinity=-math.expm1(math.fsum(count * part.log_kept for _, part, count in parts)),
+            offset=math.fsum(count * part.offset for _, part, count in parts),
+            below=self.goal.below,
+            rest=usual if math.isfinite(place.split) and not self.goal.below else None,
         )
-        added = sum(count * part.added for part, count in parts)
-        return Readings(profile, added, sum(count * part.raised for part, count in parts))
 
-    def error(self, counts: Mapping[Term, int]) -> float:
-        """Returns about how much the grid adds to ε: half the tilt times the variance that it adds."""
-        added = [sum(count * self._both(term)[side].tail.added for term, count in counts.items()) for side in (0, 1)]
-        return self.goal.tilt / 2.0 * max(added)
+    def answers(self, counts: Mapping[Term, int], delta: float) -> list[Answer] | None:
+        """Returns ε at δ in each direction, or None if the counts do not fit on this grid."""
+        profiles = self.read(counts)
+        return None if profiles is None else [profile.answer(delta) for profile in profiles]
 
-
-def _window(parts: list[tuple[_Direction, int]], step: float) -> Window:
-    return window_for([(part.tail, count) for part, count in parts], step)
+    def added(self, law: Law, place: Place) -> float:
+        """Returns about how much the spacing adds to ε: half the slope times the variance that it adds."""
+        return float(_added(law, place, self.goal, np.array([self.spacing]))[0])
 
 
-def grid_for(counts: Mapping[Term, int], goal: Goal, *, tolerance: float) -> Grid:
-    """Returns a grid on which the counts compose with an error of about `tolerance` times ε, or the finest allowed."""
+def grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> Grid:
+    """Returns a grid on which the counts compose with about the goal's error, or the finest allowed.
+
+    Args:
+        counts: The terms and how often each is composed.
+        both: The law of each direction, or a sketch of it; it tells what a spacing adds.
+        goal: What is asked.
+    """
     steps = sum(counts.values())
-    truncation = max(math.exp(max(goal.log_delta, -660.0)) * 2e-5 / steps, 1e-290)
-    spans = [_span(term, truncation) for term in counts]
-    finest = max(spans) / _LARGEST_LATTICE
-    allowed = tolerance * max(goal.aim, 2e-3)
-    step = max(finest, min(math.sqrt(12.0 * allowed / (goal.tilt * steps)), max(spans) / 64.0))
-    # A few terms tell how fine the grid has to be for all.
-    every = -(-len(counts) // 6)
-    probes = dict(list(counts.items())[::every])
-    share = steps / sum(probes.values())
-    prepared: dict[Term, tuple[_Prepared, ...]] = {}
-    last = math.inf
-    for _ in range(8):
-        prepared = {term: _prepared(term, step, truncation, goal.tilt) for term in probes}
-        sides = _sides(prepared, counts)
-        error = share * goal.tilt / 2.0 * max(sum(count * tail.added for tail, count in side) for side in sides)
-        size = math.sqrt(share) * max(window_for(side, step).size for side in sides)
-        if size > _LARGEST_CIRCLE:
-            step *= 1.1 * size / _LARGEST_CIRCLE
-            finest = step
-        elif error <= 1.5 * allowed or step <= finest or error > 0.8 * last:
-            break  # fine enough, or refining does not help: what is left is rounding
-        else:
-            step, last = max(finest, step * min(0.7, max(0.1, (allowed / error) ** 0.6))), error
-    for term in counts:
-        if term not in prepared:
-            both = _prepared(term, step, truncation, goal.tilt)
+    wanted = math.inf
+    tries = ((2e-5, _USUAL_CIRCLE), (1e-3, _USUAL_CIRCLE), (1e-3, _LARGEST_CIRCLE))
+    for cut, limit in tries[: 2 if goal.below else 3]:
+        truncation = max(math.exp(max(goal.log_delta, -660.0)) * cut / steps, 1e-290)
+        widest = _widest(counts, truncation)
+        if math.isinf(wanted):
+            wanted = min(_spacing(law, place, goal, widest) for law, place in zip(both, goal.places, strict=True))
+            wanted = max(wanted, 1e-300)
+        grid, prepared = _fitted(counts, goal, max(wanted, widest / (_USUAL_CIRCLE if goal.below else _LARGEST_LATTICE)), truncation, limit)
+        wrong = [grid.added(law, place) / goal.allowed(place) for law, place in zip(both, goal.places, strict=True)]
+        if max(wrong) <= 10.0:
+            break
+    grid.limited = grid.spacing > wanted
+    if steps == 1:
+        return grid
+    units = grid.units(counts)
+    for unit in units:
+        if unit not in prepared:
+            found = grid.prepare(unit)
             crowded = len(prepared) >= _MOST_LATTICES_KEPT
-            prepared[term] = tuple(replace(each, lattice=None) for each in both) if crowded else both
-    size = max(window_for(side, step).size for side in _sides(prepared, counts))
-    grid = Grid(goal, step=step, size=good_size(int(1.1 * size) + 64), truncation=truncation)
-    for term, both in prepared.items():
-        grid.place(term, both, counts[term])
+            prepared[unit] = tuple(replace(each, lattice=None) for each in found) if crowded else found
+    grid.start(units, prepared)
     return grid
 
 
-def _sides(
-    prepared: Mapping[Term, tuple[_Prepared, ...]], counts: Mapping[Term, int]
-) -> tuple[list[tuple[Tail, int]], list[tuple[Tail, int]]]:
-    """Returns what the two directions compose."""
-    return (
-        [(both[0].tail, counts[term]) for term, both in prepared.items()],
-        [(both[-1].tail, counts[term]) for term, both in prepared.items()],
-    )
+def _fitted(
+    counts: Mapping[Term, int], goal: Goal, spacing: float, truncation: float, limit: int
+) -> tuple[Grid, dict[Unit, tuple[_Prepared, ...]]]:
+    """Returns a grid of at least this spacing whose circles have at most `limit` losses, with a few units prepared."""
+    for _ in range(8):
+        grid = Grid(goal, spacing=spacing, truncation=truncation)
+        units = grid.units(counts)
+        # A few units tell how large the circle has to be for all.
+        probes = dict(list(units.items())[:: -(-len(units) // 6)])
+        prepared = {unit: grid.prepare(unit) for unit in probes}
+        share = sum(counts.values()) / sum(unit.size * count for unit, count in probes.items())
+        size = max(
+            math.sqrt(share)
+            * grid.window(side, ((prepared[unit][side].tail, count) for unit, count in probes.items())).size
+            for side in grid.sides
+        )
+        if size <= limit:
+            break
+        spacing *= 1.1 * size / limit
+    return grid, prepared
 
 
-def _span(term: Term, truncation: float) -> float:
-    spans = []
-    for _, part in term.parts:
-        pair = mixtures(part)
-        ends = pair.loss(np.array(pair.reach(truncation)))
-        spans.append(float(ends[1] - ends[0]))
-    return max(*spans, 1e-6)
+def _spacing(law: Law, place: Place, goal: Goal, widest: float) -> float:
+    """Returns the coarsest spacing that adds no more than the goal allows to ε."""
+    allowed = goal.allowed(place)
+    coarsest = widest / 64.0 * (law.finest if goal.in_blocks else 1.0)
+    # Where cells are narrower than what the losses vary over, the variance that they add is h²/6 a step.
+    resolved = min(math.sqrt(12.0 * allowed / (max(place.slope, 1e-300) * law.steps)), coarsest)
+    spacings = np.exp(np.linspace(math.log(resolved), math.log(coarsest), 32))
+    wrong = _added(law, place, goal, spacings)
+    misses = np.flatnonzero(wrong > allowed)
+    return float(spacings[max(int(misses[0]) - 1, 0)] if misses.size else spacings[-1])
+
+
+def _added(law: Law, place: Place, goal: Goal, spacings: Array) -> Array:
+    """Returns about how much each spacing adds to ε: half of the variance that it adds, times how steep log δ falls.
+
+    Around the mean of the losses, where δ is near 1, log δ is flat but bent, at the scale of the deviation.
+    """
+    variance = law.added(place.tilt, spacings, in_blocks=goal.in_blocks)
+    if math.isfinite(place.split):
+        # Of the rare loss that decides, too.
+        return place.slope / 2.0 * (variance + spacings**2 / 6.0)
+    return max(place.slope, law.steepness(place.tilt)) / 2.0 * variance
+
+
+def _widest(counts: Mapping[Term, int], truncation: float) -> float:
+    """Returns the widest range of losses of one step."""
+    spans = [1e-12]
+    for term in counts:
+        for _, part in term.parts:
+            if part.pair is not Pair.RARE:
+                pair = mixtures(part)
+                ends = pair.loss(np.array(pair.reach(truncation, q=False)))
+                spans.append(float(ends[1] - ends[0]))
+    return max(spans)

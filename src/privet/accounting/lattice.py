@@ -1,72 +1,140 @@
-"""Privacy loss distributions on a grid, never smaller than the truth: connect the dots.
+"""Privacy loss distributions on a grid: never smaller than the truth (connect the dots), or never larger (lumps).
 
 Doroshenko, Ghazi, Kamath, Kumar and Manurangsi, arXiv 2207.04380, theorem 3.1: the mass of a cell moves to the two
 ends of the cell so that both laws keep their mass. In e^loss that is a spread which preserves the mean, so δ of every
 composition can only grow.
+
+The other side merges what lies around a grid loss into one outcome, and forgets which it was. Forgetting is processing,
+so δ of every composition can only fall.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.accounting.pairs import Cells, cells
-from privet.accounting.terms import Pair, Term
+from privet.accounting.pairs import Cells, Range, cells, lumps, negligible
+from privet.accounting.terms import Pair, Part, Term
 
-__all__ = ["Lattice", "lattices"]
+__all__ = ["Lattice", "lattice_above", "lattice_below", "rare_lattice", "usual_lattice"]
 
 Array = NDArray[np.float64]
+_ALL = Range()
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """A loss distribution under P: `mass[i]` at loss (first + i) h, `infinity` at plus infinity.
+    """A loss distribution under P: `mass[i]` at loss (first + i) h + offset, `infinity` at plus infinity.
 
-    `variance[i]` is what the spread added to the loss's variance on the i-th cell, times its mass; `raised` is mass
-    that was moved up from below the first loss. Both are only for the lower bound and the choice of the grid.
+    Only distributions that are rounded down have an offset. In the rare factor of a step (`rare_lattice`) `mass` is
+    that of the rare losses alone, and there is none with probability `chance_of_none`.
     """
 
     first: int
     mass: Array
     infinity: float
-    variance: Array
-    raised: float
+    offset: float = 0.0
+    chance_of_none: float = 0.0
 
 
-def lattices(term: Term, step: float, tail: float) -> tuple[Lattice, Lattice | None]:
-    """Returns the distributions of both directions of a term; the second is None where it is the same as the first."""
-    forward, backward = [], []
-    for weight, part in term.parts:
-        table = cells(part, step, tail)
-        if part.pair is Pair.SYMMETRIC:
-            both = _symmetrised(table, step)
-            found = (both, both)
-        else:
-            ahead = _spread(table, step)
-            found = (ahead, ahead if part.pair is Pair.REPLACE else _spread(_exchanged(table), step))
-        forward.append((weight, found[0]))
-        backward.append((weight, found[1]))
-    same = all(a is b for (_, a), (_, b) in zip(forward, backward, strict=True))
-    return _mixed(forward), None if same else _mixed(backward)
+def lattice_above(term: Term, step: float, tail: float, *, forward: bool, tilt: float = 0.0) -> Lattice:
+    """Returns the distribution of one direction of a term, rounded up.
+
+    At most `tail` counts as full disclosure. Losses so small that they do not count under the tilt, nor all of them
+    together, are moved up.
+    """
+    return _of_parts(term, lambda part: _above(part, step, tail, forward=forward, tilt=tilt))
 
 
-def _exchanged(table: Cells) -> Cells:
-    """Returns the cells of Q against P: losses change their sign."""
-    count = len(table.p)
-    losses_end = -(table.first + count)
-    return Cells(
-        first=losses_end,
-        p=table.q[::-1],
-        q=table.p[::-1],
-        rounding=table.rounding[::-1],
-        p_below=table.q_above,
-        q_below=table.p_above,
-        p_above=table.q_below,
-        q_above=table.p_below,
-    )
+def lattice_below(term: Term, step: float, tail: float, *, forward: bool) -> Lattice:
+    """Returns the distribution of one direction of a term, rounded down; mass that is left out counts as nothing."""
+    return _of_parts(term, lambda part: _below(part, step, tail, forward=forward))
+
+
+def usual_lattice(term: Term, step: float, tail: float, split: float, *, forward: bool) -> Lattice:
+    """Returns the first factor of a step: its losses below `split`, made to sum to 1.
+
+    A step is one draw of its usual and one of its rare factor, and their losses add. A step with a rare loss then draws
+    a usual loss as well, which the step itself does not; with -log s added to each rare loss, s being the probability
+    of the usual losses, that only makes δ larger: the usual law Y has E_P[e^-Y] <= 1/s, so by Jensen's inequality
+    E(1 - e^(ε - X - Y + log s))+ >= (1 - e^(ε - X))+ for every X.
+    """
+    within = Range(most=split)
+    found = _of_parts(term, lambda part: _above(part, step, tail, forward=forward, within=within), left=False)
+    return replace(found, mass=found.mass / found.mass.sum(), infinity=0.0)
+
+
+def rare_lattice(term: Term, step: float, tail: float, split: float, *, forward: bool) -> Lattice:
+    """Returns the second factor of a step: its losses above `split`, and loss 0 with the probability of the others."""
+    within = Range(least=split)
+    found = _of_parts(term, lambda part: _above(part, step, tail, forward=forward, within=within), left=False)
+    return _risen(found, step)
+
+
+def _risen(rare: Lattice, step: float) -> Lattice:
+    """Returns the rare factor with -log s added to its losses, the dots connected as everywhere."""
+    chance = 1.0 - float(rare.mass.sum()) - rare.infinity
+    rise = -math.log(chance) / step
+    whole, share = int(rise), math.expm1(-step * (rise - int(rise))) / math.expm1(-step)
+    mass = np.zeros(len(rare.mass) + 1)
+    mass[:-1] = rare.mass * (1.0 - share)
+    mass[1:] += rare.mass * share
+    return Lattice(rare.first + whole, mass, rare.infinity, chance_of_none=chance)
+
+
+def _of_parts(term: Term, lattice_of: Callable[[Part], Lattice], *, left: bool = True) -> Lattice:
+    """Returns the mixture of the lattices of a term's parts, whose label is seen: masses add.
+
+    With `left`, what no part covers has loss 0.
+    """
+    parts = [(weight, lattice_of(part)) for weight, part in term.parts]
+    if len(parts) == 1 and parts[0][0] == 1.0:
+        return parts[0][1]
+    first = min((0, *(part.first for _, part in parts))) - 1
+    size = max((1, *(part.first + len(part.mass) for _, part in parts))) - first
+    mass = np.zeros(size)
+    for weight, part in parts:
+        # Parts whose grids lie apart are brought to the common one by rounding down.
+        start = part.first - first - (1 if part.offset < 0.0 else 0)
+        mass[start : start + len(part.mass)] += weight * part.mass
+    if left:
+        mass[-first] += max(0.0, 1.0 - sum(weight for weight, _ in parts))
+    return Lattice(first, mass, sum(weight * part.infinity for weight, part in parts))
+
+
+def _above(
+    part: Part, step: float, tail: float, *, forward: bool, within: Range = _ALL, tilt: float = 0.0
+) -> Lattice:
+    if part.pair is Pair.RARE:
+        # Whatever is wanted of it: it has no loss but 0 and infinity.
+        return Lattice(0, np.array([1.0 - part.rate, 0.0]) * (within.least <= 0.0), part.rate)
+    if part.pair is Pair.SYMMETRIC:
+        if within.least > 0.0:
+            return _spread(cells(part, step, tail, within=within), step, below=False)
+        return _symmetrised(cells(part, step, tail), step, within.most)
+    if math.isinf(within.least):
+        within = replace(within, least=negligible(part, tail, forward=forward, tilt=tilt))
+        below = True
+    else:
+        below = False
+    table = cells(part, step, tail, forward=forward, within=within)
+    return _spread(table, step, below=below, above=math.isinf(within.most))
+
+
+def _below(part: Part, step: float, tail: float, *, forward: bool) -> Lattice:
+    if part.pair is Pair.RARE:
+        # RARE bounds from above only; from below nothing is known.
+        return Lattice(0, np.array([1.0, 0.0]), 0.0)
+    if part.pair is Pair.SYMMETRIC:
+        ahead = lumps(part, step, tail, forward=True, centred=False)
+        back = lumps(part, step, tail, forward=False, centred=False)
+        return _symmetrised_below(*ahead[:2], *back[:2])
+    first, mass, offset = lumps(part, step, tail, forward=forward)
+    return Lattice(first, mass, 0.0, offset)
 
 
 def _shares(p: Array, q: Array, rounding: Array, losses: Array, step: float) -> Array:
@@ -80,63 +148,51 @@ def _shares(p: Array, q: Array, rounding: Array, losses: Array, step: float) -> 
     return result
 
 
-def _spread(table: Cells, step: float) -> Lattice:
-    """Returns the distribution of the loss under P, the dots connected."""
+def _spread(table: Cells, step: float, *, below: bool = True, above: bool = True) -> Lattice:
+    """Returns the distribution of the loss under P, the dots connected, with what lies below and above the cells."""
     losses = step * (table.first + np.arange(len(table.p), dtype=np.float64))
     upper = _shares(table.p, table.q, table.rounding, losses, step)
     mass = np.zeros(len(table.p) + 1)
     mass[:-1] = table.p - upper
     mass[1:] += upper
-    # Losses below the first cell may still be above its lower end, where losses are bounded from below.
-    mass[1] += table.p_below
-    return Lattice(table.first, mass, table.p_above, _added(table.p, upper, step), table.p_below)
+    if below:
+        # Losses below the first cell may still be above its lower end, where losses are bounded from below.
+        mass[min(1, len(mass) - 1)] += table.p_below
+    return Lattice(table.first, mass, table.p_above if above else 0.0)
 
 
-def _symmetrised(table: Cells, step: float) -> Lattice:
+def _symmetrised(table: Cells, step: float, most: float = math.inf) -> Lattice:
     """Returns the distribution whose profile is δ(ε) of the pair for ε >= 0 and 1 - e^ε + e^ε δ(-ε) below.
 
     Zhu, Dong and Wang, arXiv 2106.08567, theorem 11: of fixed-size sampling under replace-one. On positive losses it
-    is P, on negative ones the mirrored Q, and what is left of the mass has loss 0.
+    is P, on negative ones the mirrored Q, and what is left of the mass has loss 0. Losses above `most` are left out.
     """
     count = len(table.p)
     losses = step * np.arange(count, dtype=np.float64)
     upper = _shares(table.p, table.q, table.rounding, losses, step)
-    mass = np.zeros(2 * count + 1)
-    mass[count:-1] += table.p - upper
-    mass[count + 1 :] += upper
     # Mirrored: the mass is q, and its ends at -(i+1) h and -i h take it so that the other law keeps p.
     mirrored = _shares(table.q[::-1], table.p[::-1], table.rounding[::-1], -losses[::-1] - step, step)
+    mass = np.zeros(2 * count + 1)
     mass[:count] += table.q[::-1] - mirrored
     mass[1 : count + 1] += mirrored
     mass[0] += table.q_above
-    rest = 1.0 - float(mass.sum()) - table.p_above
-    mass[count] += max(rest, 0.0)
-    variance = np.concatenate([_added(table.q[::-1], mirrored, step), _added(table.p, upper, step)])
-    return Lattice(-count, mass, table.p_above, variance, table.q_above)
+    mass[count] += max(1.0 - float(mass.sum()) - float(table.p.sum()) - table.p_above, 0.0)
+    kept = count if math.isinf(most) else min(count, round(most / step))
+    mass[count : count + kept] += (table.p - upper)[:kept]
+    mass[count + 1 : count + kept + 1] += upper[:kept]
+    return Lattice(-count, mass, table.p_above if math.isinf(most) else 0.0)
 
 
-def _added(p: Array, upper: Array, step: float) -> Array:
-    """Bounds the variance that the spread adds: h² u (1 - u) is concave in the place u, so its mean place bounds it."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        added = np.where(p > 0.0, upper * (p - upper) / p, 0.0)
-    return added * step**2 * (1.0 + step)
+def _symmetrised_below(first: int, ahead: Array, first_back: int, back: Array) -> Lattice:
+    """Returns the lumps of the symmetrised profile: P on positive losses, Q mirrored on negative ones, the rest at 0.
 
-
-def _mixed(parts: list[tuple[float, Lattice]]) -> Lattice:
-    """Returns the mixture of distributions whose label is seen: masses add."""
-    if len(parts) == 1 and parts[0][0] == 1.0:
-        return parts[0][1]
-    first = min(part.first for _, part in parts)
-    size = max(part.first + len(part.mass) for _, part in parts) - first
-    mass, variance = np.zeros(size), np.zeros(size - 1)
-    for weight, part in parts:
-        start = part.first - first
-        mass[start : start + len(part.mass)] += weight * part.mass
-        variance[start : start + len(part.variance)] += weight * part.variance
-    return Lattice(
-        first,
-        mass,
-        sum(weight * part.infinity for weight, part in parts),
-        variance,
-        sum(weight * part.raised for weight, part in parts),
-    )
+    What lies within half a cell of loss 0 is symmetric, so that as one outcome its loss is exactly 0.
+    """
+    last = first + len(ahead)
+    mass = np.zeros(last - min(first_back, 0))
+    zero = -min(first_back, 0)
+    mass[zero + max(first, 1) :] += ahead[max(first, 1) - first :]
+    negative = back[: max(0, -first_back)]
+    mass[: len(negative)] += negative
+    mass[zero] += max(0.0, (1.0 - float(mass.sum())) * (1.0 - 1e-12) - 1e-15)
+    return Lattice(min(first_back, 0), mass, 0.0)

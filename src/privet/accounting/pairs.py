@@ -1,8 +1,8 @@
 """Dominating pairs of distributions on a grid of privacy losses.
 
 Every pair here is two mixtures of Gaussians of one width, in the order that makes the loss log(P/Q) grow with x. A
-`Cell` holds what both laws put between two neighbouring grid losses; the other direction of the pair is the same
-cells read backwards with the laws exchanged, so one table serves both.
+cell holds what both laws put between two neighbouring grid losses. Backward the laws are exchanged and losses change
+sign; each direction has the range of losses that its own first law needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from privet.accounting import _special as special
 from privet.accounting.terms import Pair, Part
 
-__all__ = ["Cells", "Mixtures", "cells", "mixtures"]
+__all__ = ["Cells", "Mixtures", "Range", "cells", "lumps", "mixtures", "negligible"]
 
 Array = NDArray[np.float64]
 
@@ -73,10 +73,10 @@ class Mixtures:
         mean: Array = (shifts @ parts) / parts.sum(axis=0) / self.sigma**2
         return mean
 
-    def reach(self, tail: float) -> tuple[float, float]:
-        """Returns x below and above which neither law has more than about `tail`."""
-        weights = np.concatenate([self.p_weights, self.q_weights])
-        shifts = np.concatenate([self.p_shifts, self.q_shifts])
+    def reach(self, tail: float, *, p: bool = True, q: bool = True) -> tuple[float, float]:
+        """Returns x below and above which none of the laws asked about has more than about `tail`."""
+        weights = np.concatenate([self.p_weights[: None if p else 0], self.q_weights[: None if q else 0]])
+        shifts = np.concatenate([self.p_shifts[: None if p else 0], self.q_shifts[: None if q else 0]])
         with np.errstate(divide="ignore"):
             z = -special.ndtri(np.minimum(0.5, tail / np.maximum(weights * len(self.p_weights), 1e-300)))
         used = weights > tail / (4.0 * len(weights))
@@ -126,17 +126,51 @@ def mixtures(part: Part) -> Mixtures:
     return Mixtures(np.array([1.0 - q, q]), np.array([0.0, 1.0]), none, one, sigma)
 
 
-def cells(part: Part, step: float, tail: float) -> Cells:
-    """Returns the cells of a part on the grid of multiples of `step`; at most `tail` lies beyond the last."""
+@dataclass(frozen=True)
+class Range:
+    """Which losses are wanted, at least and at most. A bound that is a multiple of the spacing is kept exactly."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+
+_ALL = Range()
+
+
+def negligible(part: Part, tail: float, *, forward: bool, tilt: float) -> float:
+    """Returns a loss below which the first law's mass weighs at most `tail` under the tilt, wherever there it lies."""
     pair = mixtures(part)
-    low, high = pair.reach(tail)
-    ends = pair.loss(np.array([low, high]))
-    first = 0 if part.pair is Pair.SYMMETRIC else math.floor(ends[0] / step)
-    last = max(math.ceil(ends[1] / step), first + 1)  # one cell even where no loss but one has any weight
+    low, high = pair.reach(tail, p=forward, q=not forward)
+    x = np.linspace(low, high, 257)
+    weights, shifts, sign = (pair.p_weights, pair.p_shifts, 1.0) if forward else (pair.q_weights, pair.q_shifts, -1.0)
+    mass = weights @ special.ndtr(sign * (x - shifts[:, None]) / pair.sigma)
+    losses = sign * pair.loss(x)
+    with np.errstate(divide="ignore"):
+        weighs = np.log(mass) + tilt * losses <= math.log(max(tail, 1e-300))
+    return float(losses[weighs].max(initial=-math.inf))
+
+
+def cells(part: Part, step: float, tail: float, *, forward: bool = True, within: Range = _ALL) -> Cells:
+    """Returns the cells of one direction of a part on the grid of multiples of `step`, losses of that direction.
+
+    At most `tail` of the first law lies beyond either end, unless `within` cuts the range there. SYMMETRIC needs both
+    laws from loss 0 on, and has one direction.
+    """
+    pair = mixtures(part)
+    symmetric = part.pair is Pair.SYMMETRIC
+    low, high = pair.reach(tail, p=forward or symmetric, q=not forward or symmetric)
+    sign = 1.0 if forward else -1.0
+    ends = sorted(float(sign * end) for end in pair.loss(np.array([low, high])))
+    ends = [max(ends[0], within.least), min(ends[1], within.most)]
+    first = 0 if symmetric and within.least <= 0.0 else math.floor(ends[0] / step + 1e-9)
+    last = max(math.ceil(ends[1] / step - 1e-9), first + 1)  # one cell even where no loss but one has any weight
     losses = step * np.arange(first, last + 1, dtype=np.float64)
-    x = pair.inverse(losses, low, high)
+    x = pair.inverse(sign * losses[:: int(sign)], low, high)
     p, p_rounding, p_below, p_above = _masses(x, pair.p_weights, pair.p_shifts, pair.sigma)
     q, q_rounding, q_below, q_above = _masses(x, pair.q_weights, pair.q_shifts, pair.sigma)
+    if not forward:
+        p, q, p_rounding, q_rounding = q[::-1], p[::-1], q_rounding[::-1], p_rounding[::-1]
+        p_below, q_below, p_above, q_above = q_above, p_above, q_below, p_below
     return Cells(
         first,
         p,
@@ -168,3 +202,50 @@ def _masses(x: Array, weights: Array, shifts: Array, sigma: float) -> tuple[Arra
         below += weight * float(special.ndtr(z[0]))
         above += weight * float(special.ndtr(-z[-1]))
     return mass, rounding, below, above
+
+
+def lumps(part: Part, step: float, tail: float, *, forward: bool, centred: bool = True) -> tuple[int, Array, float]:
+    """Returns (first, masses, offset): P on outcomes merged around each grid loss, merged losses rounded down.
+
+    An outcome that stands for all x between two bounds has the loss log(P/Q) of the two sums, which lies between those
+    of its ends. Bounds lie half a cell on either side of each grid loss and move until the merged loss is just above
+    the grid's; where it still is not, the mass goes one grid loss down. The grid itself is moved by `offset`, so that
+    the heaviest outcome lies on it exactly: with rare losses nearly all mass is there, and rounding it down would cost
+    a cell a step. Backward the laws are exchanged and losses change sign.
+    """
+    pair = mixtures(part)
+    low, high = pair.reach(tail)
+    ends = pair.loss(np.array([low, high]))
+    first = math.floor(ends[0] / step)
+    last = max(math.ceil(ends[1] / step), first + 1)
+    losses = step * np.arange(first, last + 1, dtype=np.float64)
+    sign = 1.0 if forward else -1.0
+    halves = step * (np.arange(first, last + 2, dtype=np.float64) - 0.5)  # the lump of losses[k] is between k and k + 1
+    moved, offset = np.zeros_like(halves), 0.0
+    mass = above = np.zeros(0)
+    for attempt in range(4):
+        x = pair.inverse(np.maximum.accumulate(halves + offset + moved), low, high)
+        p, p_rounding, _, _ = _masses(x, pair.p_weights, pair.p_shifts, pair.sigma)
+        q, q_rounding, _, _ = _masses(x, pair.q_weights, pair.q_shifts, pair.sigma)
+        if not forward:
+            p, q, p_rounding, q_rounding = q, p, q_rounding, p_rounding
+        mass = np.maximum(p - p_rounding, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            merged = np.where(mass > 0.0, np.log(mass / (q + q_rounding)), -np.inf)
+        heaviest = int(mass.argmax())
+        apart = float(merged[heaviest] - sign * (losses[heaviest] + offset))
+        if centred and math.isfinite(apart) and (attempt == 0 or (attempt == 3 and apart < 0.0)):
+            offset += sign * min(max(apart, -step), step)
+        above = merged - sign * (losses + offset)
+        if attempt == 3:
+            break
+        short = np.where(np.isfinite(above), np.clip(-above, -step / 4.0, step / 4.0), 0.0)
+        push = np.maximum(short[:-1], short[1:])
+        moved[1:-1] += sign * (push + 1e-3 * np.abs(push) + 1e-9 * step)
+    down = np.where(above >= 0.0, 0, np.where(above >= -step, 1, -1))
+    index = np.arange(first, last + 1) if forward else -np.arange(first, last + 1)
+    start = int(index.min()) - 1
+    found = np.zeros(last - first + 2)
+    kept = down >= 0
+    np.add.at(found, index[kept] - down[kept] - start, mass[kept])
+    return start, found, sign * offset

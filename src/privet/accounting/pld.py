@@ -1,6 +1,10 @@
 """The privacy loss distribution accountant: the default, and the tightest.
 
-It reports the least of its own bound and Rényi's, and says which.
+A question is answered in four steps. `moments` says where on the curve the answer lies, without composing anything.
+`grid` composes there. What comes back says how good it is: whether the window held the answer, how much of δ was lost
+to rounding and tails, how much the spacing added; where that is not good enough, tilt or spacing follow what was found
+and it is composed again. The least of all answers is taken, since each is an upper bound. At last `certificate` holds
+it against bounds that were found in other ways.
 """
 
 from __future__ import annotations
@@ -11,26 +15,31 @@ from dataclasses import replace
 
 from privet._checks import check_positive
 from privet.accounting.accountant import Accountant, Bound
+from privet.accounting.certificate import Claim, certified_delta, certified_epsilon
 from privet.accounting.event import Event, Relation
 from privet.accounting.gaussian import gaussian_delta, gaussian_epsilon
-from privet.accounting.grid import Goal, Grid, Readings, grid_for
-from privet.accounting.rdp import renyi_delta, renyi_delta_at, renyi_epsilon, renyi_epsilon_at, trivial_epsilon
+from privet.accounting.grid import Goal, Grid, Place, grid_for
+from privet.accounting.moments import Law, laws, rarest_epsilon_below
+from privet.accounting.profile import Answer
+from privet.accounting.rdp import renyi_delta_near, renyi_epsilon_near, trivial_epsilon
 from privet.accounting.renyi import Cumulant
 from privet.accounting.terms import Pair, Part, Reduced, Term, reduce_event
 
 __all__ = ["PldAccountant"]
 
 _SMALLEST_DELTA = 1e-200  # below it the masses leave the range of float64, and Rényi's bound is used alone
+_LOG_TOLERANCE = 2e-4  # of δ, relative, where δ is asked for
 _KEPT_GRIDS = 12
-_REFINEMENTS = 6
+_ATTEMPTS = 7
 
 
 class PldAccountant(Accountant):
     """Connect-the-dots loss distributions, both directions composed on their own, by tilted Fourier transforms.
 
     Guarantees: every error is on the side of less privacy: the dots are connected above the curve, cut tails count
-    as full disclosure, and the rounding of the transforms is added to the masses. What was only Gaussian and not
-    sampled is exact. `tolerance` is how much of ε the grid may add, relative; it moves no bound to the wrong side.
+    as full disclosure, what a window does not hold counts in full, and the rounding of the transforms is added to the
+    masses. What was only Gaussian and not sampled is exact. `tolerance` is how much of ε the grid may add, relative; it
+    moves no bound to the wrong side.
     """
 
     name = "pld"
@@ -38,6 +47,8 @@ class PldAccountant(Accountant):
     def __init__(self, *, tolerance: float = 1e-4) -> None:
         self.tolerance = check_positive("tolerance", tolerance)
         self._grids: OrderedDict[Goal, Grid] = OrderedDict()
+
+    # -- the two questions -------------------------------------------------------------------------------------------
 
     def bound_epsilon(self, event: Event, delta: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns bounds on ε at δ."""
@@ -49,18 +60,21 @@ class PldAccountant(Accountant):
             low = value * (1.0 - 1e-9) if math.isfinite(value) else value
             return Bound(upper=value, lower=low, method=self.name, notes=reduced.notes)
         counts = _counts(reduced)
-        cumulant = Cumulant(reduced)
-        upper, method = math.inf, self.name
-        readings, goal = self._at_delta(counts, cumulant, delta)
-        if readings:
-            upper = _epsilon_of(readings, delta)
-        if goal.epsilon < upper or math.isnan(upper):
-            upper, method = goal.epsilon, "rdp"
-        low = 0.0
-        if lower:
-            epsilon, order = renyi_epsilon(cumulant, delta)
-            low = min(self._low_epsilon(counts, Goal(epsilon, math.log(delta), order, upper), delta), upper)
-        return Bound(upper=upper, lower=low, method=method, notes=reduced.notes)
+        both = laws(counts, _tail(delta, counts))
+        starts = [law.epsilon(delta) for law in both]
+        tilt = max(starts)[1]
+        claims = [Claim(renyi_epsilon_near(Cumulant(reduced), delta, tilt + 1.0), "rdp")]
+        places: tuple[Place, ...] = ()
+        if math.log(delta) >= math.log(_SMALLEST_DELTA):
+            found, places = self._epsilon_on_grids(counts, both, delta, starts)
+            claims.insert(0, Claim(found, self.name))
+
+        def least() -> float:
+            return max(_least_epsilon(counts, delta, tilt), rarest_epsilon_below(counts, delta))
+
+        claim, known, notes = certified_epsilon(claims, reduced=reduced, delta=delta, least=least)
+        low = min(max(known, self._epsilon_below(counts, both, places, delta)), claim.value) if lower else 0.0
+        return Bound(upper=claim.value, lower=low, method=claim.method, notes=(*reduced.notes, *notes))
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns bounds on δ at ε."""
@@ -73,134 +87,237 @@ class PldAccountant(Accountant):
         if value is not None:
             return Bound(upper=value, lower=value * (1.0 - 1e-9), method=self.name, notes=reduced.notes)
         counts = _counts(reduced)
-        cumulant = Cumulant(reduced)
-        upper, method = 1.0, self.name
-        readings, goal = self._at_epsilon(counts, cumulant, epsilon)
-        if readings:
-            upper = max(each.profile.delta(epsilon) for each in readings)
-        quick = math.exp(goal.log_delta)
-        if quick < upper or math.isnan(upper):
-            upper, method = quick, "rdp"
-        low = min(self._low_delta(counts, goal, epsilon), upper) if lower else 0.0
-        return Bound(upper=upper, lower=low, method=method, notes=reduced.notes)
+        both, log_delta = _about_delta(counts, epsilon)
+        tilt = max(law.log_delta(epsilon) for law in both)[1]
+        claims = [Claim(renyi_delta_near(Cumulant(reduced), epsilon, tilt + 1.0), "rdp")]
+        places: tuple[Place, ...] = ()
+        if log_delta >= math.log(_SMALLEST_DELTA):
+            found, places = self._delta_on_grids(counts, epsilon, both, log_delta)
+            claims.insert(0, Claim(found, self.name))
 
-    # -- grids: an old one where it still serves, a new one otherwise ------------------------------------------------
+        def least() -> float:
+            return _least_delta(counts, epsilon, tilt, claims[0].value)
 
-    def _at_delta(self, counts: dict[Term, int], cumulant: Cumulant, delta: float) -> tuple[list[Readings], Goal]:
+        claim, known, notes = certified_delta(claims, reduced=reduced, epsilon=epsilon, least=least)
+        low = min(max(known, self._delta_below(counts, both, places, epsilon)), claim.value) if lower else 0.0
+        return Bound(upper=claim.value, lower=low, method=claim.method, notes=(*reduced.notes, *notes))
+
+    # -- ε of δ --------------------------------------------------------------------------------------------------------
+
+    def _epsilon_on_grids(
+        self, counts: dict[Term, int], both: tuple[Law, ...], delta: float, starts: list[tuple[float, float]]
+    ) -> tuple[float, tuple[Place, ...]]:
+        """Returns the least ε of the grids that were tried, and where it was found."""
+        log_delta = math.log(delta)
         for goal, grid in reversed(list(self._grids.items())):
-            if not -0.5 <= math.log(delta) - goal.log_delta <= 8.0 or not _alike(grid, counts):
-                continue
-            # Rényi's bound at the kept order is as valid as at the best one, and says where the answer must lie.
-            quick = renyi_epsilon_at(cumulant, goal.order, delta)
-            readings = self._reread(grid, counts, quick)
-            if readings and _epsilon_of(readings, delta) > 0.6 * goal.aim:  # else it is coarser than it should be
-                return readings, Goal(quick, math.log(delta), goal.order, quick)
-        epsilon, order = renyi_epsilon(cumulant, delta)
-        goal = Goal(epsilon, math.log(delta), order, epsilon)
-        if epsilon == 0.0:
-            return [], goal  # nothing is smaller, and no grid can be aimed at it
-        readings = self._fresh(counts, goal)
-        if readings and 0.0 < _epsilon_of(readings, delta) < 0.8 * epsilon:
-            return self._refined(counts, goal, readings, delta), goal
-        return readings, goal
-
-    def _refined(self, counts: dict[Term, int], goal: Goal, readings: list[Readings], delta: float) -> list[Readings]:
-        """Returns the readings of a grid fine enough that a finer one says the same, where Rényi's bound is loose.
-
-        There the first grid was made for an ε that is too large, and what a grid adds cannot be told from the tilt.
-        """
-        tolerance, found = self.tolerance, _epsilon_of(readings, delta)
-        for _ in range(_REFINEMENTS):
-            self._grids.pop(goal, None)
-            goal = replace(goal, aim=found)
-            readings = self._fresh(counts, goal, tolerance=tolerance)
-            before, found = found, _epsilon_of(readings, delta) if readings else 0.0
-            if found <= 0.0 or found >= before * (1.0 - 3.0 * self.tolerance):
+            if -1.0 <= log_delta - goal.log_delta <= 8.0 and _alike(grid, counts):
+                answers = grid.answers(counts, delta)
+                if answers and not _unfit(answers, both, grid, 3.0 * self.tolerance):
+                    self._grids.move_to_end(goal)
+                    return max(each.epsilon for each in answers), goal.places
+        places = tuple(
+            _first_place(law, delta, epsilon, tilt) for law, (epsilon, tilt) in zip(both, starts, strict=True)
+        )
+        best, best_places = math.inf, places
+        kept: tuple[Goal, Grid] | None = None
+        for _ in range(_ATTEMPTS):
+            goal = Goal(log_delta, places, self.tolerance)
+            grid = grid_for(counts, both, goal)
+            answers = grid.answers(counts, delta)
+            if answers is None:
                 break
-            tolerance /= 16.0
-        return readings
-
-    def _at_epsilon(self, counts: dict[Term, int], cumulant: Cumulant, epsilon: float) -> tuple[list[Readings], Goal]:
-        for goal, grid in reversed(list(self._grids.items())):
-            if not _alike(grid, counts):
-                continue
-            quick = renyi_delta_at(cumulant, goal.order, epsilon)
-            if -0.5 <= quick - goal.log_delta <= 6.0:
-                readings = self._reread(grid, counts, goal.epsilon)
-                if readings:
-                    return readings, Goal(epsilon, quick, goal.order, epsilon)
-        log_delta, order = renyi_delta(cumulant, epsilon)
-        goal = Goal(epsilon, log_delta, order, max(epsilon, 1e-3))
-        readings, aimed = self._fresh(counts, goal), goal
-        for _ in range(6):
-            # What a grid cuts off is sized by the δ it was made for, which Rényi's bound may put far too high.
-            found = max((each.profile.delta(epsilon) for each in readings), default=0.0)
-            if found == 0.0 or math.log(found) > aimed.log_delta - 2.5:
+            found = max(each.epsilon for each in answers)
+            worse = kept is not None and found >= best * (1.0 - 1e-3)
+            if found < best or kept is None:
+                best, best_places, kept = found, places, (goal, grid)
+            unfit = _unfit(answers, both, grid, (20.0 if grid.limited or goal.splits else 1.5) * self.tolerance)
+            if not unfit or worse:
                 break
-            aimed = replace(aimed, log_delta=math.log(found))
-            readings = self._fresh(counts, aimed)
-        return readings, goal
+            following = tuple(
+                _followed(place, answer, side in unfit)
+                for side, (place, answer) in enumerate(zip(places, answers, strict=True))
+            )
+            if following == places:
+                break
+            places = following
+        if kept is not None and sum(counts.values()) > 1:
+            self._keep(*kept)
+        return best, best_places
 
-    def _reread(self, grid: Grid, counts: dict[Term, int], epsilon: float) -> list[Readings]:
-        """Returns what a kept grid says, or nothing if it does not fit or would be coarser than it should."""
-        growth = epsilon / max(grid.goal.epsilon, 1e-9)
-        if not 0.7 <= growth <= 1.5:
-            return []
-        for term in counts:
-            grid.place(term)
-        if grid.error(counts) > 3.0 * self.tolerance * growth * grid.goal.aim:
-            return []
-        self._grids.move_to_end(grid.goal)
-        return grid.read(counts) or []
-
-    def _fresh(self, counts: dict[Term, int], goal: Goal, *, tolerance: float | None = None) -> list[Readings]:
-        """Returns the readings of a new grid, which is kept; none where δ is below what float64 can hold."""
-        if goal.log_delta < math.log(_SMALLEST_DELTA):
-            return []
-        grid = grid_for(counts, goal, tolerance=tolerance or self.tolerance)
+    def _keep(self, goal: Goal, grid: Grid) -> None:
         self._grids[goal] = grid
         while len(self._grids) > _KEPT_GRIDS:
             self._grids.popitem(last=False)
-        return grid.read(counts) or []
+
+    # -- δ of ε --------------------------------------------------------------------------------------------------------
+
+    def _delta_on_grids(
+        self, counts: dict[Term, int], epsilon: float, both: tuple[Law, ...], log_delta: float
+    ) -> tuple[float, tuple[Place, ...]]:
+        """Returns the least δ of the grids that were tried, and where it was found."""
+        for goal, grid in reversed(list(self._grids.items())):
+            if abs(log_delta - goal.log_delta) <= 12.0 and _alike(grid, counts):
+                found = self._delta_on(grid, counts, epsilon, both)
+                if found is not None:
+                    self._grids.move_to_end(goal)
+                    return found, goal.places
+        best, tried = 1.0, ()
+        for _ in range(_ATTEMPTS):
+            places = tuple(_place_of_epsilon(law, epsilon) for law in both)
+            goal = Goal(log_delta, places, self.tolerance, log_tolerance=_LOG_TOLERANCE)
+            grid = grid_for(counts, both, goal)
+            profiles = grid.read(counts)
+            if profiles is None:
+                break
+            found = max(profile.delta(epsilon) for profile in profiles)
+            if found < best or not tried:
+                best, tried = found, places
+                if sum(counts.values()) > 1:
+                    self._keep(goal, grid)
+            # What a grid cuts off is sized by the δ that it was made for.
+            if found <= 0.0 or math.log(found) > log_delta - 3.0:
+                break
+            log_delta = math.log(found)
+            both = laws(counts, _tail(found, counts))
+        return best, tried
+
+    def _delta_on(
+        self, grid: Grid, counts: dict[Term, int], epsilon: float, both: tuple[Law, ...]
+    ) -> float | None:
+        """Returns δ at ε on a kept grid, or None where that grid is too coarse for it."""
+        profiles = grid.read(counts)
+        if profiles is None or len(profiles) != len(both):
+            return None
+        found = [profile.delta(epsilon) for profile in profiles]
+        if not 0.0 < max(found) < 1.0:
+            return None
+        for side, (profile, law) in enumerate(zip(profiles, both, strict=True)):
+            if found[side] < max(found) * (1.0 - _LOG_TOLERANCE):
+                continue
+            answer = profile.answer(found[side])
+            added = grid.added(law, replace(grid.goal.places[side], slope=max(answer.slope, 1e-300)))
+            if not answer.inside or answer.lost + answer.slope * added > 10.0 * _LOG_TOLERANCE:
+                return None
+        return max(found)
 
     # -- lower bounds ------------------------------------------------------------------------------------------------
-    #
-    # The dots' spread adds to each step's loss a ξ in (-h, h) with E[e^-ξ | loss] = 1, so with mean at most its
-    # variance, and these sum to at most `mean + width` but with probability η (Bernstein's inequality, with the
-    # variance known). Hence δ(ε) >= δ_grid(ε + mean + width) - η - mass moved up from below the grid.
 
-    def _low_epsilon(self, counts: dict[Term, int], goal: Goal, delta: float) -> float:
-        readings, step = self._fine(counts, goal)
-        best = 0.0
-        for each in readings:
-            eta = delta * 1e-3
-            shift = _shift(each.added, step, eta)
-            best = max(best, each.profile.epsilon_below(delta + eta + each.raised) - shift)
-        return best
+    def _below(
+        self, counts: dict[Term, int], both: tuple[Law, ...], places: tuple[Place, ...], log_delta: float
+    ) -> Grid | None:
+        """Returns a grid of distributions that are rounded down."""
+        if not places or any(part.pair is Pair.RARE for term in counts for _, part in term.parts):
+            return None
+        return grid_for(counts, both, Goal(log_delta, places, self.tolerance, below=True))
 
-    def _low_delta(self, counts: dict[Term, int], goal: Goal, epsilon: float) -> float:
-        readings, step = self._fine(counts, goal)
-        best = 0.0
-        for each in readings:
-            for eta in (math.exp(goal.log_delta) * factor for factor in (1e-3, 1e-5)):
-                shift = _shift(each.added, step, max(eta, 1e-300))
-                best = max(best, each.profile.delta_below(epsilon + shift) - eta - each.raised)
-        return best
+    def _epsilon_below(
+        self, counts: dict[Term, int], both: tuple[Law, ...], places: tuple[Place, ...], delta: float
+    ) -> float:
+        grid = self._below(counts, both, places, math.log(delta))
+        profiles = grid.read(counts) if grid else None
+        return max((profile.epsilon_below(delta) for profile in profiles or []), default=0.0)
 
-    def _fine(self, counts: dict[Term, int], goal: Goal) -> tuple[list[Readings], float]:
-        if goal.log_delta < math.log(_SMALLEST_DELTA):
-            return [], 0.0
-        grid = grid_for(counts, goal, tolerance=self.tolerance / 64.0)
-        return grid.read(counts) or [], grid.step
+    def _delta_below(
+        self, counts: dict[Term, int], both: tuple[Law, ...], places: tuple[Place, ...], epsilon: float
+    ) -> float:
+        log_delta = max(law.log_delta(epsilon)[0] for law in both)
+        grid = self._below(counts, both, places, min(log_delta, 0.0))
+        profiles = grid.read(counts) if grid else None
+        return max((profile.delta(epsilon) for profile in profiles or []), default=0.0)
 
 
-def _epsilon_of(readings: list[Readings], delta: float) -> float:
-    return max(each.profile.epsilon(delta) for each in readings)
+def _tail(delta: float, counts: dict[Term, int]) -> float:
+    """Returns the probability below which a loss of one step does not count for the sketch of the curve."""
+    return max(delta * 1e-4 / sum(counts.values()), 1e-300)
 
 
-def _shift(added: float, step: float, eta: float) -> float:
-    log = -math.log(eta)
-    return added * (1.0 + step) + math.sqrt(2.0 * added * log) + step * log / 3.0
+def _unfit(answers: list[Answer], both: tuple[Law, ...], grid: Grid, tolerance: float) -> set[int]:
+    """Returns the directions whose answers are worse than `tolerance`, among those that decide the maximum."""
+    highest = max(each.epsilon for each in answers)
+    unfit = set()
+    for side, (answer, place) in enumerate(zip(answers, grid.goal.places, strict=True)):
+        if answer.epsilon < highest * (1.0 - tolerance) or highest == 0.0:
+            continue
+        if not answer.inside or math.isinf(answer.epsilon):
+            unfit.add(side)
+            continue
+        slope = max(answer.slope, 1e-300)
+        added = grid.added(both[min(side, len(both) - 1)], replace(place, slope=slope))
+        if answer.lost / slope + added > tolerance * max(answer.epsilon, 1e-7):
+            unfit.add(side)
+    return unfit
+
+
+def _first_place(law: Law, delta: float, epsilon: float, tilt: float) -> Place:
+    """Returns where to compose first: at the saddle point, or apart from rare heavy losses where these decide δ."""
+    jump, slope = law.jump(delta)
+    if law.steps == 1:
+        return Place(0.0, jump, slope)
+    split = law.split(delta, jump) if jump > 0.0 else None
+    if split is not None:
+        return Place(0.0, jump, slope, *split)
+    return Place(tilt, max(epsilon, 0.0), tilt)
+
+
+def _place_of_epsilon(law: Law, epsilon: float) -> Place:
+    """Returns the same for a given ε."""
+    jump, slope = law.jump_delta(epsilon)
+    if law.steps == 1:
+        return Place(0.0, epsilon, slope)
+    split = law.split(jump, epsilon) if jump > 1e-300 and epsilon > 0.0 else None
+    if split is not None:
+        return Place(0.0, epsilon, slope, *split)
+    tilt = law.log_delta(epsilon)[1]
+    return Place(tilt, epsilon, tilt)
+
+
+def _followed(place: Place, answer: Answer, unfit: bool) -> Place:  # noqa: FBT001
+    """Returns where to compose next: at the answer, with the slope that was found there."""
+    if not answer.inside:
+        # The window lay beside the answer: the losses that matter are smaller than those of this tilt.
+        epsilon = answer.epsilon if math.isfinite(answer.epsilon) else place.epsilon
+        return Place(place.tilt / 3.0, epsilon * 0.9, place.slope / 3.0)
+    tilt = place.tilt
+    if math.isfinite(place.split):
+        return replace(place, epsilon=answer.epsilon, slope=answer.slope)
+    if unfit and answer.lost > 1e-3 * max(1.0, answer.slope * answer.epsilon):
+        tilt = answer.slope
+    return Place(tilt, answer.epsilon, answer.slope)
+
+
+def _least_epsilon(counts: dict[Term, int], delta: float, tilt: float) -> float:
+    """Returns an ε that is needed at least, by moments of the whole composition in either direction."""
+    whole = laws(counts, _tail(delta, counts), sketch=False)
+    return max(law.epsilon_below(delta, tilt) for law in whole)
+
+
+def _least_delta(counts: dict[Term, int], epsilon: float, tilt: float, claimed: float) -> float:
+    """Returns a number above `claimed` if moments prove that δ is larger, and 0 if they do not."""
+    if not 0.0 < claimed < 1.0:
+        return 0.0
+    needed = max(_least_epsilon(counts, claimed, tilt), rarest_epsilon_below(counts, claimed))
+    return math.nextafter(claimed * (1.0 + 1e-6), 2.0) if needed > epsilon * (1.0 + 1e-6) + 1e-9 else 0.0
+
+
+def _about_delta(counts: dict[Term, int], epsilon: float) -> tuple[tuple[Law, ...], float]:
+    """Returns the laws for δ at ε, and about log δ: what a single loss gives, or Chernoff where that is more.
+
+    Which losses the laws leave out depends on δ, so that they are made twice.
+    """
+    both = laws(counts, _tail(1e-290, counts))
+    log_delta = math.log(max(*(law.jump_delta(epsilon)[0] for law in both), 0.0, 1e-290))
+    for _ in range(2):
+        both = laws(counts, _tail(math.exp(log_delta), counts))
+        log_delta = max(_log_delta_of(law, epsilon) for law in both)
+    return both, log_delta
+
+
+def _log_delta_of(law: Law, epsilon: float) -> float:
+    jump = law.jump_delta(epsilon)[0]
+    if jump > 1e-290 and epsilon > 0.0 and law.split(jump, epsilon) is not None:
+        return math.log(jump)
+    # Chernoff's bound is above δ by about √2π times the tilt times the deviation.
+    return min(0.0, law.log_delta(epsilon)[0] - 2.5)
 
 
 def _alike(grid: Grid, counts: dict[Term, int]) -> bool:

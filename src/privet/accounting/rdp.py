@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 
 from privet.accounting.accountant import Accountant, Bound
+from privet.accounting.certificate import Claim, certified_delta, certified_epsilon
 from privet.accounting.event import Event, Relation
+from privet.accounting.moments import rarest_epsilon_below
 from privet.accounting.renyi import Cumulant
 from privet.accounting.terms import Reduced, reduce_event
 
@@ -15,23 +17,24 @@ __all__ = [
     "best_order",
     "renyi_delta",
     "renyi_delta_at",
+    "renyi_delta_near",
     "renyi_epsilon",
     "renyi_epsilon_at",
+    "renyi_epsilon_near",
     "trivial_epsilon",
 ]
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-def best_order(objective: Callable[[float], float], largest: float, *, whole: bool = False) -> tuple[float, float]:
+def best_order(objective: Callable[[float], float], largest: float) -> tuple[float, float]:
     """Returns (least value found, its order) of an objective that is quasi-convex in α, over 1 < α <= largest.
 
     Powers of two of α - 1 bracket it, then golden sections close in; whatever order comes out, its value is a bound.
     """
 
     def order_of(exponent: float) -> float:
-        order = 1.0 + 2.0**exponent
-        return float(max(2, round(order))) if whole else order
+        return 1.0 + 2.0**exponent
 
     limit = math.log2(largest - 1.0)
     exponents = [0.0, 1.0, 2.0]
@@ -40,7 +43,7 @@ def best_order(objective: Callable[[float], float], largest: float, *, whole: bo
     while exponents[-1] < limit and values[-1] <= min(values):
         exponents.append(min(exponents[-1] + 1.0, limit))
         values.append(objective(order_of(exponents[-1])))
-    while not whole and exponents[0] > -12.0 and values[0] <= min(values):
+    while exponents[0] > -12.0 and values[0] <= min(values):
         exponents.insert(0, exponents[0] - 1.0)
         values.insert(0, objective(order_of(exponents[0])))
     best = min(range(len(values)), key=values.__getitem__)
@@ -76,20 +79,34 @@ def renyi_delta_at(cumulant: Cumulant, order: float, epsilon: float) -> float:
     return cumulant(order) - (order - 1.0) * (epsilon - math.log1p(-1.0 / order)) - math.log(order)
 
 
+def renyi_epsilon_near(cumulant: Cumulant, delta: float, order: float) -> float:
+    """Returns ε at δ by one order near `order`: a bound whatever the order is."""
+    return max(0.0, renyi_epsilon_at(cumulant, _allowed(cumulant, order), delta))
+
+
+def renyi_delta_near(cumulant: Cumulant, epsilon: float, order: float) -> float:
+    """Returns δ at ε by one order near `order`: a bound whatever the order is."""
+    return math.exp(min(0.0, renyi_delta_at(cumulant, _allowed(cumulant, order), epsilon)))
+
+
+def _allowed(cumulant: Cumulant, order: float) -> float:
+    order = min(max(order, 1.0 + 2.0**-12), cumulant.largest_order)
+    # The sums of a whole order are short; with many terms a whole order nearby is as good a bound.
+    return float(max(2, round(order))) if cumulant.many else order
+
+
 def renyi_epsilon(cumulant: Cumulant, delta: float) -> tuple[float, float]:
-    """Returns the least (ε, α)."""
-    found = best_order(
-        lambda order: renyi_epsilon_at(cumulant, order, delta), cumulant.largest_order, whole=cumulant.whole_orders
-    )
-    return max(0.0, found[0]), found[1]
+    """Returns the least (ε, α). With many terms the order is sought on a sketch, and the bound is of all of them."""
+    sketch = cumulant.sketch()
+    order = best_order(lambda order: renyi_epsilon_at(sketch, order, delta), cumulant.largest_order)[1]
+    return max(0.0, renyi_epsilon_at(cumulant, order, delta)), order
 
 
 def renyi_delta(cumulant: Cumulant, epsilon: float) -> tuple[float, float]:
-    """Returns the least (log δ, α)."""
-    found = best_order(
-        lambda order: renyi_delta_at(cumulant, order, epsilon), cumulant.largest_order, whole=cumulant.whole_orders
-    )
-    return min(0.0, found[0]), found[1]
+    """Returns the least (log δ, α), in the same way."""
+    sketch = cumulant.sketch()
+    order = best_order(lambda order: renyi_delta_at(sketch, order, epsilon), cumulant.largest_order)[1]
+    return min(0.0, renyi_delta_at(cumulant, order, epsilon)), order
 
 
 def trivial_epsilon(reduced: Reduced, delta: float) -> float | None:
@@ -109,19 +126,30 @@ class RdpAccountant(Accountant):
     name = "rdp"
 
     def bound_epsilon(self, event: Event, delta: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
-        """Returns Rényi's bound on ε; its lower bound is the trivial 0."""
+        """Returns Rényi's bound on ε, or the one without amplification where that is less; its lower bound is weak."""
         reduced = reduce_event(event, relation=relation, group_size=group_size)
         trivial = trivial_epsilon(reduced, delta)
-        value = renyi_epsilon(Cumulant(reduced), delta)[0] if trivial is None else trivial
-        return Bound(upper=value, lower=0.0, method=self.name, notes=reduced.notes)
+        if trivial is not None:
+            return Bound(upper=trivial, lower=trivial, method=self.name, notes=reduced.notes)
+        value = renyi_epsilon(Cumulant(reduced), delta)[0]
+        claim, known, notes = certified_epsilon(
+            [Claim(value, self.name)],
+            reduced=reduced,
+            delta=delta,
+            least=lambda: rarest_epsilon_below(reduced.terms, delta),
+        )
+        return Bound(upper=claim.value, lower=known if lower else 0.0, method=claim.method, notes=reduced.notes + notes)
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
-        """Returns Rényi's bound on δ; its lower bound is the trivial 0."""
+        """Returns Rényi's bound on δ, or the one without amplification where that is less; its lower bound is weak."""
         reduced = reduce_event(event, relation=relation, group_size=group_size)
-        if reduced.infinite:
-            value = 1.0
-        elif not reduced.terms and reduced.squared_mu == 0.0:
-            value = 0.0
-        else:
-            value = math.exp(renyi_delta(Cumulant(reduced), epsilon)[0])
-        return Bound(upper=value, lower=0.0, method=self.name, notes=reduced.notes)
+        trivial = 1.0 if reduced.infinite else None
+        if trivial is None and not reduced.terms and reduced.squared_mu == 0.0:
+            trivial = 0.0
+        if trivial is not None:
+            return Bound(upper=trivial, lower=trivial, method=self.name, notes=reduced.notes)
+        value = math.exp(renyi_delta(Cumulant(reduced), epsilon)[0])
+        claim, known, notes = certified_delta(
+            [Claim(value, self.name)], reduced=reduced, epsilon=epsilon, least=lambda: 0.0
+        )
+        return Bound(upper=claim.value, lower=known if lower else 0.0, method=claim.method, notes=reduced.notes + notes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from privet._checks import check_count
@@ -29,16 +29,28 @@ from privet.accounting.event import (
 )
 from privet.errors import ConfigurationError
 
-__all__ = ["Pair", "Part", "Reduced", "Term", "gaussian_multiplier", "reduce_event"]
+__all__ = ["ONE_DIRECTION", "Pair", "Part", "Reduced", "Term", "gaussian_multiplier", "reduce_event"]
+
+
+# Outside these limits a sampled release is bounded by "a record that is drawn is fully disclosed" (RARE), and the whole
+# by its Gaussians without amplification. Losses there would leave the range of float64 squares.
+_LEAST_NOISE = 1e-3
+_MOST_NOISE = 1e12
+_LEAST_RATE = 1e-30
 
 
 class Pair(enum.Enum):
     """A family of dominating pairs. Shifts are in units of the sum's sensitivity under add-or-remove-one."""
 
     MIXTURE = "(1-q) N(0, σ²) + q N(1, σ²) against N(0, σ²), in both orders, each composed on its own"
+    RARE = "disclosure with probability q, and nothing otherwise: what bounds every pair in which a record is drawn"
     SYMMETRIC = "the symmetrised profile of MIXTURE at shift 2, composed once"
     REPLACE = "(1-q) N(0, σ²) + q N(-1, σ²) against (1-q) N(0, σ²) + q N(1, σ²)"
     GROUP = "Σ Bin(k, q)(i) N(i, σ²) against N(0, σ²), in both orders"
+
+
+ONE_DIRECTION = frozenset({Pair.RARE, Pair.SYMMETRIC, Pair.REPLACE})
+"""The pairs whose two directions are the same."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,17 @@ class Term:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What an event amounts to: all unsampled Gaussians as one shift μ, the sampled terms with their counts, notes."""
+    """What an event amounts to: all unsampled Gaussians as one shift μ, the sampled terms with their counts, notes.
+
+    `unamplified` is μ² of the one Gaussian that everything would be without sampling. It bounds the whole: sampling
+    never makes a loss worse, since the hockey-stick divergence is jointly convex.
+    """
 
     squared_mu: float = 0.0
     terms: dict[Term, int] = field(default_factory=dict)
     infinite: bool = False
     notes: tuple[str, ...] = ()
+    unamplified: float = 0.0
 
 
 def gaussian_multiplier(event: Event) -> float | None:
@@ -101,6 +118,25 @@ def _squared_mu(multiplier: float) -> float:
     return (1.0 / multiplier) ** 2 if multiplier > 1e-150 else math.inf
 
 
+def _relation_inside(event: PoissonEvent | TruncatedPoissonEvent | FixedSizeEvent, relation: Relation) -> Relation:
+    """Returns how the batches of two neighbours differ, given the draw.
+
+    A Poisson batch of neighbours that differ in one record differs in that record. A batch of fixed size, or one that
+    was cut to its cap, has another record in the place of one that was added or removed: there one is replaced.
+    """
+    if relation is Relation.ADD_OR_REMOVE_ONE and not isinstance(event, PoissonEvent):
+        return Relation.REPLACE_ONE
+    return relation
+
+
+def _tame(part: Part) -> Part:
+    """Returns the part, or where its numbers leave the range of the losses the plain bound on any pair of its rate."""
+    if part.noise_multiplier >= _LEAST_NOISE and part.rate >= _LEAST_RATE:
+        return part
+    # A group of k is drawn in part with probability at most k q.
+    return Part(Pair.RARE, min(1.0, part.rate * part.group_size), 1.0)
+
+
 class _Reduction:
     def __init__(self, relation: Relation, group_size: int) -> None:
         self.relation = relation
@@ -108,6 +144,7 @@ class _Reduction:
         # Replacing a record moves a clipped sum by twice what adding or removing it does.
         self.shift = group_size * (2 if relation is Relation.REPLACE_ONE else 1)
         self.squared_mu = 0.0
+        self.unamplified = 0.0
         self.terms: dict[Term, int] = {}
         self.infinite = False
         self.notes: dict[str, None] = {}
@@ -115,31 +152,36 @@ class _Reduction:
     def note(self, text: str) -> None:
         self.notes[text] = None
 
-    def gaussian(self, multiplier: float, count: int) -> None:
-        squared = _squared_mu(multiplier) * self.shift**2 * count
+    def without_noise(self) -> None:
+        self.infinite = True
+        self.note("a release without noise (σ = 0): ε is infinite")
+
+    def gaussian(self, multiplier: float, count: int, *, shift: int) -> None:
+        """Adds `count` Gaussian releases that two neighbours move apart by `shift` sensitivities."""
+        squared = _squared_mu(multiplier) * shift**2 * count
         if math.isinf(squared):
-            self.infinite = True
-            self.note("a release without noise (σ = 0): ε is infinite")
+            self.without_noise()
         else:
             self.squared_mu += squared
+            self.unamplified += squared
 
-    def term(self, parts: Iterator[tuple[float, Part]], count: int) -> None:
-        term = Term(tuple((weight, part) for weight, part in parts if weight > 0.0 and part.rate > 0.0))
-        if not term.parts:
+    def term(self, parts: Iterable[tuple[float, Part]], count: int, *, multiplier: float, shift: int) -> None:
+        """Adds `count` releases on a sample, whose Gaussian without sampling would be moved by `shift`."""
+        if multiplier <= 1e-150:
+            self.without_noise()
             return
-        (weight, part), *more = term.parts
-        if any(each.noise_multiplier <= 1e-150 for _, each in term.parts):
-            self.infinite = True
-            self.note("a release without noise (σ = 0): ε is infinite")
-        elif math.isinf(part.noise_multiplier):
+        found = tuple((weight, _tame(part)) for weight, part in parts if weight > 0.0 and part.rate > 0.0)
+        if not found or math.isinf(multiplier):
             return
-        elif weight == 1.0 and part.rate == 1.0 and not more and part.pair is not Pair.REPLACE:
-            shift = 2 if part.pair is Pair.SYMMETRIC else part.group_size
-            self.squared_mu += _squared_mu(part.noise_multiplier) * shift**2 * count
-        elif weight == 1.0 and part.rate == 1.0 and not more:
-            self.squared_mu += _squared_mu(part.noise_multiplier) * 4.0 * count
-        else:
-            self.terms[term] = self.terms.get(term, 0) + count
+        if len(found) == 1 and found[0][0] == 1.0 and found[0][1].rate == 1.0:
+            self.gaussian(multiplier, count, shift=shift)
+            return
+        self.unamplified += _squared_mu(multiplier) * shift**2 * count
+        if multiplier > _MOST_NOISE:
+            self.squared_mu += _squared_mu(multiplier) * shift**2 * count
+            return
+        term = Term(found)
+        self.terms[term] = self.terms.get(term, 0) + count
 
     def add(self, event: Event, count: int) -> None:
         """Adds `count` repetitions of an event."""
@@ -148,7 +190,7 @@ class _Reduction:
         multiplier = gaussian_multiplier(event)
         if multiplier is not None:
             if math.isfinite(multiplier):
-                self.gaussian(multiplier, count)
+                self.gaussian(multiplier, count, shift=self.shift)
         elif isinstance(event, NonPrivateEvent):
             self.infinite = True
             self.note("a release without protection: ε is infinite")
@@ -177,25 +219,48 @@ class _Reduction:
         rate = event.batch_size / event.dataset_size if isinstance(event, FixedSizeEvent) else event.rate
         if rate == 0.0:
             return
+        relation = _relation_inside(event, self.relation)
+        shift = self.group_size * (2 if relation is Relation.REPLACE_ONE else 1)
         if multiplier is None:
-            # Sampling never makes the loss worse, by quasi-convexity of the hockey-stick divergence in both laws.
-            if not isinstance(event.event, NonPrivateEvent):
-                self.note(f"sampling around {type(event.event).__name__} is bounded without its amplification")
-            self.add(event.event, count)
-        elif self.group_size > 1 and not (
-            isinstance(event, PoissonEvent) and self.relation is not Relation.REPLACE_ONE
-        ):
+            self.within(event, relation, count)
+        elif self.group_size > 1 and not (isinstance(event, PoissonEvent) and relation is not Relation.REPLACE_ONE):
             self.note(f"a group under {event.kind} sampling and {self.relation.value} is bounded without amplification")
-            # Given the draw, at most k members of the batch differ, each by 2: replaced, or in another one's place.
-            self.gaussian(multiplier * self.shift / (2 * self.group_size), count)
+            # Given the draw, at most k members of the batch differ.
+            self.gaussian(multiplier, count, shift=shift)
         elif isinstance(event, PoissonEvent):
-            self.term(iter([(1.0, self.poisson(rate, multiplier))]), count)
-        elif isinstance(event, FixedSizeEvent) and rate == 1.0:
-            self.gaussian(multiplier, count)
+            self.term([(1.0, self.poisson(rate, multiplier))], count, multiplier=multiplier, shift=shift)
         elif isinstance(event, FixedSizeEvent):
-            self.term(iter([(1.0, Part(Pair.SYMMETRIC, rate, multiplier))]), count)
+            self.term([(1.0, self.fixed_size(rate, multiplier))], count, multiplier=multiplier, shift=shift)
         else:
-            self.term(self.truncated(event, multiplier), count)
+            self.term(self.truncated(event, multiplier), count, multiplier=multiplier, shift=shift)
+
+    def within(self, event: PoissonEvent | TruncatedPoissonEvent | FixedSizeEvent, relation: Relation, n: int) -> None:
+        """Adds a sampled event that is not Gaussian inside, without the sampling's amplification.
+
+        Sampling never makes the loss worse, by quasi-convexity of the hockey-stick divergence in both laws; but the
+        batches of two neighbours are neighbours under the relation that holds inside.
+        """
+        if not isinstance(event.event, NonPrivateEvent):
+            self.note(f"sampling around {type(event.event).__name__} is bounded without its amplification")
+        inner = _Reduction(relation, self.group_size)
+        inner.add(event.event, n)
+        self.squared_mu += inner.squared_mu
+        self.unamplified += inner.unamplified
+        self.infinite |= inner.infinite
+        self.notes |= inner.notes
+        for term, count in inner.terms.items():
+            self.terms[term] = self.terms.get(term, 0) + count
+
+    def fixed_size(self, rate: float, multiplier: float) -> Part:
+        """Returns the dominating pair of a batch of fixed size: another record stands in the place of the record.
+
+        Under add-or-remove-one the law without the record is the law of the smaller data set itself, so that the pair
+        is a mixture at shift 2 in both orders; `rate` counts the larger data set. Under zero-out and replace-one both
+        sides are mixtures, and the profile is the symmetrised one (decision 13).
+        """
+        if self.relation is Relation.ADD_OR_REMOVE_ONE:
+            return Part(Pair.MIXTURE, rate, multiplier / 2.0)
+        return Part(Pair.SYMMETRIC, rate, multiplier)
 
     def poisson(self, rate: float, multiplier: float) -> Part:
         """Returns the dominating pair of a Poisson batch.
@@ -237,7 +302,7 @@ class _Reduction:
     def result(self) -> Reduced:
         if math.isinf(self.squared_mu):
             self.infinite = True
-        return Reduced(self.squared_mu, dict(self.terms), self.infinite, tuple(self.notes))
+        return Reduced(self.squared_mu, dict(self.terms), self.infinite, tuple(self.notes), self.unamplified)
 
 
 def reduce_event(event: Event, *, relation: Relation = Relation.ADD_OR_REMOVE_ONE, group_size: int = 1) -> Reduced:
