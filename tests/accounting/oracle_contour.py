@@ -14,20 +14,31 @@ their own (far to the right, where they cost next to nothing), and what is left,
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from oracle_laws import NODES, WEIGHTS, Cut
 
-LARGEST_WORK = 2e9  # complex exponentials spent on one δ before the oracle gives up
-TOLERANCE = 3e-8
+WORK = [3e8]  # products spent on one line before the oracle gives up; see `patience`
+TOLERANCE = 1e-7
 NOTHING = 1e-25  # a δ that is taken as [0, bound]
 CUTS = (0.35, 0.17, 0.08, 0.04, 0.02)  # in units of ε
 
 
 class UndecidedError(ArithmeticError):
     """The integral did not settle within the work allowed."""
+
+
+@contextmanager
+def patience(work):
+    """Lets one δ cost up to `work` products inside the block."""
+    WORK.append(work)
+    try:
+        yield
+    finally:
+        WORK.pop()
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Line:
                 columns.append(exponents + self.cut.of("heavy").log_weight(losses))
             used = np.max(columns, axis=0) > -60.0
             self.work += t.size * int(used.sum())
-            if self.work > LARGEST_WORK:
+            if self.work > WORK[-1]:
                 raise UndecidedError("too much work")
             near, *far = _transform(centres, offsets, losses[used], [np.exp(column[used]) for column in columns])
             near -= np.exp(columns[0][used]).sum() - 1.0
@@ -211,7 +222,7 @@ def integrate(line, epsilon):
                 raise UndecidedError("the integrand oscillates too fast")
         total, error = total + value, error + difference
         # |z|^-2 falls even where M does not, so what is left is at most about high times the integrand.
-        if largest * high <= 2e-7 * abs(total) and abs(value) <= 2e-7 * abs(total):
+        if largest * high <= 3e-6 * abs(total) and abs(value) <= 3e-6 * abs(total):
             return total, error + largest * high
         low, high = high, 2.0 * high
 

@@ -6,6 +6,7 @@ Gaussians of one width. Nothing is rounded to a grid of losses: the nodes are Ga
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -160,12 +161,20 @@ class Step:
         return Step(tuple((weight, part.reversed()) for weight, part in self.parts))
 
     def nodes(self, tilt, frequency, cut=None):
-        """Returns losses, logs of Q's masses, and logs of the same under the cut."""
-        losses, logs = zip(
-            *((losses, mass + np.log(w)) for w, part in self.parts for losses, mass in [part.nodes(tilt, frequency, cut)]),
-            strict=True,
-        )
-        return np.concatenate(losses), np.concatenate(logs)
+        """Returns losses and logs of Q's masses, for every tilt and frequency up to at least those given."""
+        tilt = 2.0 ** math.ceil(math.log2(max(tilt, 2.0)))
+        frequency = 2.0 ** (math.ceil(2.0 * math.log2(frequency)) / 2.0) if frequency > 0.0 else 0.0
+        return _all_nodes(self, tilt, frequency, cut)
+
+
+@lru_cache(maxsize=256)
+def _all_nodes(step, tilt, frequency, cut):
+    losses, logs = [], []
+    for weight, part in step.parts:
+        loss, mass = part.nodes(tilt, frequency, cut)
+        losses.append(loss)
+        logs.append(mass + math.log(weight))
+    return np.concatenate(losses), np.concatenate(logs)
 
 
 def step(part, weight=1.0) -> Step:
