@@ -4,8 +4,8 @@
     epsilon(event, delta, relation, group_size)   ->  Interval
 
 `low` is reached by some data set (a claim below it is false); `high` is proven (a lower bound above it is false). Where
-the pair is exact they differ by the error of the integral alone. `decided` says whether they do: a caller that wants
-to judge tightness asks for that first, and an integral that does not settle raises `UndecidedError`.
+the pair is exact they differ by the error of the integral alone. Where an integral does not settle, what it stands for
+is [0, 1], and `decided` is false.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from oracle_laws import Symmetric
 from oracle_reduction import NonPrivateError, ceilings, floors
 from privet.accounting import Relation
 
-__all__ = ["Interval", "UndecidedError", "delta", "delta_of", "epsilon"]
+__all__ = ["Interval", "delta", "delta_of", "epsilon"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def _directed(composition, at):
     if composition.squared_mu == 0.0 and sum(count for _, count in composition.steps) == 1:
         ((single, _),) = composition.steps
         return _widened(sum(weight * one_step(part, at) for weight, part in single.parts))
-    return one_direction(composition, at)
+    try:
+        return one_direction(composition, at)
+    except UndecidedError:
+        return 0.0, 1.0
 
 
 def _widened(value):

@@ -274,9 +274,9 @@ def _plain(line, epsilon):
     """Returns whether M falls soon enough along the line, and without much cancellation, to need no cut."""
     if not line.composition.steps or epsilon <= 0.0:
         return True
-    t = 30.0 * math.pi / epsilon
+    t = 120.0 * math.pi / epsilon
     logs, _ = line.logs(np.array([t, 1.5 * t, 2.2 * t]), np.zeros(1))
-    if not (logs.real < -20.0).all():
+    if not (logs.real < -16.0).all():
         return False
     scale = 1.0 / math.sqrt(line.variance + line.c**-2 + (line.c - 1.0) ** -2)
     return integrate(line, epsilon)[0] > 0.03 * scale
