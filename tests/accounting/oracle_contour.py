@@ -19,16 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oracle_laws import NODES, WEIGHTS, Cut
+from oracle_laws import NODES, WEIGHTS, Cut, UndecidedError
 
-WORK = [3e8]  # products spent on one line before the oracle gives up; see `patience`
+WORK = [1.5e8]  # products spent on one line before the oracle gives up; see `patience`
 TOLERANCE = 1e-7
 NOTHING = 1e-25  # a δ that is taken as [0, bound]
 CUTS = (0.35, 0.17, 0.08, 0.04, 0.02)  # in units of ε
-
-
-class UndecidedError(ArithmeticError):
-    """The integral did not settle within the work allowed."""
 
 
 @contextmanager

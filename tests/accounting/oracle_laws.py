@@ -15,7 +15,12 @@ from scipy.special import log_ndtr
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 NEGLIGIBLE = 75.0  # log of how far below its largest value an integrand is left out
+MOST_PANELS = 30_000
 EDGE = 0.15  # width of a smooth cut between light and heavy losses, in units of the loss at the cut
+
+
+class UndecidedError(ArithmeticError):
+    """The integral did not settle within the work allowed."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ def _panels(pair, tilt, frequency, cut, *, start):
     if cut is not None:
         density = density + np.where(np.abs(np.abs(losses) / cut.loss - 1.0) < 8.0 * EDGE, slope / cut.loss / EDGE, 0.0)
     count = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2.0 * np.diff(table))])
+    if count[-1] > MOST_PANELS:
+        raise UndecidedError("too many panels")
     edges = np.interp(np.linspace(0.0, count[-1], int(np.ceil(count[-1])) + 4), count, table)
     half = np.diff(edges) / 2.0
     x = ((edges[1:] + edges[:-1]) / 2.0)[:, None] + half[:, None] * NODES

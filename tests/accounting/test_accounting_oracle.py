@@ -49,8 +49,8 @@ def test_the_same_formula_at_many_digits(rate, sigma, steps, epsilon, c, reach):
     assert high <= low * (1 + 1e-5)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.floats(0.3, 5.0), st.floats(-4.0, -0.05), st.floats(0.05, 0.9))
+@settings(max_examples=6, deadline=None)
+@given(st.floats(0.7, 5.0), st.floats(-1.5, -0.05), st.floats(0.2, 0.9))
 def test_one_step_by_contour_is_the_closed_form(sigma, log_rate, share):
     """The oracle itself never integrates one step; here it must, to be compared."""
     rate = 10.0**log_rate
