@@ -49,6 +49,7 @@ def test_the_same_formula_at_many_digits(rate, sigma, steps, epsilon, c, reach):
     assert high <= low * (1 + 1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.floats(0.7, 5.0), st.floats(-1.5, -0.05), st.floats(0.2, 0.9))
 def test_one_step_by_contour_is_the_closed_form(sigma, log_rate, share):
@@ -77,6 +78,7 @@ def test_steps_at_rate_one_are_a_gaussian(squared_mu):
             assert exact == pytest.approx(high, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [((0.3, 0.7), (0.1, 0.7)), ((0.9, 2.0), (0.01, 2.0))])
 def test_two_different_steps_by_integrating_over_the_outcome_of_one(first, second):
     laws = [(((1 - q, q), (0.0, 1.0)), ((1.0,), (0.0,)), sigma) for q, sigma in (first, second)]
