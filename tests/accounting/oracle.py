@@ -10,6 +10,7 @@ is [0, 1], and `decided` is false.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import mpmath as mp
 from oracle_contour import UndecidedError, one_direction
 from oracle_laws import Symmetric
 from oracle_reduction import NonPrivateError, ceilings, floors
+
 from privet.accounting import Relation
 
 __all__ = ["Interval", "delta", "delta_of", "epsilon"]
@@ -77,7 +79,7 @@ def gaussian(mu, at):
 
 
 def one_step(part, at):
-    """Returns δ of one pair in closed form at 60 digits: P and e^ε Q where the loss is above ε, which is found by bisection."""
+    """Returns δ of one pair in closed form at 60 digits: P - e^ε Q where the loss is above ε, by bisection."""
     pair = part.mixture if isinstance(part, Symmetric) else part
     with mp.workdps(60):
         sigma, at = mp.mpf(pair.sigma), mp.mpf(at)
@@ -122,7 +124,7 @@ def _crossings(pair, sigma, at):
                 low, high = (middle, high) if (excess(middle) > 0) == before else (low, middle)
             roots.append((low, after))
     roots.append((mp.inf, False))
-    return [(start, end) for (start, above), (end, _) in zip(roots, roots[1:], strict=False) if above]
+    return [(start, end) for (start, above), (end, _) in itertools.pairwise(roots) if above]
 
 
 def epsilon(event, at, relation=Relation.ADD_OR_REMOVE_ONE, group_size=1, *, rounds=40) -> Interval:
@@ -144,6 +146,8 @@ def _root(function, target, rounds):
     for _ in range(rounds):
         if high - low <= 1e-6 * high:
             break
-        middle = math.sqrt(low * high) if low > 0.0 and high > 2.0 * low else (low + high) / 2.0 if low > 0.0 else high / 8.0
+        middle = (
+            math.sqrt(low * high) if low > 0.0 and high > 2.0 * low else (low + high) / 2.0 if low > 0.0 else high / 8.0
+        )
         low, high = (middle, high) if function(middle) > target else (low, middle)
     return low, high

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import oracle
+
 from privet.accounting import PldAccountant, Relation
 
 ROUNDING = 1e-6  # relative, on δ: what two float64 computations may differ by
@@ -25,7 +26,9 @@ def check_claim(event, delta, relation=Relation.ADD_OR_REMOVE_ONE, group_size=1,
     step = 1e-3 if within is None else within
     nearer = oracle.delta(event, bound.upper / (1.0 + step), relation, group_size)
     if within is not None:
-        assert nearer.high >= delta * (1.0 - ROUNDING), f"ε = {bound.upper} is more than {within:.1%} too large: {nearer}"
+        assert nearer.high >= delta * (1.0 - ROUNDING), (
+            f"ε = {bound.upper} is more than {within:.1%} too large: {nearer}"
+        )
     slope = math.log(max(nearer.high, 1e-300)) - math.log(max(found.high, 1e-300))
     return step * (math.log(delta) - math.log(max(found.high, 1e-300))) / slope if slope > 0.0 else math.nan
 
@@ -38,7 +41,9 @@ def check_upper(event, epsilon, delta, relation=Relation.ADD_OR_REMOVE_ONE, grou
     places = (1e-5, 1e-3, 0.03, 0.3) if epsilon <= SMALLEST else (epsilon,)
     for place in places:
         found = oracle.delta(event, place, relation, group_size)
-        assert found.low <= delta * (1.0 + ROUNDING), f"ε = {epsilon} is too small for δ = {delta}: at {place} δ is {found}"
+        assert found.low <= delta * (1.0 + ROUNDING), (
+            f"ε = {epsilon} is too small for δ = {delta}: at {place} δ is {found}"
+        )
     return found
 
 

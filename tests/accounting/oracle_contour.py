@@ -7,8 +7,8 @@ With M(z) = E_Q[(P/Q)^z], multiplied over all releases, and any c > 1,
 since ∫_0^∞ (1 - e^-u) e^(-su) du = 1 / (s (s+1)), and E_P[e^(sL)] = M(s+1). The line goes through the saddle point.
 
 Where losses are rare and heavy, M hardly falls along the line: it stays near the probability that nothing heavy
-happens. Then each release's M is split smoothly into light and heavy losses. All-light paths are integrated on a line of
-their own (far to the right, where they cost next to nothing), and what is left, M^T - M_light^T, falls quickly.
+happens. Then each release's M is split smoothly into light and heavy losses. All-light paths are integrated on a line
+of their own (far to the right, where they cost next to nothing); what is left, M^T - M_light^T, falls quickly.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-
 from oracle_laws import NODES, WEIGHTS, Cut, UndecidedError
 
-WORK = [1.5e8]  # products spent on one line before the oracle gives up; see `patience`
+WORK = [5e8]  # products spent on one line before the oracle gives up; see `patience`
 TOLERANCE = 1e-7
 NOTHING = 1e-25  # a δ that is taken as [0, bound]
 CUTS = (0.35, 0.17, 0.08, 0.04, 0.02)  # in units of ε
@@ -58,14 +57,14 @@ class Line:
         self.log_ratio = 0.0  # of the whole M to that of the light losses, at t = 0
         self._logs = []
         for step, count in composition.steps:
-            log_moment, mean, variance = self._real(step, count)
+            log_moment, variance = self._real(step, count)
             self._logs.append(log_moment)
             self.log_at_zero += count * log_moment
             self.variance += count * variance
         self.counts = sum(count for _, count in composition.steps)
 
     def _real(self, step, count):
-        """Returns log M(c) of a step, and mean and variance of the loss under the tilt."""
+        """Returns log M(c) of a step, and the variance of the loss under the tilt."""
         c, cut = self.c, self.cut
         if cut is None:
             losses, mass = step.nodes(c, 0.0)
@@ -86,7 +85,7 @@ class Line:
             far, far_mass = step.nodes(c, 0.0, heavy)
             log_heavy = _log_sum(far_mass + heavy.log_weight(far) + c * far)
             self.log_ratio += count * float(np.logaddexp(0.0, log_heavy - log_moment))
-        return log_moment, mean, max(float(tilted @ losses**2) - mean**2, 0.0)
+        return log_moment, max(float(tilted @ losses**2) - mean**2, 0.0)
 
     def log_pole(self, epsilon):
         return -(self.c - 1.0) * epsilon - math.log(self.c) - math.log(self.c - 1.0)
@@ -94,11 +93,10 @@ class Line:
     def log_integrand(self, epsilon):
         """Returns the log of the integrand at t = 0: of M, or of M less the light losses' M."""
         ratio = self.log_ratio
-        if self.heavy:
-            difference = ratio if ratio > 30.0 else math.log(max(math.expm1(ratio), 1e-300))
-        else:
-            difference = 0.0
-        return self.log_at_zero + difference + self.log_pole(epsilon)
+        value = self.log_at_zero + self.log_pole(epsilon)
+        if not self.heavy:
+            return value
+        return value + (ratio if ratio > 30.0 else math.log(max(math.expm1(ratio), 1e-300)))
 
     def chernoff(self, epsilon):
         """Returns an upper bound on δ: (1 - e^-u)_+ <= e^(su) for every s > 0."""

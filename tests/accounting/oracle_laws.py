@@ -83,7 +83,7 @@ class Pair:
         return density + self.q.log_ratio(x, self.sigma)
 
     def nodes(self, tilt, frequency, cut=None):
-        """Returns losses and the logs of the masses, fine enough for E_Q[e^(zL)] with Re z = tilt, |Im z| <= frequency."""
+        """Returns losses and logs of masses that integrate E_Q[e^(zL)] up to Re z = tilt, |Im z| = frequency."""
         x, log_width = _panels(self, tilt, frequency, cut, start=-np.inf)
         return self.loss(x), self.log_q(x) + log_width
 
@@ -120,7 +120,8 @@ def _panels(pair, tilt, frequency, cut, *, start):
     keep = _region(pair, tilt, cut, start)
     table = np.linspace(*keep, 1501)
     losses = pair.loss(table)
-    spread = max(max(pair.p.shifts), max(pair.q.shifts)) - min(min(pair.p.shifts), min(pair.q.shifts))
+    shifts = (*pair.p.shifts, *pair.q.shifts)
+    spread = max(shifts) - min(shifts)
     slope = np.abs(np.gradient(losses, table))
     density = 1.0 / pair.sigma + spread / pair.sigma**2 + (abs(tilt) + frequency) * slope / 6.0
     if cut is not None:

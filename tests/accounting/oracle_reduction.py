@@ -12,12 +12,11 @@ at what was released, and so may the gradients.
 
 from __future__ import annotations
 
-
+from oracle_contour import Composition
+from oracle_laws import POINT, Law, Pair, Step, Symmetric, step
 from scipy.special import bdtrc
 from scipy.stats import binom, hypergeom
 
-from oracle_contour import Composition
-from oracle_laws import POINT, Law, Pair, Step, Symmetric, step
 from privet.accounting import (
     ClipCountEvent,
     ComposedEvent,
@@ -29,7 +28,6 @@ from privet.accounting import (
     PoissonEvent,
     Relation,
     SelfComposedEvent,
-    TruncatedPoissonEvent,
 )
 
 ADD, REPLACE, ZERO = Relation.ADD_OR_REMOVE_ONE, Relation.REPLACE_ONE, Relation.ZERO_OUT
@@ -127,7 +125,9 @@ def _nested(event, count, relation, size, kind, terms):
 
 def _within(event):
     """Returns a Gaussian, or sampled Gaussian, that the event releases at least, and how often; or None."""
-    if squared_inverse(event) is not None or isinstance(event, PoissonEvent) and squared_inverse(event.event) is not None:
+    if squared_inverse(event) is not None or (
+        isinstance(event, PoissonEvent) and squared_inverse(event.event) is not None
+    ):
         return event, 1
     if isinstance(event, PartitionEvent):
         return _within(event.event)[0], event.passes
@@ -160,7 +160,8 @@ def mixture(weights_and_shifts, against, sigma):
 
 
 def bernoulli(rate, shift, sigma):
-    return Pair(Law((1.0 - rate, rate), (0.0, shift)), POINT, sigma) if rate < 1.0 else Pair(Law((1.0,), (shift,)), POINT, sigma)
+    law = Law((1.0 - rate, rate), (0.0, shift)) if rate < 1.0 else Law((1.0,), (shift,))
+    return Pair(law, POINT, sigma)
 
 
 def binomial(size, rate, unit=1.0):
@@ -206,9 +207,10 @@ def _fixed(batch, total, sigma, relation, size, kind):
     most 1 if the record was drawn (probability b/n), equal if not. Publishing the draw only makes the pair worse, so
     "nothing with 1 - b/n, a Gaussian of shift 1 with b/n, and the label seen" dominates; it is never worse than the
     Gaussian without sampling, which it becomes at b = n. The symmetrised profile dominates as well: by advanced joint
-    convexity δ at log(1 + q(e^ε - 1)) is at most q times a mean of δ's of Gaussians at distance 2 (another record in the
-    place) and 1 (none), in the one order, and at distance 1 in the other; in its own order it has 2 everywhere. Floors: still is the Bernoulli mixture at shift 1. Opposed,
-    without the record the batch sums to -b, with it to -(b-1) + 1 or -(b-1) + 0: shifts 2 and 1 against 0.
+    convexity δ at log(1 + q(e^ε - 1)) is at most q times a mean of δ's of Gaussians at distance 2 (another record in
+    the place) and 1 (none) in the one order, and at distance 1 in the other; the profile has 2 everywhere. Floors:
+    still is the Bernoulli mixture at shift 1. Opposed, without the record the batch sums to -b, with it to -(b-1) + 1
+    or -(b-1) + 0: shifts 2 and 1 against 0.
 
     Add-or-remove-one. With the record in the larger data, another one's place is taken: shift 2. The floor takes the
     smaller rate, b / (n + 1), which is right whichever neighbour `dataset_size` counts, and possible at b = n too.
@@ -293,5 +295,3 @@ def _truncated_ceiling(q, cap, others, sigma, relation, size, kind):
             own = step(bernoulli(1.0, 2.0 if relation is REPLACE else 1.0, sigma))
         parts.append((1.0 - full, own.parts[0][1]))
     return Step(tuple(parts))
-
-

@@ -13,6 +13,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy.stats import binom, hypergeom
+
 from privet.accounting import (
     FixedSizeEvent,
     GaussianEvent,
@@ -23,7 +25,6 @@ from privet.accounting import (
     get_delta,
 )
 from privet.errors import PrivetError
-from scipy.stats import binom, hypergeom
 
 ADD, REPLACE, ZERO = Relation.ADD_OR_REMOVE_ONE, Relation.REPLACE_ONE, Relation.ZERO_OUT
 EPSILONS = (0.0, 0.3, 1.0, 2.5)
@@ -73,7 +74,9 @@ def delta_of(first, second, sigma, epsilon):
     x = np.linspace(min(shifts) - 10.0 * sigma, max(shifts) + 10.0 * sigma, 8001)
 
     def density(law):
-        return sum(w * np.exp(-(((x - s) / sigma) ** 2) / 2.0) for s, w in law.items()) / (sigma * math.sqrt(2 * math.pi))
+        return sum(w * np.exp(-(((x - s) / sigma) ** 2) / 2.0) for s, w in law.items()) / (
+            sigma * math.sqrt(2 * math.pi)
+        )
 
     return float(np.maximum(density(first) - math.exp(epsilon) * density(second), 0.0).sum() * (x[1] - x[0]))
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_contour import Composition, one_direction, patience
 from oracle_laws import POINT, Law, Pair, step
+
 from privet.accounting import ComposedEvent, GaussianEvent, Relation
 
 
@@ -97,7 +98,11 @@ QUICK_ROWS = [row for row in TABLE if "Truncated" not in str(row[0])]
 @pytest.mark.parametrize("row", QUICK_ROWS, ids=lambda row: f"{str(row[0])[-90:]}-{row[2].value}")
 def test_published_tables(row):
     event, delta, relation, value, _ = row
-    assert oracle.delta(event, value * (1 + 2e-3), relation).high < delta < oracle.delta(event, value * (1 - 2e-3), relation).high
+    assert (
+        oracle.delta(event, value * (1 + 2e-3), relation).high
+        < delta
+        < oracle.delta(event, value * (1 - 2e-3), relation).high
+    )
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from accounting_oracles import fixed, poisson
 from oracle_checks import check_claim, check_delta, check_lower, check_upper
 from oracle_contour import patience
+
 from privet.accounting import (
     ComposedEvent,
     FixedSizeEvent,
