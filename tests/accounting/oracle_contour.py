@@ -160,7 +160,10 @@ def saddle(composition, epsilon, *, cut=None, heavy=False):
 
     def value(u):
         if u not in lines:
-            lines[u] = Line(composition, 1.0 + math.exp(u), cut, heavy=heavy)
+            try:
+                lines[u] = Line(composition, 1.0 + math.exp(u), cut, heavy=heavy)
+            except UndecidedError:  # so far to the right that its exponents cannot be resolved
+                return math.inf
         return lines[u].log_integrand(epsilon)
 
     grid = [float(u) for u in np.arange(-7.0, 14.1, 1.0)]
@@ -269,8 +272,11 @@ def _plain(line, epsilon):
     if not line.composition.steps or epsilon <= 0.0:
         return True
     t = 120.0 * math.pi / epsilon
-    logs, _ = line.logs(np.array([t, 1.5 * t, 2.2 * t]), np.zeros(1))
-    if not (logs.real < -16.0).all():
+    try:
+        logs, _ = line.logs(np.array([t, 1.5 * t, 2.2 * t]), np.zeros(1))
+        if not (logs.real < -16.0).all():
+            return False
+        scale = 1.0 / math.sqrt(line.variance + line.c**-2 + (line.c - 1.0) ** -2)
+        return integrate(line, epsilon)[0] > 0.03 * scale
+    except UndecidedError:
         return False
-    scale = 1.0 / math.sqrt(line.variance + line.c**-2 + (line.c - 1.0) ** -2)
-    return integrate(line, epsilon)[0] > 0.03 * scale

@@ -15,7 +15,7 @@ from scipy.special import log_ndtr
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 NEGLIGIBLE = 75.0  # log of how far below its largest value an integrand is left out
-MOST_PANELS = 30_000
+MOST_PANELS = 60_000
 EDGE = 0.15  # width of a smooth cut between light and heavy losses, in units of the loss at the cut
 
 

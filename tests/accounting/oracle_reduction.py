@@ -12,6 +12,8 @@ at what was released, and so may the gradients.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from oracle_contour import Composition
 from oracle_laws import POINT, Law, Pair, Step, Symmetric, step
 from scipy.special import bdtrc
@@ -35,6 +37,14 @@ FLOORS = ("still", "opposed")
 CEILINGS = ("published draw", "symmetric")  # they differ for zero-out alone
 
 
+class Case(NamedTuple):
+    """Who is protected, how many at once, and which kind of pair is asked for."""
+
+    relation: Relation
+    size: int
+    kind: str
+
+
 class NonPrivateError(ArithmeticError):
     """ε is infinite."""
 
@@ -51,7 +61,7 @@ def ceilings(event, relation, group_size):
 
 def reduced(event, relation, group_size, kind):
     terms: dict = {}
-    squared_mu = _add(event, 1, relation, group_size, kind, terms)
+    squared_mu = _add(event, 1, Case(relation, group_size, kind), terms)
     return Composition(squared_mu, tuple(terms.items()))
 
 
@@ -76,7 +86,7 @@ def squared_inverse(event):
     return None
 
 
-def _add(event, count, relation, size, kind, terms):
+def _add(event, count, case, terms):
     """Adds the sampled steps to `terms` and returns the squared shift of what was not sampled."""
     if count == 0 or isinstance(event, NoEvent):
         return 0.0
@@ -84,19 +94,19 @@ def _add(event, count, relation, size, kind, terms):
         raise NonPrivateError
     inverse = squared_inverse(event)
     if inverse is not None:
-        return count * inverse * (size * (2 if relation is REPLACE else 1)) ** 2
+        return count * inverse * (case.size * (2 if case.relation is REPLACE else 1)) ** 2
     if isinstance(event, SelfComposedEvent):
-        return _add(event.event, count * event.count, relation, size, kind, terms)
+        return _add(event.event, count * event.count, case, terms)
     if isinstance(event, ComposedEvent):
-        return sum(_add(each, count, relation, size, kind, terms) for each in event.events)
+        return sum(_add(each, count, case, terms) for each in event.events)
     if isinstance(event, PartitionEvent):  # every record takes part once a pass
-        return _add(event.event, count * event.passes, relation, size, kind, terms)
+        return _add(event.event, count * event.passes, case, terms)
     inner = squared_inverse(event.event)
     if inner is None:
-        return _nested(event, count, relation, size, kind, terms)
+        return _nested(event, count, case, terms)
     if inner == 0.0:
         return 0.0
-    found = _sampled(event, inner**-0.5, relation, size, kind)
+    found = _sampled(event, inner**-0.5, case)
     if isinstance(found, float):
         return count * found
     if found is not None and found.parts:
@@ -104,7 +114,7 @@ def _add(event, count, relation, size, kind, terms):
     return 0.0
 
 
-def _nested(event, count, relation, size, kind, terms):
+def _nested(event, count, case, terms):
     """Sampling around something sampled.
 
     Ceiling: given the draw, the two batches are neighbours, and the outer sampling only mixes over draws. A Poisson
@@ -113,13 +123,14 @@ def _nested(event, count, relation, size, kind, terms):
     """
     if _rate(event) == 0.0:
         return 0.0
-    if kind in CEILINGS:
-        in_place = not isinstance(event, PoissonEvent) and relation is ADD
-        return _add(event.event, count, REPLACE if in_place else relation, size, kind, terms)
+    if case.kind in CEILINGS:
+        in_place = not isinstance(event, PoissonEvent) and case.relation is ADD
+        inner_case = case._replace(relation=REPLACE) if in_place else case
+        return _add(event.event, count, inner_case, terms)
     inner, times = _within(event.event)
     if inner is not None and times > 0:
         # At least one pass over a partition that puts the whole batch into one part, at least one release of several.
-        return _add(_around(event, inner), count, relation, size, kind, terms)
+        return _add(_around(event, inner), count, case, terms)
     return 0.0
 
 
@@ -169,23 +180,24 @@ def binomial(size, rate, unit=1.0):
     return {unit * i: float(binom.pmf(i, size, rate)) for i in range(size + 1) if binom.pmf(i, size, rate) > 1e-300}
 
 
-def _sampled(event, sigma, relation, size, kind):
+def _sampled(event, sigma, case):
     """Returns the step of one sampled Gaussian, or the squared shift where it is not sampled after all."""
     if _rate(event) == 0.0:
         return None
     if isinstance(event, PoissonEvent):
-        return _poisson(event.rate, sigma, relation, size, kind)
+        return _poisson(event.rate, sigma, case)
     if isinstance(event, FixedSizeEvent):
-        return _fixed(event.batch_size, event.dataset_size, sigma, relation, size, kind)
-    return _truncated(event, sigma, relation, size, kind)
+        return _fixed(event.batch_size, event.dataset_size, sigma, case)
+    return _truncated(event, sigma, case)
 
 
-def _poisson(rate, sigma, relation, size, kind):
+def _poisson(rate, sigma, case):
     """Others join on their own, so they are a convolution that both laws share: still is the worst, and exact.
 
     Replace-one: with the same draw one has +1 where the other has -1. A group under replace-one is bounded without
     sampling in the ceiling.
     """
+    relation, size, kind = case
     if relation is REPLACE:
         if size > 1 and kind in CEILINGS:
             return (2.0 * size / sigma) ** 2
@@ -197,7 +209,7 @@ def _poisson(rate, sigma, relation, size, kind):
     return step(mixture(binomial(size, rate), {0.0: 1.0}, sigma))
 
 
-def _fixed(batch, total, sigma, relation, size, kind):
+def _fixed(batch, total, sigma, case):
     """A batch of fixed size.
 
     Replace-one. Floors: still, +1 where the other has -1; opposed, a shift of 2 from a constant sum. Ceiling: the
@@ -215,6 +227,7 @@ def _fixed(batch, total, sigma, relation, size, kind):
     Add-or-remove-one. With the record in the larger data, another one's place is taken: shift 2. The floor takes the
     smaller rate, b / (n + 1), which is right whichever neighbour `dataset_size` counts, and possible at b = n too.
     """
+    relation, size, kind = case
     rate = batch / total
     if kind in CEILINGS:
         if size > 1:
@@ -234,19 +247,20 @@ def _fixed(batch, total, sigma, relation, size, kind):
     return step(mixture({2 * i: weight for i, weight in drawn.items()}, against, sigma))
 
 
-def _truncated(event, sigma, relation, size, kind):
+def _truncated(event, sigma, case):
     """A Poisson batch that is cut to `cap`, uniformly. K is the number of other records drawn, of n - 1.
 
     Ceiling, label K < cap seen. K < cap: Poisson's own pair. K >= cap: the record is in the batch with probability
     q E[cap / (K + 1) | K >= cap], in another one's place, as in a batch of fixed size. Groups, and zero-out if that
     costs more: the Gaussian without sampling.
     """
+    relation, size, kind = case
     q, cap, total = event.rate, event.cap, event.dataset_size
     others = total - size
     if others < 0:
         return None
     if kind in CEILINGS:
-        return _truncated_ceiling(q, cap, others, sigma, relation, size, kind)
+        return _truncated_ceiling((q, cap, others), sigma, case)
     if size > 1 or relation is REPLACE:
         return None
     numbers = range(max(0, int(binom.ppf(1e-17, others, q)) - 1), int(binom.isf(1e-17, others, q)) + 2)
@@ -273,12 +287,14 @@ def _truncated(event, sigma, relation, size, kind):
     return step(mixture(*laws, sigma))
 
 
-def _truncated_ceiling(q, cap, others, sigma, relation, size, kind):
+def _truncated_ceiling(sampler, sigma, case):
+    relation, size, kind = case
+    q, cap, others = sampler
     if size > 1:
         return ((1.0 if relation is ZERO else 2.0) * size / sigma) ** 2
     full = float(bdtrc(cap - 1, others, q)) if others >= cap else 0.0
     if full <= 0.0:
-        return _poisson(q, sigma, relation, 1, kind)
+        return _poisson(q, sigma, case)
     # Σ_{k >= cap} C(m, k) q^(k+1) (1-q)^(m-k) cap / (k + 1) = cap / (m + 1) Pr[Bin(m + 1, q) > cap]
     total = others + 1
     kept = min(1.0, (float(bdtrc(cap, total, q)) if total > cap else 0.0) * cap / (full * total))
@@ -290,7 +306,7 @@ def _truncated_ceiling(q, cap, others, sigma, relation, size, kind):
         when_full = (Symmetric(kept, sigma) if kept < 1.0 else bernoulli(1.0, 2.0, sigma)), full
     parts = [(when_full[1], when_full[0])] if when_full[1] > 0.0 else []
     if full < 1.0:
-        own = _poisson(q, sigma, relation, 1, kind)
+        own = _poisson(q, sigma, case)
         if isinstance(own, float):
             own = step(bernoulli(1.0, 2.0 if relation is REPLACE else 1.0, sigma))
         parts.append((1.0 - full, own.parts[0][1]))

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings, target
 from hypothesis import strategies as st
 from oracle_checks import check_claim, check_delta
+from oracle_contour import patience
 
 from privet.accounting import (
     ClipCountEvent,
@@ -31,9 +32,9 @@ EXPLORING = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
 
 
 def examples(ordinary):
-    """Returns settings: so many examples in `make test`, a hundred times as many in `make explore`."""
+    """Returns settings: so many examples in `make test`, three hundred times as many in `make explore`."""
     return settings(
-        max_examples=ordinary * (100 if EXPLORING else 1), deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=ordinary * (300 if EXPLORING else 1), deadline=None, suppress_health_check=list(HealthCheck)
     )
 
 
@@ -74,14 +75,23 @@ INNER = PLAIN | st.builds(PartitionEvent, st.integers(0, 3), GAUSSIANS) | repeat
 NESTED = st.builds(PoissonEvent, powers(1e-3, 1.0), INNER) | fixed_sizes(INNER) | truncated(INNER)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _work():
+    """In `make test` an integral that is slow to settle counts as undecided."""
+    with patience(2e9 if EXPLORING else 3e7):
+        yield
+
+
 def record(excess):
     """Leads the search to where claims are loosest, and keeps the figure in the statistics."""
     if math.isfinite(excess):
         target(max(excess, 0.0), label="ε over the truth, less 1")
         event(f"excess below 1e{math.ceil(math.log10(max(excess, 1e-7)))}")
+    else:
+        event("excess not decided")
 
 
-@examples(30)
+@examples(25)
 @given(SIGMAS, RATES, STEPS, DELTAS)
 def test_poisson(sigma, rate, steps, delta):
     record(check_claim(SelfComposedEvent(PoissonEvent(rate, GaussianEvent(sigma)), steps), delta, within=0.01))
@@ -93,35 +103,35 @@ def test_rare_heavy_losses(sigma, rate, steps, delta):
     record(check_claim(SelfComposedEvent(PoissonEvent(rate, GaussianEvent(sigma)), steps), delta, within=0.01))
 
 
-@examples(30)
+@examples(12)
 @given(repeated(SAMPLED, 3000), DELTAS, RELATIONS)
 def test_every_sampler_and_relation(mechanism, delta, relation):
     record(check_claim(mechanism, delta, relation))
 
 
-@examples(12)
+@examples(8)
 @given(repeated(SAMPLED, 300), DELTAS, RELATIONS, st.integers(2, 8))
 def test_groups(mechanism, delta, relation, size):
     record(check_claim(mechanism, delta, relation, size))
 
 
-@examples(10)
+@examples(4)
 @given(st.lists(repeated(SAMPLED, 3000), min_size=2, max_size=4), DELTAS, RELATIONS)
 def test_compositions_of_several_samplers(parts, delta, relation):
     record(check_claim(ComposedEvent(tuple(parts)), delta, relation))
 
 
-@examples(15)
+@examples(8)
 @given(repeated(NESTED, 30), DELTAS, RELATIONS)
 def test_sampling_around_sampling(mechanism, delta, relation):
     record(check_claim(mechanism, delta, relation))
 
 
-@examples(3)
+@examples(2)
 @given(
     SIGMAS, st.floats(-1e-2, 1e-2), powers(1e-3, 0.5), st.integers(2, 100 if EXPLORING else 25), counts(1000), DELTAS
 )
-def test_schedules_of_many_distinct_terms(sigma, drift, rate, terms, steps, delta):
+def test_schedules_of_many_distinct_terms(sigma, drift, rate, terms, steps, delta):  # noqa: PLR0917  drawn
     """Each phase has its own σ, as under a schedule of the noise."""
     phases = [
         SelfComposedEvent(PoissonEvent(rate, GaussianEvent(sigma * (1 + drift) ** i)), steps) for i in range(terms)
@@ -129,13 +139,13 @@ def test_schedules_of_many_distinct_terms(sigma, drift, rate, terms, steps, delt
     record(check_claim(ComposedEvent(tuple(phases)), delta, within=0.01))
 
 
-@examples(15)
+@examples(6)
 @given(repeated(SAMPLED, 3000), powers(1e-3, 30.0), RELATIONS)
 def test_delta_at_epsilon(mechanism, epsilon, relation):
     check_delta(mechanism, epsilon, relation)
 
 
-@examples(20)
+@examples(10)
 @given(repeated(SAMPLED, 3000), DELTAS, RELATIONS)
 def test_delta_of_epsilon_of_delta(mechanism, delta, relation):
     """Both are upper bounds of one curve, so δ at the claimed ε is δ up to what the two may add."""
@@ -156,7 +166,7 @@ class TestMonotone:
     def assert_no_less(more, less):
         assert more >= less * (1.0 - SLACK) - 1e-9, (more, less)
 
-    @examples(20)
+    @examples(8)
     @given(SIGMAS, RATES, STEPS, DELTAS, st.floats(1.001, 3.0))
     def test_in_steps_rate_noise_and_delta(self, sigma, rate, steps, delta, factor):
         def ask(sigma, rate, steps, delta):
@@ -168,7 +178,7 @@ class TestMonotone:
         self.assert_no_less(ask(sigma / factor, rate, steps, delta), found)
         self.assert_no_less(ask(sigma, rate, steps, delta / factor), found)
 
-    @examples(15)
+    @examples(8)
     @given(repeated(SAMPLED, 3000), repeated(SAMPLED, 30), DELTAS, RELATIONS)
     def test_in_any_further_release(self, mechanism, further, delta, relation):
         alone = PldAccountant().epsilon(mechanism, delta, relation=relation)
@@ -176,7 +186,7 @@ class TestMonotone:
             PldAccountant().epsilon(ComposedEvent((mechanism, further)), delta, relation=relation), alone
         )
 
-    @examples(15)
+    @examples(8)
     @given(repeated(SAMPLED, 300), DELTAS, RELATIONS, st.integers(1, 5))
     def test_in_the_size_of_a_group(self, mechanism, delta, relation, size):
         fewer, more = (

@@ -43,7 +43,7 @@ def contour_at_many_digits(rate, sigma, steps, epsilon, *, c, reach, digits=25):
     ("rate", "sigma", "steps", "epsilon", "c", "reach"),
     [(0.3, 1.0, 10, 2.0, 4.0, 14.0), (0.05, 2.0, 400, 1.0, 9.0, 30.0)],
 )
-def test_the_same_formula_at_many_digits(rate, sigma, steps, epsilon, c, reach):
+def test_the_same_formula_at_many_digits(rate, sigma, steps, epsilon, c, reach):  # noqa: PLR0917  fixtures
     low, high = one_direction(Composition(0.0, ((step(bernoulli(rate, sigma)), steps),)), epsilon)
     assert low <= contour_at_many_digits(rate, sigma, steps, epsilon, c=c, reach=reach) * (1 + 1e-6)
     assert high >= contour_at_many_digits(rate, sigma, steps, epsilon, c=c, reach=reach) * (1 - 1e-6)
