@@ -166,7 +166,7 @@ def saddle(composition, epsilon, *, cut=None, heavy=False):
                 return math.inf
         return lines[u].log_integrand(epsilon)
 
-    grid = [float(u) for u in np.arange(-7.0, 14.1, 1.0)]
+    grid = [float(u) for u in np.arange(-16.0, 16.1, 1.0)]
     best = 0
     for index, u in enumerate(grid):  # log-convex: stop once it grows
         if value(u) < value(grid[best]):
@@ -271,7 +271,7 @@ def _plain(line, epsilon):
     """Returns whether M falls soon enough along the line, and without much cancellation, to need no cut."""
     if not line.composition.steps or epsilon <= 0.0:
         return True
-    t = 120.0 * math.pi / epsilon
+    t = max(120.0 * math.pi / epsilon, 12.0 / math.sqrt(line.variance + 1e-300))
     try:
         logs, _ = line.logs(np.array([t, 1.5 * t, 2.2 * t]), np.zeros(1))
         if not (logs.real < -16.0).all():

@@ -97,6 +97,7 @@ def test_poisson(sigma, rate, steps, delta):
     record(check_claim(SelfComposedEvent(PoissonEvent(rate, GaussianEvent(sigma)), steps), delta, within=0.01))
 
 
+@pytest.mark.slow
 @examples(4)
 @given(powers(0.3, 0.8), powers(1e-7, 1e-4), STEPS, DELTAS)
 def test_rare_heavy_losses(sigma, rate, steps, delta):
