@@ -78,7 +78,7 @@ class Line:
             centred = float(np.exp(mass) @ _expm1(c * losses)) - outside
         log_moment = _log_sum(mass + c * losses)
         if log_moment < 300.0 and math.isfinite(centred):
-            log_moment = math.log1p(max(centred, -1.0 + 1e-300))
+            log_moment = math.log1p(max(centred, -1.0 + 1e-15))
         tilted = np.exp(mass + c * losses - log_moment)
         mean = float(tilted @ losses)
         if self.heavy:
