@@ -192,6 +192,8 @@ def integrate(line, epsilon):
     """Returns the integral along the line over the integrand's size at t = 0, and an estimate of the error."""
     c = line.c
     scale = 1.0 / math.sqrt(line.variance + c**-2 + (c - 1.0) ** -2)
+    if line.log_ratio > 600.0:
+        raise UndecidedError("the light losses are a vanishing part")
     size = math.expm1(line.log_ratio) if line.heavy else 1.0
 
     def integrand(centres, offsets):
