@@ -84,6 +84,19 @@ class PldAccountant(Accountant):
         low = min(self._low_delta(counts, goal, epsilon), upper) if lower else 0.0
         return Bound(upper=upper, lower=low, method=method, notes=reduced.notes)
 
+    def epsilon_near(
+        self, event: Event, delta: float, limit: float, *, relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    ) -> float:
+        """Returns an upper bound on ε at δ, asked again on a finer grid where a kept one puts it just above `limit`.
+
+        Grids that outlive a question are up to 3e-4 of ε coarser than a calibration's.
+        """
+        epsilon = self.epsilon(event, delta, relation=relation)
+        if limit < epsilon <= limit * 1.001:
+            finer = PldAccountant(tolerance=self.tolerance / 4.0)
+            epsilon = min(epsilon, finer.epsilon(event, delta, relation=relation))
+        return epsilon
+
     # -- grids: an old one where it still serves, a new one otherwise ------------------------------------------------
 
     def _at_delta(self, counts: dict[Term, int], cumulant: Cumulant, delta: float) -> tuple[list[Readings], Goal]:
