@@ -180,6 +180,22 @@ def test_each_begin_costs_the_same_with_two_events_in_turn(tmp_path, monkeypatch
     assert one.steps == two.steps == 120
 
 
+def test_others_wait_from_the_first_look_at_the_file_until_the_step_is_written(tmp_path, monkeypatch):
+    ledger, refresh, locked = FileLedger(tmp_path / "ledger"), Mirror.refresh, []
+
+    def looking(self, connection):
+        with closing(sqlite3.connect(tmp_path / "ledger", isolation_level=None, timeout=0.0)) as other:
+            try:
+                other.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                locked.append(str(error))
+        return refresh(self, connection)
+
+    monkeypatch.setattr(Mirror, "refresh", looking)
+    ledger.begin(STEP)
+    assert locked == ["database is locked"]
+
+
 def test_a_begin_is_on_the_disk_before_it_returns(tmp_path):
     with closing(FileLedger(tmp_path / "ledger")._file._open()) as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import pickle
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -100,7 +101,10 @@ def test_a_forked_child_goes_on_as_a_run_of_its_own(tmp_path, kind):
         finally:
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    ledger.begin(STEP, 1)
+    thread = threading.Thread(target=ledger.begin, args=(STEP, 1), daemon=True)  # the fork has let go of the lock
+    thread.start()
+    thread.join(30.0)
+    assert not thread.is_alive()
     ledger.load_state_dict(json.loads((tmp_path / "state").read_text()))
     if kind == "memory":
         assert ledger.steps == 4
@@ -116,6 +120,10 @@ def test_a_run_on_record_in_two_ways_is_refused_and_changes_nothing():
     state["runs"] = {"another": [{"event": OTHER.to_dict(), "count": 1}], **state["runs"]}
     with pytest.raises(LedgerError, match=r"on record in two ways.*one writer for each run"):
         ledger.load_state_dict(state)
+    assert ledger.phases == (Phase(STEP, 3),)
+    fewer = [{"event": STEP.to_dict(), "count": 2}, {"event": OTHER.to_dict(), "count": 1}]
+    with pytest.raises(LedgerError, match="on record in two ways"):
+        ledger.load_state_dict({**state, "runs": {ledger.run: fewer}})
     assert ledger.phases == (Phase(STEP, 3),)
     bad.load_state_dict(state)
     with pytest.raises(LedgerError, match="on record in two ways"):

@@ -190,7 +190,7 @@ class Mirror:
 def _digest(*values: object) -> int:
     """Returns the digest of one row. Digests of rows add up, so that one change costs the same in a file of any size.
 
-    Bellare and Micciancio, EUROCRYPT 1997, section 5: AdHash. Without a key it shows accidents and edits by hand.
+    Bellare and Micciancio, EUROCRYPT 1997: AdHash. Without a key it shows accidents and edits by hand, not forgers.
     """
     return int.from_bytes(hashlib.sha256(json.dumps(values).encode()).digest(), "big")
 
