@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from privet._checks import check_at_least, check_count, check_positive
-from privet.accounting import get_accountant
+from privet.accounting.budget import Budget
 from privet.accounting.event import Relation
-from privet.accounting.ledger import Budget, Ledger
+from privet.accounting.ledger import Ledger
+from privet.accounting.role import LedgerLike, check_door_ledger
 from privet.clipping import PSAC, Automatic, ClippingPolicy, Flat, PerLayer
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture.instrument import Instrument
@@ -87,6 +88,8 @@ class PrivacyEngine:
         accountant: `"pld"` (tightest), `"rdp"`, `"gdp"`, or an accountant of your own.
         secure_mode: whether noise must be cryptographically secure on every device, at the price of drawing it on the
             host. On CPU it always is.
+        ledger: where steps are put on record, such as a `FileLedger` that several runs share; by default a `Ledger` of
+            its own. It must be under zero-out or replace-one, and brings its own accountant and budget.
 
     ε is for zero-out neighbours: one example is replaced by one that contributes nothing, the number of examples n
     being public. Where `dataset_size` declares a public n, the same figure holds for adding or removing one example.
@@ -95,10 +98,18 @@ class PrivacyEngine:
     same engine, and their costs add up.
     """
 
-    def __init__(self, *, accountant: str | Accountant = "pld", secure_mode: bool = False) -> None:
-        self._accountant = get_accountant(accountant)
+    def __init__(
+        self, *, accountant: str | Accountant = "pld", secure_mode: bool = False, ledger: LedgerLike | None = None
+    ) -> None:
+        if ledger is not None and accountant != "pld":
+            raise ConfigurationError(
+                "accountant and ledger were both given, and a ledger has an accountant of its own. Make the ledger "
+                "with the accountant that you want, and give the ledger alone."
+            )
         self._secure_mode = bool(secure_mode)
-        self.ledger = Ledger(relation=Relation.ZERO_OUT, accountant=self._accountant)
+        made = Ledger(relation=Relation.ZERO_OUT, accountant=accountant) if ledger is None else ledger
+        self._ledger = check_door_ledger(made)
+        self._accountant = self._ledger.accountant
         self._watched: list[_Watched] = []
 
     # -- the two ways in ---------------------------------------------------------------------------------------------
@@ -252,6 +263,11 @@ class PrivacyEngine:
         return returned
 
     # -- what it costs -----------------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> LedgerLike:
+        """Where steps are put on record. It is given to the constructor, and cannot be set later."""
+        return self._ledger
 
     def get_epsilon(self, delta: float) -> float:
         """Returns ε at `delta` of everything released so far through this engine."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from privet._checks import check_positive
+from privet.accounting.budget import Budget
 from privet.accounting.event import Relation
-from privet.accounting.ledger import Budget, Ledger
+from privet.accounting.ledger import Ledger
+from privet.accounting.role import LedgerLike, check_door_ledger
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError
 from privet.gradients.capture.capture import Capture
@@ -73,6 +75,8 @@ class PrivateStep:
         compile: whether the step is traced as one graph and compiled (`torch.compile`), batches padded. The first steps
             take long, and the result is the same.
         budget: refuses the step that would exceed it.
+        ledger: where steps are put on record, such as a `FileLedger` that several runs share; by default a `Ledger` of
+            its own. It must be under zero-out or replace-one, and brings its own accountant and budget.
         secure_mode: whether noise must be cryptographically secure on every device.
         noise_generator: makes the run reproducible, and says so in the ledger; for tests.
 
@@ -96,6 +100,7 @@ class PrivateStep:
         padded: bool = False,
         compile: bool = False,  # noqa: A002 - as torch calls it
         budget: Budget | None = None,
+        ledger: LedgerLike | None = None,
         secure_mode: bool = False,
         noise_generator: torch.Generator | None = None,
     ) -> None:
@@ -125,11 +130,14 @@ class PrivateStep:
         if padded and physical_batch_size is None:
             physical_batch_size = _usual_size(mechanism, divisor)
         size = PhysicalSize("physical_batch_size", physical_batch_size)
+        if ledger is not None and budget is not None:
+            raise ConfigurationError("budget and ledger were both given. Make the ledger with the budget.")
+        ledger = check_door_ledger(Ledger(relation=Relation.ZERO_OUT, budget=budget) if ledger is None else ledger)
         key = noise_key(secure_mode=secure_mode, generator=noise_generator)
         device = next(iter(parameters.values())).device
         self.model = model
         self.optimizer = optimizer
-        self.ledger = Ledger(relation=Relation.ZERO_OUT, budget=budget)
+        self._ledger = ledger
         if key.predictable:
             self.ledger.mark("reproducible key")
         noise = GaussianNoise(noise_for(device, secure_mode=secure_mode, key=key))
@@ -148,6 +156,11 @@ class PrivateStep:
         self._tripwires = Tripwires(parameters, self._capture.release)
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(optimizer)
+
+    @property
+    def ledger(self) -> LedgerLike:
+        """Where steps are put on record. It is given to the constructor, and cannot be set later."""
+        return self._ledger
 
     @property
     def mechanism(self) -> Mechanism:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from privet import ConfigurationError, Flat, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep, ProtocolError
+from privet.accounting import Ledger, Relation
 from privet.errors import LedgerError
 from privet.training.checkpoint import load, save
 
@@ -31,11 +32,12 @@ class Run:
         seed: int | None = None,
         shuffle: bool = False,
         poisson_sampling: bool = True,
+        relation: Relation = Relation.ZERO_OUT,
     ) -> None:
         torch.manual_seed(0)
         self.net = nn.Linear(2, 1)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)
-        self.engine = PrivacyEngine(accountant="rdp")
+        self.engine = PrivacyEngine(ledger=Ledger(relation=relation, accountant="rdp"))
         *_, self.loader = self.engine.make_private(
             module=self.net,
             optimizer=self.optimizer,
@@ -165,8 +167,18 @@ def test_other_settings_are_refused_by_name_and_change_nothing(
     assert same(before, second.state())
 
 
-def test_a_ledger_that_does_not_continue_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+def test_steps_taken_before_the_checkpoint_of_another_run_is_loaded_are_paid_for_too(tmp_path: Path) -> None:
     first, second = Run(), Run()
+    first.train(3)
+    first.save(tmp_path / "c.pt")
+    second.train(2)
+    for _ in range(2):
+        second.load(tmp_path / "c.pt")
+        assert second.engine.ledger.steps == 5
+
+
+def test_a_checkpoint_of_another_relation_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    first, second = Run(), Run(relation=Relation.REPLACE_ONE)
     first.train(2)
     first.save(tmp_path / "c.pt")
     with pytest.warns(UserWarning, match="did not come"):
@@ -236,7 +248,7 @@ def test_a_resumed_run_draws_its_batches_afresh(tmp_path: Path) -> None:
         first.train(4)
         second.train(4)
     assert seen[0][3:] != seen[1], "a fresh key; by chance the same once in many millions"
-    assert first.engine.ledger.state_dict() == second.engine.ledger.state_dict(), "all steps, and no more"
+    assert first.engine.ledger.phases == second.engine.ledger.phases, "all steps, and no more"
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -11,6 +11,7 @@ from privet.accounting.accountant import (
     known_accountants,
     register_accountant,
 )
+from privet.accounting.budget import Budget
 from privet.accounting.calibration import (
     Certificate,
     calibrate_count_noise,
@@ -37,11 +38,14 @@ from privet.accounting.event import (
 )
 from privet.accounting.file_ledger import FileLedger
 from privet.accounting.gdp import GdpAccountant
-from privet.accounting.ledger import Budget, Ledger, Phase
+from privet.accounting.ledger import AbstractLedger, Ledger
+from privet.accounting.phases import Phase
 from privet.accounting.pld import PldAccountant
 from privet.accounting.rdp import RdpAccountant
+from privet.accounting.role import LedgerLike
 
 __all__ = [
+    "AbstractLedger",
     "Accountant",
     "Bound",
     "Budget",
@@ -54,6 +58,7 @@ __all__ = [
     "GaussianEvent",
     "GdpAccountant",
     "Ledger",
+    "LedgerLike",
     "NoEvent",
     "NonPrivateEvent",
     "PartitionEvent",

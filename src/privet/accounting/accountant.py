@@ -75,6 +75,16 @@ class Accountant(ABC):
         epsilon = check_at_least("epsilon", epsilon)
         return self.bound_delta(event, epsilon, relation=relation, group_size=group_size, lower=False).upper
 
+    def epsilon_near(
+        self, event: Event, delta: float, limit: float, *, relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    ) -> float:
+        """Returns an upper bound on ε at δ, as sharp as this accountant can be where ε is near `limit`.
+
+        A budget asks this before it refuses a step. By default it is `epsilon`; an accountant that keeps rough numbers
+        between questions overrides it, so that a run calibrated to fit its budget also runs to its last step.
+        """
+        return self.epsilon(event, delta, relation=relation)
+
     @final
     def epsilon_bounds(
         self, event: Event, delta: float, *, relation: Relation = Relation.ADD_OR_REMOVE_ONE, group_size: int = 1

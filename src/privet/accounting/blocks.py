@@ -16,12 +16,17 @@ from numpy.typing import NDArray
 from privet.accounting.composition import Composition, Tail, Window, good_size, spectrum_of, tail_of, window_for
 from privet.accounting.lattice import Lattice
 
-__all__ = ["block_lattice", "block_size", "refinement"]
+__all__ = ["TooWideError", "block_lattice", "block_size", "refinement"]
 
 Array = NDArray[np.float64]
 _FEWEST = 256  # fewer equal steps are composed in one stage
 _FACTORS = (0.01, 0.03, 0.06, 0.2, 0.5, 1.0, 1.5)
+_LARGEST = 2**21  # losses in the window of a block
 _WRAPPED = 42.0  # -log of what a block's window may lose: there are many blocks
+
+
+class TooWideError(Exception):
+    """A block's losses are spread so far that composing it apart saves nothing; nobody outside sees this."""
 
 
 def block_size(count: int) -> int:
@@ -42,11 +47,16 @@ def block_lattice(fine: Lattice, spacing: float, tilt: float, size: int) -> Latt
         spacing: The coarse spacing.
         tilt: The tilt at which the block will be composed further; its window is chosen for it.
         size: The number of steps.
+
+    Raises:
+        TooWideError: if the block's window would be larger than any that is of use.
     """
     ratio = refinement(size)
     step = spacing / ratio
     tail = tail_of(fine, step, tilt)
     window = window_for([(tail, size)], step, _WRAPPED)
+    if window.size > _LARGEST:
+        raise TooWideError
     composition = Composition(size=good_size(window.size))
     composition.add(spectrum_of(fine, tail, step, tilt, composition.size), size)
     low = window.low + composition.shift

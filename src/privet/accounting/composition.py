@@ -137,9 +137,21 @@ def _spectrum_of_rare(lattice: Lattice, size: int) -> Spectrum:
         log_ceiling=constant,
         angle=np.zeros(size // 2 + 1),
         centre=0,
-        rare=np.log1p(_transform(lattice.mass, lattice.first, size) / chance),
+        rare=_log1p(_transform(lattice.mass, lattice.first, size) / chance),
         rare_rounding=2.0 * _transform_rounding(size) * float(lattice.mass.sum()) / chance,
     )
+
+
+def _log1p(z: Complex) -> Complex:
+    """Returns log(1 + z) with a small relative error for small z, which NumPy's complex function does not have."""
+    x, y = z.real, z.imag
+    return np.asarray(0.5 * np.log1p(2.0 * x + x * x + y * y) + 1j * np.arctan2(y, 1.0 + x))
+
+
+def _expm1(z: Complex) -> Complex:
+    """Returns e^z - 1 in the same way."""
+    half = np.sin(z.imag / 2.0)
+    return np.asarray(np.expm1(z.real) * np.cos(z.imag) - 2.0 * half * half + 1j * np.exp(z.real) * np.sin(z.imag))
 
 
 def _transform(masses: Array, first: int, size: int) -> Complex:
@@ -244,7 +256,7 @@ class Composition:
         transform.imag[:used] = amplitude * np.sin(angle)
         scale = 1.0
         if self._rare is not None:
-            occurred = np.expm1(self._rare[:used])
+            occurred = _expm1(self._rare[:used])
             size = np.abs(occurred)
             wrong = wrong * size + amplitude * (1.0 + size) * math.expm1(min(self._rare_rounding, 1.0))
             transform[:used] *= occurred

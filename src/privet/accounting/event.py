@@ -48,7 +48,11 @@ class Relation(enum.Enum):
 
 
 class Unit(enum.Enum):
-    """What "one" is: whose data the neighbouring relation adds, removes, replaces or zeroes."""
+    """What "one" is: whose data the neighbouring relation adds, removes, replaces or zeroes.
+
+    A unit is said with ε, kept in ledgers and their states, and compared before two are joined. No accountant reads it
+    or converts one unit into another: an event must already be about sums whose sensitivity is bounded for this unit.
+    """
 
     EXAMPLE = "example"
     SEQUENCE = "sequence"
@@ -146,6 +150,8 @@ class ClipCountEvent(Event, kind="clip_count"):
 
     Andrew et al., arXiv 1905.03871, section 3: every example adds +1/2 or -1/2 to the recentred count, so its
     sensitivity is 1/2 and `count_noise` is the standard deviation of the noise on the count itself.
+
+    For accounting only: nothing in privet runs this mechanism yet.
     """
 
     noise_multiplier: float
@@ -172,6 +178,8 @@ class TruncatedPoissonEvent(Event, kind="truncated_poisson"):
     """`event` on a Poisson batch from which, where it is larger than `cap`, a uniform choice of `cap` is kept.
 
     `dataset_size` counts the larger of two neighbours under add-or-remove-one.
+
+    For accounting only: no sampler of privet draws such batches yet.
     """
 
     rate: float
@@ -187,7 +195,10 @@ class TruncatedPoissonEvent(Event, kind="truncated_poisson"):
 
 @dataclass(frozen=True)
 class FixedSizeEvent(Event, kind="fixed_size"):
-    """`event` on a batch of exactly `batch_size` of `dataset_size` examples, chosen uniformly without replacement."""
+    """`event` on a batch of exactly `batch_size` of `dataset_size` examples, chosen uniformly without replacement.
+
+    For accounting only: no sampler of privet draws such batches yet.
+    """
 
     batch_size: int
     dataset_size: int
@@ -224,7 +235,12 @@ class PartitionEvent(Event, kind="partition"):
 
 @dataclass(frozen=True)
 class ComposedEvent(Event, kind="composed"):
-    """Several events on the same data, each of which may depend on what the others released."""
+    """Several events on the same data.
+
+    A mechanism may depend on what the earlier ones released, as a gradient depends on the weights. Its noise
+    multiplier, its rate and how many there are may not: they are fixed beforehand, or follow public numbers. ε of a
+    composition is not a bound where they were chosen by looking at what was released.
+    """
 
     events: tuple[Event, ...]
 

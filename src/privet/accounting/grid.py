@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.accounting.blocks import block_lattice, block_size, refinement
+from privet.accounting.blocks import TooWideError, block_lattice, block_size, refinement
 from privet.accounting.composition import (
     WRAPPED,
     Composition,
@@ -63,6 +63,7 @@ class Goal:
     tolerance: float
     log_tolerance: float = 0.0
     below: bool = False
+    one_stage: bool = False
 
     @property
     def epsilon(self) -> float:
@@ -72,7 +73,7 @@ class Goal:
     @property
     def in_blocks(self) -> bool:
         """Whether many equal steps are composed in two stages; blocks are only rounded up."""
-        return not self.below
+        return not self.below and not self.one_stage
 
     @property
     def splits(self) -> bool:
@@ -252,6 +253,10 @@ class Grid:
         """Returns how many of the terms are not on the grid yet."""
         return sum(term not in self._block_sizes for term in counts)
 
+    def holds(self, counts: Mapping[Term, int]) -> bool:
+        """Returns whether these very counts are composed."""
+        return self._profiles is not None and self.units(counts) == self._counts
+
     def _compose(self, counts: dict[Unit, int]) -> None:
         changed = {unit: count - self._counts.get(unit, 0) for unit, count in counts.items()}
         changed |= {unit: -count for unit, count in self._counts.items() if unit not in counts}
@@ -343,6 +348,13 @@ def grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> G
         both: The law of each direction, or a sketch of it; it tells what a spacing adds.
         goal: What is asked.
     """
+    try:
+        return _grid_for(counts, both, goal)
+    except TooWideError:
+        return _grid_for(counts, both, replace(goal, one_stage=True))
+
+
+def _grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> Grid:
     steps = sum(counts.values())
     wanted = math.inf
     tries = ((2e-5, _USUAL_CIRCLE), (1e-3, _USUAL_CIRCLE), (1e-3, _LARGEST_CIRCLE))

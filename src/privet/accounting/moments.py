@@ -206,7 +206,7 @@ class Law:
         masses = np.exp(self._logs)
         for share in (3.0, 5.0, 8.0, 13.0):
             above = self._losses > epsilon / share
-            if float(self.counts @ (masses * above).sum(axis=1)) > 0.3:
+            if float(self.counts @ (masses * above).sum(axis=1)) > 10.0:
                 return None
             small = np.where(above, -np.inf, self._logs)
             tilts = np.exp2(np.arange(-2.0, 14.0)) / epsilon
@@ -217,6 +217,13 @@ class Law:
             if float(chernoff.min()) < math.log(delta * 3e-3):
                 return epsilon / share, float(tilts[int(chernoff.argmin())])
         return None
+
+    def expected_above(self, loss: float, tilt: float) -> float:
+        """Returns how many steps are expected to have a loss above `loss` under the tilt."""
+        exponents = self._logs + tilt * self._losses
+        weights = np.exp(exponents - exponents.max(axis=1, keepdims=True))
+        shares = (weights * (self._losses > loss)).sum(axis=1) / weights.sum(axis=1)
+        return float(self.counts @ shares)
 
     def epsilon_below(self, delta: float, tilt: float) -> float:
         """Returns an ε that the composition needs at least, at δ: Chebyshev's inequality under several tilts.

@@ -29,6 +29,7 @@ __all__ = ["PldAccountant"]
 
 _SMALLEST_DELTA = 1e-200  # below it the masses leave the range of float64, and Rényi's bound is used alone
 _LOG_TOLERANCE = 2e-4  # of δ, relative, where δ is asked for
+_FEW = 16  # steps, of which each may have a share in ε
 _KEPT_GRIDS = 12
 _ATTEMPTS = 7
 
@@ -102,6 +103,19 @@ class PldAccountant(Accountant):
         low = min(max(known, self._delta_below(counts, both, places, epsilon)), claim.value) if lower else 0.0
         return Bound(upper=claim.value, lower=low, method=claim.method, notes=(*reduced.notes, *notes))
 
+    def epsilon_near(
+        self, event: Event, delta: float, limit: float, *, relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    ) -> float:
+        """Returns an upper bound on ε at δ, asked again on a finer grid where a kept one puts it just above `limit`.
+
+        Grids that outlive a question are up to 3e-4 of ε coarser than a calibration's.
+        """
+        epsilon = self.epsilon(event, delta, relation=relation)
+        if limit < epsilon <= limit * 1.001:
+            finer = PldAccountant(tolerance=self.tolerance / 4.0)
+            epsilon = min(epsilon, finer.epsilon(event, delta, relation=relation))
+        return epsilon
+
     # -- ε of δ --------------------------------------------------------------------------------------------------------
 
     def _epsilon_on_grids(
@@ -109,8 +123,8 @@ class PldAccountant(Accountant):
     ) -> tuple[float, tuple[Place, ...]]:
         """Returns the least ε of the grids that were tried, and where it was found."""
         log_delta = math.log(delta)
-        for goal, grid in reversed(list(self._grids.items())):
-            if -1.0 <= log_delta - goal.log_delta <= 8.0 and _alike(grid, counts):
+        for goal, grid in self._kept(counts):
+            if -1.0 <= log_delta - goal.log_delta <= 8.0:
                 answers = grid.answers(counts, delta)
                 if answers and not _unfit(answers, both, grid, 3.0 * self.tolerance):
                     self._grids.move_to_end(goal)
@@ -127,14 +141,14 @@ class PldAccountant(Accountant):
             if answers is None:
                 break
             found = max(each.epsilon for each in answers)
-            worse = kept is not None and found >= best * (1.0 - 1e-3)
+            worse = kept is not None and found >= best * (1.0 - 1e-3) and not goal.splits
             if found < best or kept is None:
                 best, best_places, kept = found, places, (goal, grid)
-            unfit = _unfit(answers, both, grid, (20.0 if grid.limited or goal.splits else 1.5) * self.tolerance)
+            unfit = _unfit(answers, both, grid, _content(grid, counts) * self.tolerance)
             if not unfit or worse:
                 break
             following = tuple(
-                _followed(place, answer, side in unfit)
+                _followed(place, answer, starts[side], side in unfit)
                 for side, (place, answer) in enumerate(zip(places, answers, strict=True))
             )
             if following == places:
@@ -143,6 +157,11 @@ class PldAccountant(Accountant):
         if kept is not None and sum(counts.values()) > 1:
             self._keep(*kept)
         return best, best_places
+
+    def _kept(self, counts: dict[Term, int]) -> list[tuple[Goal, Grid]]:
+        """Returns the kept grids that may serve, the latest first, those of the very counts before all others."""
+        able = [(goal, grid) for goal, grid in reversed(self._grids.items()) if _alike(grid, counts)]
+        return sorted(able, key=lambda each: not each[1].holds(counts))
 
     def _keep(self, goal: Goal, grid: Grid) -> None:
         self._grids[goal] = grid
@@ -155,8 +174,8 @@ class PldAccountant(Accountant):
         self, counts: dict[Term, int], epsilon: float, both: tuple[Law, ...], log_delta: float
     ) -> tuple[float, tuple[Place, ...]]:
         """Returns the least δ of the grids that were tried, and where it was found."""
-        for goal, grid in reversed(list(self._grids.items())):
-            if abs(log_delta - goal.log_delta) <= 12.0 and _alike(grid, counts):
+        for goal, grid in self._kept(counts):
+            if abs(log_delta - goal.log_delta) <= 12.0:
                 found = self._delta_on(grid, counts, epsilon, both)
                 if found is not None:
                     self._grids.move_to_end(goal)
@@ -231,6 +250,13 @@ def _tail(delta: float, counts: dict[Term, int]) -> float:
     return max(delta * 1e-4 / sum(counts.values()), 1e-300)
 
 
+def _content(grid: Grid, counts: dict[Term, int]) -> float:
+    """Returns at how many tolerances an answer is good enough: more where a better one is not to be had, or is dear."""
+    if grid.limited or grid.goal.splits:
+        return 20.0
+    return 1.5 if len(counts) < 32 else 6.0
+
+
 def _unfit(answers: list[Answer], both: tuple[Law, ...], grid: Grid, tolerance: float) -> set[int]:
     """Returns the directions whose answers are worse than `tolerance`, among those that decide the maximum."""
     highest = max(each.epsilon for each in answers)
@@ -253,10 +279,7 @@ def _first_place(law: Law, delta: float, epsilon: float, tilt: float) -> Place:
     jump, slope = law.jump(delta)
     if law.steps == 1:
         return Place(0.0, jump, slope)
-    split = law.split(delta, jump) if jump > 0.0 else None
-    if split is not None:
-        return Place(0.0, jump, slope, *split)
-    return Place(tilt, max(epsilon, 0.0), tilt)
+    return _heavy_place(law, delta, jump, slope, tilt) or Place(tilt, max(epsilon, 0.0), tilt)
 
 
 def _place_of_epsilon(law: Law, epsilon: float) -> Place:
@@ -264,22 +287,35 @@ def _place_of_epsilon(law: Law, epsilon: float) -> Place:
     jump, slope = law.jump_delta(epsilon)
     if law.steps == 1:
         return Place(0.0, epsilon, slope)
-    split = law.split(jump, epsilon) if jump > 1e-300 and epsilon > 0.0 else None
-    if split is not None:
-        return Place(0.0, epsilon, slope, *split)
     tilt = law.log_delta(epsilon)[1]
-    return Place(tilt, epsilon, tilt)
+    return _heavy_place(law, jump, epsilon, slope, tilt) or Place(tilt, epsilon, tilt)
 
 
-def _followed(place: Place, answer: Answer, unfit: bool) -> Place:  # noqa: FBT001
+def _heavy_place(law: Law, delta: float, epsilon: float, slope: float, tilt: float) -> Place | None:
+    """Returns where to compose rare heavy losses apart, or None where δ is not decided by one of them.
+
+    At the saddle point one of many steps has a large loss then, and the others next to none. Where there are few steps
+    and several share in ε, the saddle point is the better place.
+    """
+    if epsilon <= 0.0 or delta <= 1e-300:
+        return None
+    split = law.split(delta, epsilon)
+    if split is None or (law.steps <= _FEW and law.expected_above(split[0], tilt) > 1.5):
+        return None
+    return Place(0.0, epsilon, slope, *split)
+
+
+def _followed(place: Place, answer: Answer, start: tuple[float, float], unfit: bool) -> Place:  # noqa: FBT001
     """Returns where to compose next: at the answer, with the slope that was found there."""
+    if math.isfinite(place.split):
+        if answer.inside and answer.lost < 0.05:
+            return replace(place, epsilon=answer.epsilon, slope=answer.slope)
+        return Place(start[1], max(start[0], 0.0), start[1])
     if not answer.inside:
         # The window lay beside the answer: the losses that matter are smaller than those of this tilt.
         epsilon = answer.epsilon if math.isfinite(answer.epsilon) else place.epsilon
         return Place(place.tilt / 3.0, epsilon * 0.9, place.slope / 3.0)
     tilt = place.tilt
-    if math.isfinite(place.split):
-        return replace(place, epsilon=answer.epsilon, slope=answer.slope)
     if unfit and answer.lost > 1e-3 * max(1.0, answer.slope * answer.epsilon):
         tilt = answer.slope
     return Place(tilt, answer.epsilon, answer.slope)
@@ -313,23 +349,28 @@ def _about_delta(counts: dict[Term, int], epsilon: float) -> tuple[tuple[Law, ..
 
 
 def _log_delta_of(law: Law, epsilon: float) -> float:
-    jump = law.jump_delta(epsilon)[0]
-    if jump > 1e-290 and epsilon > 0.0 and law.split(jump, epsilon) is not None:
+    jump, slope = law.jump_delta(epsilon)
+    bound, tilt = law.log_delta(epsilon)
+    if _heavy_place(law, jump, epsilon, slope, tilt) is not None:
         return math.log(jump)
     # Chernoff's bound is above δ by about √2π times the tilt times the deviation.
-    return min(0.0, law.log_delta(epsilon)[0] - 2.5)
+    return min(0.0, bound - 2.5)
 
 
 def _alike(grid: Grid, counts: dict[Term, int]) -> bool:
-    """Whether the grid holds these terms, but for one or two that are cheap to add."""
+    """Whether the grid holds most of these terms, so that adding the others is quicker than starting anew."""
     missing = grid.missing(counts)
-    return missing == 0 or (missing <= 2 and missing < len(counts))
+    return missing == 0 or (missing < len(counts) and missing <= max(2, len(counts) // 4))
 
 
 def _counts(reduced: Reduced) -> dict[Term, int]:
-    """Returns the terms with their counts, what was not sampled among them as one Gaussian of rate 1."""
+    """Returns the terms with their counts in a fixed order, what was not sampled among them as a Gaussian of rate 1."""
     counts = dict(reduced.terms)
     if reduced.squared_mu > 0.0:
         gaussian = Term(((1.0, Part(Pair.MIXTURE, 1.0, 1.0 / math.sqrt(reduced.squared_mu))),))
         counts[gaussian] = counts.get(gaussian, 0) + 1
-    return counts
+    return dict(sorted(counts.items(), key=lambda item: _order(item[0])))
+
+
+def _order(term: Term) -> tuple[tuple[float, str, float, float, int], ...]:
+    return tuple((weight, p.pair.name, p.rate, p.noise_multiplier, p.group_size) for weight, p in term.parts)

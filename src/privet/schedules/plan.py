@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from privet._checks import check_count
 from privet.accounting.event import Event, Relation
-from privet.accounting.ledger import Phase, append, spent
+from privet.accounting.phases import Phase, append, spent
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
 from privet.mechanism import Gaussian, Mechanism

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from privet.accounting.ledger import Ledger
+from privet.accounting.role import LedgerLike
 from privet.errors import ConfigurationError
 from privet.training.update import PrivateUpdate
 
@@ -41,7 +41,7 @@ def save(
     *,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ledger: Ledger,
+    ledger: LedgerLike,
     updates: Sequence[PrivateUpdate],
     extra: Mapping[str, Any] | None = None,
 ) -> None:
@@ -68,7 +68,7 @@ def load(
     *,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ledger: Ledger,
+    ledger: LedgerLike,
     updates: Sequence[PrivateUpdate],
 ) -> dict[str, Any]:
     """Resumes from a checkpoint, and returns its `extra`.

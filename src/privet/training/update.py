@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from privet.accounting.event import Event
-from privet.accounting.ledger import Ledger
+from privet.accounting.role import LedgerLike
 from privet.errors import BudgetExceededError, ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.rows import of_type
@@ -74,7 +74,7 @@ class PrivateUpdate:
         *,
         mechanism: Mechanism,
         noise: NoiseMechanism,
-        ledger: Ledger,
+        ledger: LedgerLike,
         divisor: float,
         follows_rate: bool = True,
     ) -> None:
