@@ -22,11 +22,10 @@ Array = NDArray[np.float64]
 _FEWEST = 256  # fewer equal steps are composed in one stage
 _FACTORS = (0.01, 0.03, 0.06, 0.2, 0.5, 1.0, 1.5)
 _LARGEST = 2**21  # losses in the window of a block
-_WRAPPED = 42.0  # -log of what a block's window may lose: there are many blocks
 
 
 class TooWideError(Exception):
-    """A block's losses are spread so far that composing it apart saves nothing; nobody outside sees this."""
+    """A block's losses are spread so far that composing it apart saves nothing; no caller outside the grid sees this."""
 
 
 def block_size(count: int) -> int:
@@ -39,7 +38,7 @@ def refinement(size: int) -> int:
     return max(1, math.isqrt(size))
 
 
-def block_lattice(fine: Lattice, spacing: float, tilt: float, size: int) -> Lattice:
+def block_lattice(fine: Lattice, spacing: float, tilt: float, size: int, log_delta: float) -> Lattice:
     """Returns the composition of `size` steps on the coarse grid, rounded up.
 
     Args:
@@ -47,35 +46,38 @@ def block_lattice(fine: Lattice, spacing: float, tilt: float, size: int) -> Latt
         spacing: The coarse spacing.
         tilt: The tilt at which the block will be composed further; its window is chosen for it.
         size: The number of steps.
+        log_delta: log δ: what a block's window may lose is to be far below it.
 
     Raises:
         TooWideError: if the block's window would be larger than any that is of use.
     """
-    ratio = refinement(size)
+    ratio, wrapped = refinement(size), max(42.0, 20.0 - log_delta)
     step = spacing / ratio
     tail = tail_of(fine, step, tilt)
-    window = window_for([(tail, size)], step, _WRAPPED)
+    window = window_for([(tail, size)], step, wrapped)
     if window.size > _LARGEST:
         raise TooWideError
     composition = Composition(size=good_size(window.size))
     composition.add(spectrum_of(fine, tail, step, tilt, composition.size), size)
     low = window.low + composition.shift
-    mass, rounding = composition.masses(Window(low, composition.size, _WRAPPED))
+    mass, rounding = composition.masses(Window(low, composition.size, wrapped))
     losses = step * (low + np.arange(composition.size, dtype=np.float64))
     log_scale = size * tail.log_scale
     with np.errstate(divide="ignore"):
         untilted = np.exp(np.minimum(np.log(np.maximum(mass, 0.0) + rounding) + log_scale - tilt * losses, 0.0))
+    if not untilted.any():
+        raise TooWideError
     # What lies above the window counts as disclosure, what lies below it is moved up to its bottom.
-    above = math.exp(min(log_scale - tilt * float(losses[-1]) - _WRAPPED, 0.0))
-    untilted[0] += _below(tail, size, tilt, float(losses[0]))
+    above = math.exp(min(log_scale - tilt * float(losses[-1]) - wrapped, 0.0))
+    untilted[0] += _below(tail, size, tilt, float(losses[0]), wrapped)
     infinity = -math.expm1(size * math.log1p(-fine.infinity)) if fine.infinity < 1.0 else 1.0
     first, coarse = _spread(low, untilted, step, ratio)
     return Lattice(first, coarse, min(1.0, infinity + above))
 
 
-def _below(tail: Tail, size: int, tilt: float, loss: float) -> float:
+def _below(tail: Tail, size: int, tilt: float, loss: float, wrapped: float) -> float:
     """Returns a bound on the probability of a loss below `loss`, without the tilt, by Chernoff's bound."""
-    ideal = math.sqrt(2.0 * _WRAPPED / (size * tail.variance + 1e-300))
+    ideal = math.sqrt(2.0 * wrapped / (size * tail.variance + 1e-300))
     # E[e^(uL)] e^(-u loss) for u <= 0 bounds it; moments are known relative to the tilt.
     bounds = (size * tail.log_moment(-ideal * each - tilt) + ideal * each * loss for each in _FACTORS)
     return math.exp(min(0.0, *bounds))

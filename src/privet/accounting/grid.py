@@ -31,7 +31,7 @@ from privet.accounting.terms import Pair, Term
 __all__ = ["Goal", "Grid", "Place", "grid_for"]
 
 Array = NDArray[np.float64]
-_LARGEST_LATTICE = 2**20
+_MOST_CELLS = 2**18  # of one step on a grid
 _USUAL_CIRCLE = 2**17  # above it a question costs more than some tens of milliseconds
 _LARGEST_CIRCLE = 2**20
 _MOST_LATTICES_KEPT = 256
@@ -125,6 +125,8 @@ class _UsualLosses:
     def __call__(self, epsilon: float) -> float:
         if epsilon <= 0.0:
             return 1.0
+        if math.isinf(epsilon):
+            return 0.0
         least = 0.0
         # Powers of √2, so that the moments serve every ε.
         centre = round(2.0 * math.log2(1.0 / epsilon))
@@ -142,8 +144,8 @@ class Grid:
     It outlives a question: one step more costs one addition of spectra and one transform back.
     """
 
-    def __init__(self, goal: Goal, *, spacing: float, truncation: float) -> None:
-        self.goal, self.spacing, self.truncation = goal, spacing, truncation
+    def __init__(self, goal: Goal, *, spacing: float, truncation: float, widest: float) -> None:
+        self.goal, self.spacing, self.truncation, self.widest = goal, spacing, truncation, widest
         self.limited = False  # whether the spacing is the finest that is allowed, not the one that was wanted
         self._block_sizes: dict[Term, int] = {}
         self._sizes: list[int] = []
@@ -166,7 +168,8 @@ class Grid:
         """Returns the counts in blocks and single steps. A term keeps the size of its blocks as long as the grid."""
         found: dict[Unit, int] = {}
         for term, count in counts.items():
-            size = self._block_sizes.setdefault(term, block_size(count) if self.goal.in_blocks else 1)
+            most = _finest(self.goal, self.spacing, self.widest)
+            size = self._block_sizes.setdefault(term, min(block_size(count), 4 ** int(math.log2(max(most, 1.0)))))
             blocks, single = divmod(count, size)
             if blocks:
                 found[Unit(term, size)] = blocks
@@ -184,7 +187,7 @@ class Grid:
             if unit.size > 1:
                 # Without a tilt the rounding of a block would lie in its tail, where the rare losses are sought.
                 tilt = place.usual_tilt if math.isfinite(place.split) else place.tilt
-                lattice = block_lattice(lattice, self.spacing, tilt, unit.size)
+                lattice = block_lattice(lattice, self.spacing, tilt, unit.size, self.goal.log_delta)
             prepared.append(_Prepared(lattice, tail_of(lattice, self.spacing, place.tilt)))
         return tuple(prepared)
 
@@ -337,7 +340,7 @@ class Grid:
 
     def added(self, law: Law, place: Place) -> float:
         """Returns about how much the spacing adds to ε: half the slope times the variance that it adds."""
-        return float(_added(law, place, self.goal, np.array([self.spacing]))[0])
+        return float(_added(law, place, self.goal, np.array([self.spacing]), self.widest)[0])
 
 
 def grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> Grid:
@@ -364,7 +367,7 @@ def _grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> 
         if math.isinf(wanted):
             wanted = min(_spacing(law, place, goal, widest) for law, place in zip(both, goal.places, strict=True))
             wanted = max(wanted, 1e-300)
-        grid, prepared = _fitted(counts, goal, max(wanted, widest / (_USUAL_CIRCLE if goal.below else _LARGEST_LATTICE)), truncation, limit)
+        grid, prepared = _fitted(counts, goal, max(wanted, widest / _MOST_CELLS), truncation, widest, limit)
         wrong = [grid.added(law, place) / goal.allowed(place) for law, place in zip(both, goal.places, strict=True)]
         if max(wrong) <= 10.0:
             break
@@ -382,11 +385,11 @@ def _grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> 
 
 
 def _fitted(
-    counts: Mapping[Term, int], goal: Goal, spacing: float, truncation: float, limit: int
+    counts: Mapping[Term, int], goal: Goal, spacing: float, truncation: float, widest: float, limit: int
 ) -> tuple[Grid, dict[Unit, tuple[_Prepared, ...]]]:
     """Returns a grid of at least this spacing whose circles have at most `limit` losses, with a few units prepared."""
     for _ in range(8):
-        grid = Grid(goal, spacing=spacing, truncation=truncation)
+        grid = Grid(goal, spacing=spacing, truncation=truncation, widest=widest)
         units = grid.units(counts)
         # A few units tell how large the circle has to be for all.
         probes = dict(list(units.items())[:: -(-len(units) // 6)])
@@ -410,21 +413,29 @@ def _spacing(law: Law, place: Place, goal: Goal, widest: float) -> float:
     # Where cells are narrower than what the losses vary over, the variance that they add is h²/6 a step.
     resolved = min(math.sqrt(12.0 * allowed / (max(place.slope, 1e-300) * law.steps)), coarsest)
     spacings = np.exp(np.linspace(math.log(resolved), math.log(coarsest), 32))
-    wrong = _added(law, place, goal, spacings)
+    wrong = _added(law, place, goal, spacings, widest)
     misses = np.flatnonzero(wrong > allowed)
     return float(spacings[max(int(misses[0]) - 1, 0)] if misses.size else spacings[-1])
 
 
-def _added(law: Law, place: Place, goal: Goal, spacings: Array) -> Array:
+def _added(law: Law, place: Place, goal: Goal, spacings: Array, widest: float) -> Array:
     """Returns about how much each spacing adds to ε: half of the variance that it adds, times how steep log δ falls.
 
     Around the mean of the losses, where δ is near 1, log δ is flat but bent, at the scale of the deviation.
     """
-    variance = law.added(place.tilt, spacings, in_blocks=goal.in_blocks)
+    variance = law.added(place.tilt, spacings, finest=_finest(goal, spacings, widest))
     if math.isfinite(place.split):
         # Of the rare loss that decides, too.
         return place.slope / 2.0 * (variance + spacings**2 / 6.0)
     return max(place.slope, law.steepness(place.tilt)) / 2.0 * variance
+
+
+def _finest(goal: Goal, spacing: float | Array, widest: float) -> float | Array:
+    """Returns how many times finer than the grid that of a block may be: it has to hold all losses of a step."""
+    if not goal.in_blocks:
+        return 1.0 + 0.0 * spacing
+    # Beside a split the other direction has a tilt that cuts its losses short.
+    return _MOST_CELLS / min(widest, *(place.split for place in goal.places)) * spacing
 
 
 def _widest(counts: Mapping[Term, int], truncation: float) -> float:

@@ -111,7 +111,6 @@ class Law:
             self._logs[row, : len(each.logs)] = each.logs
         self.counts = np.array(counts)
         self.steps = steps
-        self._sizes = np.array(sizes, dtype=np.float64)
         self._refinements = np.array([refinement(size) for size in sizes], dtype=np.float64)
 
     def cumulant(self, tilt: float) -> float:
@@ -139,19 +138,25 @@ class Law:
         """Returns one over the deviation of the loss under the tilt."""
         return 1.0 / math.sqrt(self.moments(tilt)[2] + 1e-300)
 
-    def added(self, tilt: float, spacings: Array, *, in_blocks: bool) -> Array:
+    def added(self, tilt: float, spacings: Array, *, finest: Array) -> Array:
         """Returns what a grid of each spacing adds to the variance of the tilted loss, dots connected.
 
         A loss at the share u of its cell is moved to the cell's ends with mean nearly kept: variance h² u (1 - u). Steps
         in blocks lie on a finer grid; the blocks, and the steps that fill none, add h²/6 each.
+
+        Args:
+            tilt: The tilt.
+            spacings: The spacings asked about.
+            finest: For each spacing, how many times finer the grid of a block may be; 1 where there are no blocks.
         """
         exponents = self._logs + tilt * self._losses
         weights = np.exp(exponents - exponents.max(axis=1, keepdims=True))
         weights *= (self.counts / weights.sum(axis=1))[:, None]
-        finer = self._refinements if in_blocks else np.ones_like(self._refinements)
-        whole = np.where(self._sizes > 1.0, self.counts / self._sizes + self._sizes / 2.0, 0.0).sum() if in_blocks else 0
         found = []
-        for spacing in spacings:
+        for spacing, most in zip(spacings, finest, strict=True):
+            finer = np.minimum(self._refinements, max(float(most), 1.0))
+            sizes = np.where(finer > 1.0, finer**2, 1.0)
+            whole = np.where(sizes > 1.0, self.counts / sizes + sizes / 2.0, 0.0).sum()
             fine = (spacing / finer)[:, None]
             share = np.abs(self._losses) / fine
             share -= np.floor(share)

@@ -53,8 +53,8 @@ class Mixtures:
         return self._log_tilt(x, self.p_weights, self.p_shifts) - self._log_tilt(x, self.q_weights, self.q_shifts)
 
     def _log_tilt(self, x: Array, weights: Array, shifts: Array) -> Array:
-        if len(shifts) == 1 and shifts[0] == 0.0:
-            return np.zeros_like(x)
+        if len(shifts) == 1:
+            return np.asarray((2.0 * shifts[0] * x - shifts[0] ** 2) / (2.0 * self.sigma**2))
         exponents = (2.0 * shifts[:, None] * x - shifts[:, None] ** 2) / (2.0 * self.sigma**2)
         largest = np.maximum(exponents.max(axis=0), 0.0)
         small = largest < 30.0

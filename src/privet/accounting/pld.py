@@ -21,7 +21,7 @@ from privet.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from privet.accounting.grid import Goal, Grid, Place, grid_for
 from privet.accounting.moments import Law, laws, rarest_epsilon_below
 from privet.accounting.profile import Answer
-from privet.accounting.rdp import renyi_delta_near, renyi_epsilon_near, trivial_epsilon
+from privet.accounting.rdp import renyi_delta, renyi_epsilon, trivial_epsilon
 from privet.accounting.renyi import Cumulant
 from privet.accounting.terms import Pair, Part, Reduced, Term, reduce_event
 
@@ -64,11 +64,13 @@ class PldAccountant(Accountant):
         both = laws(counts, _tail(delta, counts))
         starts = [law.epsilon(delta) for law in both]
         tilt = max(starts)[1]
-        claims = [Claim(renyi_epsilon_near(Cumulant(reduced), delta, tilt + 1.0), "rdp")]
-        places: tuple[Place, ...] = ()
+        claims, places = [], ()
         if math.log(delta) >= math.log(_SMALLEST_DELTA):
             found, places = self._epsilon_on_grids(counts, both, delta, starts)
-            claims.insert(0, Claim(found, self.name))
+            claims.append(Claim(found, self.name))
+        if not claims or claims[0].value > 0.9 * max(starts)[0]:
+            # The saddle point's own bound is nearly as good, or better: Rényi's bound is worth its search.
+            claims.append(Claim(renyi_epsilon(Cumulant(reduced), delta)[0], "rdp"))
 
         def least() -> float:
             return max(_least_epsilon(counts, delta, tilt), rarest_epsilon_below(counts, delta))
@@ -90,11 +92,12 @@ class PldAccountant(Accountant):
         counts = _counts(reduced)
         both, log_delta = _about_delta(counts, epsilon)
         tilt = max(law.log_delta(epsilon) for law in both)[1]
-        claims = [Claim(renyi_delta_near(Cumulant(reduced), epsilon, tilt + 1.0), "rdp")]
-        places: tuple[Place, ...] = ()
+        claims, places = [], ()
         if log_delta >= math.log(_SMALLEST_DELTA):
             found, places = self._delta_on_grids(counts, epsilon, both, log_delta)
-            claims.insert(0, Claim(found, self.name))
+            claims.append(Claim(found, self.name))
+        if not claims or claims[0].value <= 0.0 or math.log(claims[0].value) > log_delta + 1.0:
+            claims.append(Claim(math.exp(renyi_delta(Cumulant(reduced), epsilon)[0]), "rdp"))
 
         def least() -> float:
             return _least_delta(counts, epsilon, tilt, claims[0].value)
@@ -134,14 +137,15 @@ class PldAccountant(Accountant):
         )
         best, best_places = math.inf, places
         kept: tuple[Goal, Grid] | None = None
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
+            places = _eased(places, log_delta)
             goal = Goal(log_delta, places, self.tolerance)
             grid = grid_for(counts, both, goal)
             answers = grid.answers(counts, delta)
             if answers is None:
                 break
             found = max(each.epsilon for each in answers)
-            worse = kept is not None and found >= best * (1.0 - 1e-3) and not goal.splits
+            worse = found >= best * (1.0 - 1e-3) and (attempt > 1 or (kept is not None and goal.splits == kept[0].splits))
             if found < best or kept is None:
                 best, best_places, kept = found, places, (goal, grid)
             unfit = _unfit(answers, both, grid, _content(grid, counts) * self.tolerance)
@@ -303,6 +307,19 @@ def _heavy_place(law: Law, delta: float, epsilon: float, slope: float, tilt: flo
     if split is None or (law.steps <= _FEW and law.expected_above(split[0], tilt) > 1.5):
         return None
     return Place(0.0, epsilon, slope, *split)
+
+
+def _eased(places: tuple[Place, ...], log_delta: float) -> tuple[Place, ...]:
+    """Returns the places, with a smaller tilt where a direction only has to be shown to stay far below the other.
+
+    A tilt of 2 log(1/δ) / ε shows that, if anything does; a larger one would need a spacing of its own.
+    """
+    highest = max(place.epsilon for place in places)
+    enough = -2.0 * log_delta / max(highest, 1e-300)
+    return tuple(
+        replace(place, tilt=enough, slope=enough) if place.epsilon < 0.5 * highest and place.tilt > enough else place
+        for place in places
+    )
 
 
 def _followed(place: Place, answer: Answer, start: tuple[float, float], unfit: bool) -> Place:  # noqa: FBT001

@@ -17,10 +17,8 @@ __all__ = [
     "best_order",
     "renyi_delta",
     "renyi_delta_at",
-    "renyi_delta_near",
     "renyi_epsilon",
     "renyi_epsilon_at",
-    "renyi_epsilon_near",
     "trivial_epsilon",
 ]
 
@@ -77,22 +75,6 @@ def renyi_epsilon_at(cumulant: Cumulant, order: float, delta: float) -> float:
 def renyi_delta_at(cumulant: Cumulant, order: float, epsilon: float) -> float:
     """Returns log δ at ε by one order: the same proposition, solved for δ."""
     return cumulant(order) - (order - 1.0) * (epsilon - math.log1p(-1.0 / order)) - math.log(order)
-
-
-def renyi_epsilon_near(cumulant: Cumulant, delta: float, order: float) -> float:
-    """Returns ε at δ by one order near `order`: a bound whatever the order is."""
-    return max(0.0, renyi_epsilon_at(cumulant, _allowed(cumulant, order), delta))
-
-
-def renyi_delta_near(cumulant: Cumulant, epsilon: float, order: float) -> float:
-    """Returns δ at ε by one order near `order`: a bound whatever the order is."""
-    return math.exp(min(0.0, renyi_delta_at(cumulant, _allowed(cumulant, order), epsilon)))
-
-
-def _allowed(cumulant: Cumulant, order: float) -> float:
-    order = min(max(order, 1.0 + 2.0**-12), cumulant.largest_order)
-    # The sums of a whole order are short; with many terms a whole order nearby is as good a bound.
-    return float(max(2, round(order))) if cumulant.many else order
 
 
 def renyi_epsilon(cumulant: Cumulant, delta: float) -> tuple[float, float]:

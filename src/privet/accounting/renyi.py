@@ -219,11 +219,6 @@ class Cumulant:
             total += count * max(0.0, float(_logsumexp(np.array(logs))))
         return total
 
-    @property
-    def many(self) -> bool:
-        """Whether there are so many terms that one evaluation at a fractional order takes noticeable time."""
-        return len(self._rate) > 64
-
     def sketch(self) -> Cumulant:
         """Returns about the same cumulant from a sample of the terms: where to look, and no bound."""
         every = -(-len(self._rate) // 16)

@@ -33,8 +33,9 @@ __all__ = ["ONE_DIRECTION", "Pair", "Part", "Reduced", "Term", "gaussian_multipl
 
 
 # Outside these limits a sampled release is bounded by "a record that is drawn is fully disclosed" (RARE), and the whole
-# by its Gaussians without amplification. Losses there would leave the range of float64 squares.
-_LEAST_NOISE = 1e-3
+# by its Gaussians without amplification. With so little noise a drawn record is told from others nearly always: ε is
+# above 200 at once, or the record is not drawn at all.
+_LEAST_NOISE = 0.05
 _MOST_NOISE = 1e12
 _LEAST_RATE = 1e-30
 
@@ -130,8 +131,8 @@ def _relation_inside(event: PoissonEvent | TruncatedPoissonEvent | FixedSizeEven
 
 
 def _tame(part: Part) -> Part:
-    """Returns the part, or where its numbers leave the range of the losses the plain bound on any pair of its rate."""
-    if part.noise_multiplier >= _LEAST_NOISE and part.rate >= _LEAST_RATE:
+    """Returns the part, or where its numbers are extreme the plain bound on any pair of its rate."""
+    if part.rate == 1.0 or (part.noise_multiplier >= _LEAST_NOISE and part.rate >= _LEAST_RATE):
         return part
     # A group of k is drawn in part with probability at most k q.
     return Part(Pair.RARE, min(1.0, part.rate * part.group_size), 1.0)
@@ -180,6 +181,8 @@ class _Reduction:
         if multiplier > _MOST_NOISE:
             self.squared_mu += _squared_mu(multiplier) * shift**2 * count
             return
+        if any(part.pair is Pair.RARE for _, part in found):
+            self.note("sampling with σ below 0.05 or a rate below 1e-30 is bounded by full disclosure of who is drawn")
         term = Term(found)
         self.terms[term] = self.terms.get(term, 0) + count
 
