@@ -110,9 +110,12 @@ def test_rate_zero_and_one_are_exact(sigma, delta, steps):
         assert get_epsilon(poisson(sigma, 0.0, steps), delta, accountant=name) == 0.0
         plain = get_epsilon(SelfComposedEvent(GaussianEvent(sigma), steps), delta, accountant=name)
         assert get_epsilon(poisson(sigma, 1.0, steps), delta, accountant=name) == pytest.approx(plain, rel=1e-11)
-        assert get_epsilon(FixedSizeEvent(9, 9, GaussianEvent(sigma)), delta, accountant=name) == get_epsilon(
-            GaussianEvent(sigma), delta, accountant=name
-        )
+        everybody = FixedSizeEvent(9, 9, GaussianEvent(sigma))
+        alone = get_epsilon(GaussianEvent(sigma), delta, accountant=name)
+        assert get_epsilon(everybody, delta, accountant=name, relation=Relation.ZERO_OUT) == alone
+        # A batch of 9 has another record in the place of one that was added: that is a replacement.
+        replaced = get_epsilon(GaussianEvent(sigma), delta, accountant=name, relation=Relation.REPLACE_ONE)
+        assert get_epsilon(everybody, delta, accountant=name) == replaced
 
 
 @quick

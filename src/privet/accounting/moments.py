@@ -211,7 +211,9 @@ class Law:
         masses = np.exp(self._logs)
         for share in (3.0, 5.0, 8.0, 13.0):
             above = self._losses > epsilon / share
-            if float(self.counts @ (masses * above).sum(axis=1)) > 10.0:
+            chances = (masses * above).sum(axis=1)
+            # A step with a rare loss is given a usual one as well, which has to be next to nothing.
+            if float(self.counts @ chances) > 10.0 or float(chances.max()) > 1e-4 * min(1.0, epsilon):
                 return None
             small = np.where(above, -np.inf, self._logs)
             tilts = np.exp2(np.arange(-2.0, 14.0)) / epsilon

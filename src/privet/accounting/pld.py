@@ -29,7 +29,6 @@ __all__ = ["PldAccountant"]
 
 _SMALLEST_DELTA = 1e-200  # below it the masses leave the range of float64, and Rényi's bound is used alone
 _LOG_TOLERANCE = 2e-4  # of δ, relative, where δ is asked for
-_FEW = 16  # steps, of which each may have a share in ε
 _KEPT_GRIDS = 12
 _ATTEMPTS = 7
 
@@ -59,7 +58,7 @@ class PldAccountant(Accountant):
             value = gaussian_epsilon(math.sqrt(reduced.squared_mu), delta)
         if value is not None:
             low = value * (1.0 - 1e-9) if math.isfinite(value) else value
-            return Bound(upper=value, lower=low, method=self.name, notes=reduced.notes)
+            return Bound(value, low if reduced.tight else 0.0, self.name, reduced.notes)
         counts = _counts(reduced)
         both = laws(counts, _tail(delta, counts))
         starts = [law.epsilon(delta) for law in both]
@@ -76,7 +75,9 @@ class PldAccountant(Accountant):
             return max(_least_epsilon(counts, delta, tilt), rarest_epsilon_below(counts, delta))
 
         claim, known, notes = certified_epsilon(claims, reduced=reduced, delta=delta, least=least)
-        low = min(max(known, self._epsilon_below(counts, both, places, delta)), claim.value) if lower else 0.0
+        low = 0.0
+        if lower and reduced.tight:
+            low = min(max(known, self._epsilon_below(counts, both, places, delta)), claim.value)
         return Bound(upper=claim.value, lower=low, method=claim.method, notes=(*reduced.notes, *notes))
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
@@ -88,7 +89,7 @@ class PldAccountant(Accountant):
         elif not reduced.terms:
             value = gaussian_delta(math.sqrt(reduced.squared_mu), epsilon)
         if value is not None:
-            return Bound(upper=value, lower=value * (1.0 - 1e-9), method=self.name, notes=reduced.notes)
+            return Bound(value, value * (1.0 - 1e-9) if reduced.tight else 0.0, self.name, reduced.notes)
         counts = _counts(reduced)
         both, log_delta = _about_delta(counts, epsilon)
         tilt = max(law.log_delta(epsilon) for law in both)[1]
@@ -103,7 +104,9 @@ class PldAccountant(Accountant):
             return _least_delta(counts, epsilon, tilt, claims[0].value)
 
         claim, known, notes = certified_delta(claims, reduced=reduced, epsilon=epsilon, least=least)
-        low = min(max(known, self._delta_below(counts, both, places, epsilon)), claim.value) if lower else 0.0
+        low = 0.0
+        if lower and reduced.tight:
+            low = min(max(known, self._delta_below(counts, both, places, epsilon)), claim.value)
         return Bound(upper=claim.value, lower=low, method=claim.method, notes=(*reduced.notes, *notes))
 
     def epsilon_near(
@@ -186,7 +189,12 @@ class PldAccountant(Accountant):
                     return found, goal.places
         best, tried = 1.0, ()
         for _ in range(_ATTEMPTS):
-            places = tuple(_place_of_epsilon(law, epsilon) for law in both)
+            # A tilt of 2 log(1/δ) / ε shows that the smaller direction is below δ; a larger one needs a finer spacing.
+            enough = -2.0 * min(log_delta, -1.0) / max(epsilon, 1e-12)
+            places = tuple(
+                replace(place, tilt=min(place.tilt, enough), slope=min(place.slope, enough))
+                for place in (_place_of_epsilon(law, epsilon) for law in both)
+            )
             goal = Goal(log_delta, places, self.tolerance, log_tolerance=_LOG_TOLERANCE)
             grid = grid_for(counts, both, goal)
             profiles = grid.read(counts)
@@ -298,13 +306,13 @@ def _place_of_epsilon(law: Law, epsilon: float) -> Place:
 def _heavy_place(law: Law, delta: float, epsilon: float, slope: float, tilt: float) -> Place | None:
     """Returns where to compose rare heavy losses apart, or None where δ is not decided by one of them.
 
-    At the saddle point one of many steps has a large loss then, and the others next to none. Where there are few steps
-    and several share in ε, the saddle point is the better place.
+    At the saddle point one of many steps has a large loss then, and the others next to none. Where several share in ε,
+    the saddle point is the better place.
     """
     if epsilon <= 0.0 or delta <= 1e-300:
         return None
     split = law.split(delta, epsilon)
-    if split is None or (law.steps <= _FEW and law.expected_above(split[0], tilt) > 1.5):
+    if split is None or law.expected_above(split[0], tilt) > 1.5:
         return None
     return Place(0.0, epsilon, slope, *split)
 

@@ -112,7 +112,7 @@ class RdpAccountant(Accountant):
         reduced = reduce_event(event, relation=relation, group_size=group_size)
         trivial = trivial_epsilon(reduced, delta)
         if trivial is not None:
-            return Bound(upper=trivial, lower=trivial, method=self.name, notes=reduced.notes)
+            return Bound(trivial, trivial if reduced.tight else 0.0, self.name, reduced.notes)
         value = renyi_epsilon(Cumulant(reduced), delta)[0]
         claim, known, notes = certified_epsilon(
             [Claim(value, self.name)],
@@ -120,7 +120,7 @@ class RdpAccountant(Accountant):
             delta=delta,
             least=lambda: rarest_epsilon_below(reduced.terms, delta),
         )
-        return Bound(upper=claim.value, lower=known if lower else 0.0, method=claim.method, notes=reduced.notes + notes)
+        return Bound(upper=claim.value, lower=known if lower and reduced.tight else 0.0, method=claim.method, notes=reduced.notes + notes)
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns Rényi's bound on δ, or the one without amplification where that is less; its lower bound is weak."""
@@ -129,9 +129,9 @@ class RdpAccountant(Accountant):
         if trivial is None and not reduced.terms and reduced.squared_mu == 0.0:
             trivial = 0.0
         if trivial is not None:
-            return Bound(upper=trivial, lower=trivial, method=self.name, notes=reduced.notes)
+            return Bound(trivial, trivial if reduced.tight else 0.0, self.name, reduced.notes)
         value = math.exp(renyi_delta(Cumulant(reduced), epsilon)[0])
         claim, known, notes = certified_delta(
             [Claim(value, self.name)], reduced=reduced, epsilon=epsilon, least=lambda: 0.0
         )
-        return Bound(upper=claim.value, lower=known if lower else 0.0, method=claim.method, notes=reduced.notes + notes)
+        return Bound(upper=claim.value, lower=known if lower and reduced.tight else 0.0, method=claim.method, notes=reduced.notes + notes)

@@ -76,7 +76,8 @@ class Reduced:
     """What an event amounts to: all unsampled Gaussians as one shift μ, the sampled terms with their counts, notes.
 
     `unamplified` is μ² of the one Gaussian that everything would be without sampling. It bounds the whole: sampling
-    never makes a loss worse, since the hockey-stick divergence is jointly convex.
+    never makes a loss worse, since the hockey-stick divergence is jointly convex. `tight` says whether some two data sets
+    attain what is composed; a lower bound on it is a lower bound on ε only then.
     """
 
     squared_mu: float = 0.0
@@ -84,6 +85,7 @@ class Reduced:
     infinite: bool = False
     notes: tuple[str, ...] = ()
     unamplified: float = 0.0
+    tight: bool = True
 
 
 def gaussian_multiplier(event: Event) -> float | None:
@@ -148,6 +150,7 @@ class _Reduction:
         self.unamplified = 0.0
         self.terms: dict[Term, int] = {}
         self.infinite = False
+        self.tight = True
         self.notes: dict[str, None] = {}
 
     def note(self, text: str) -> None:
@@ -179,8 +182,11 @@ class _Reduction:
             return
         self.unamplified += _squared_mu(multiplier) * shift**2 * count
         if multiplier > _MOST_NOISE:
+            self.tight = False
             self.squared_mu += _squared_mu(multiplier) * shift**2 * count
             return
+        # The symmetrised profile and seen labels are bounds that no two data sets need attain.
+        self.tight &= len(found) == 1 and found[0][1].pair not in {Pair.SYMMETRIC, Pair.RARE}
         if any(part.pair is Pair.RARE for _, part in found):
             self.note("sampling with σ below 0.05 or a rate below 1e-30 is bounded by full disclosure of who is drawn")
         term = Term(found)
@@ -229,6 +235,7 @@ class _Reduction:
         elif self.group_size > 1 and not (isinstance(event, PoissonEvent) and relation is not Relation.REPLACE_ONE):
             self.note(f"a group under {event.kind} sampling and {self.relation.value} is bounded without amplification")
             # Given the draw, at most k members of the batch differ.
+            self.tight = False
             self.gaussian(multiplier, count, shift=shift)
         elif isinstance(event, PoissonEvent):
             self.term([(1.0, self.poisson(rate, multiplier))], count, multiplier=multiplier, shift=shift)
@@ -245,6 +252,7 @@ class _Reduction:
         """
         if not isinstance(event.event, NonPrivateEvent):
             self.note(f"sampling around {type(event.event).__name__} is bounded without its amplification")
+        self.tight = False
         inner = _Reduction(relation, self.group_size)
         inner.add(event.event, n)
         self.squared_mu += inner.squared_mu
@@ -305,7 +313,7 @@ class _Reduction:
     def result(self) -> Reduced:
         if math.isinf(self.squared_mu):
             self.infinite = True
-        return Reduced(self.squared_mu, dict(self.terms), self.infinite, tuple(self.notes), self.unamplified)
+        return Reduced(self.squared_mu, dict(self.terms), self.infinite, tuple(self.notes), self.unamplified, self.tight)
 
 
 def reduce_event(event: Event, *, relation: Relation = Relation.ADD_OR_REMOVE_ONE, group_size: int = 1) -> Reduced:
