@@ -20,39 +20,114 @@ from privet.accounting import (
     Relation,
     TruncatedPoissonEvent,
 )
+from privet.accounting.blocks import block_lattice, refinement
 from privet.accounting.gaussian import gaussian_delta, gaussian_epsilon, gaussian_mu
-from privet.accounting.lattice import lattices
+from privet.accounting.lattice import lattice_above, lattice_below, rare_lattice, usual_lattice
 from privet.accounting.terms import Pair, Part, Term
+
+
+def delta_of(lattice, step, epsilon):
+    """Returns δ of a distribution on a grid."""
+    losses = step * (lattice.first + np.arange(len(lattice.mass))) + lattice.offset
+    return lattice.infinity + float(np.maximum(-np.expm1(epsilon - losses), 0.0) @ lattice.mass)
+
+
+EPSILONS = (-2.0, -0.5, 0.0, 0.3, 1.0, 2.5, 4.0)
 
 
 def check_one_step(lattice, step, exact, *, slack=1e-12):
     """δ of the grid is never below the exact one, and near it where the grid is fine."""
-    losses = step * (lattice.first + np.arange(len(lattice.mass)))
-    for epsilon in (-2.0, -0.5, 0.0, 0.3, 1.0, 2.5, 4.0):
-        found = lattice.infinity + float(np.maximum(-np.expm1(epsilon - losses), 0.0) @ lattice.mass)
-        assert found >= exact(epsilon) * (1 - slack) - 1e-15, epsilon
+    for epsilon in EPSILONS:
+        assert delta_of(lattice, step, epsilon) >= exact(epsilon) * (1 - slack) - 1e-15, epsilon
 
 
-@pytest.mark.parametrize(("rate", "sigma"), [(0.01, 1.0), (0.3, 0.7), (0.9, 2.0)])
+def check_one_step_below(lattice, step, exact, *, slack=1e-12):
+    """δ of the grid is never above the exact one."""
+    for epsilon in EPSILONS:
+        assert delta_of(lattice, step, epsilon) <= exact(epsilon) * (1 + slack) + 1e-15, epsilon
+
+
+def mixture(rate, sigma):
+    return Term(((1.0, Part(Pair.MIXTURE, rate, sigma)),))
+
+
+@pytest.mark.parametrize(("rate", "sigma"), [(0.01, 1.0), (0.3, 0.7), (0.9, 2.0), (1e-4, 0.5)])
 @pytest.mark.parametrize(("step", "tail"), [(0.1, 1e-3), (0.01, 1e-12)])
-def test_a_grid_of_any_step_and_truncation_bounds_one_step(rate, sigma, step, tail):
-    forward, backward = lattices(Term(((1.0, Part(Pair.MIXTURE, rate, sigma)),)), step, tail)
-    check_one_step(forward, step, lambda epsilon: one_step_delta(rate, sigma, epsilon))
-    check_one_step(backward, step, lambda epsilon: one_step_delta(rate, sigma, epsilon, remove=False))
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_grid_of_any_step_and_truncation_bounds_one_step(rate, sigma, step, tail, forward):
+    def exact(epsilon):
+        return one_step_delta(rate, sigma, epsilon, remove=forward)
+
+    check_one_step(lattice_above(mixture(rate, sigma), step, tail, forward=forward), step, exact)
+    check_one_step_below(lattice_below(mixture(rate, sigma), step, tail, forward=forward), step, exact)
+
+
+def test_both_sides_of_a_fine_grid_are_near_the_truth():
+    exact = one_step_delta(0.3, 0.7, 1.0)
+    for lattice in (
+        lattice_above(mixture(0.3, 0.7), 1e-3, 1e-12, forward=True),
+        lattice_below(mixture(0.3, 0.7), 1e-3, 1e-12, forward=True),
+    ):
+        assert delta_of(lattice, 1e-3, 1.0) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", [0.2, 1.0])
+@pytest.mark.parametrize("forward", [True, False])
+def test_the_two_factors_of_a_step_bound_it(split, forward):
+    """A draw of the usual and one of the rare factor, added up, lie above the step, and near it where rare is rare."""
+    rate, sigma, step = 1e-3, 0.7, 0.01
+    usual = usual_lattice(mixture(rate, sigma), step, 1e-12, split, forward=forward)
+    rare = rare_lattice(mixture(rate, sigma), step, 1e-12, split, forward=forward)
+    assert usual.mass.sum() == pytest.approx(1.0, abs=1e-12)
+    assert rare.mass.sum() + rare.chance_of_none + rare.infinity == pytest.approx(1.0, abs=1e-12)
+    usual_losses = step * (usual.first + np.arange(len(usual.mass)))
+    assert usual_losses[usual.mass > 0.0].max() <= split + step
+    alone = usual.mass * rare.chance_of_none
+    rare_losses = step * (rare.first + np.arange(len(rare.mass)))
+    for epsilon in (0.0, 0.1, 0.5, 1.5):
+        both = np.maximum(-np.expm1(epsilon - usual_losses[:, None] - rare_losses), 0.0)
+        found = rare.infinity + float(usual.mass @ both @ rare.mass)
+        found += float(np.maximum(-np.expm1(epsilon - usual_losses), 0.0) @ alone)
+        exact = one_step_delta(rate, sigma, epsilon, remove=forward)
+        assert exact * (1 - 1e-12) - 1e-15 <= found
+        if epsilon > 0.0 and forward:
+            assert found <= exact * 1.02 + 1e-6
 
 
 @pytest.mark.parametrize("step", [0.1, 0.01])
 def test_a_grid_bounds_groups_and_replacement(step):
     rate, sigma = 0.2, 0.8
     replace = ((0.8, 0.2), (0.0, 1.0)), ((0.8, 0.2), (0.0, -1.0)), sigma
-    forward, backward = lattices(Term(((1.0, Part(Pair.REPLACE, rate, sigma)),)), step, 1e-6)
-    assert backward is None
+    forward = lattice_above(Term(((1.0, Part(Pair.REPLACE, rate, sigma)),)), step, 1e-6, forward=True)
     check_one_step(forward, step, lambda epsilon: pair_delta(replace, epsilon), slack=1e-9)
     weights = tuple(binom.pmf(range(4), 3, rate))
     ahead, back = (weights, (0.0, 1.0, 2.0, 3.0)), ((1.0,), (0.0,))
-    forward, backward = lattices(Term(((1.0, Part(Pair.GROUP, rate, sigma, 3)),)), step, 1e-6)
-    check_one_step(forward, step, lambda epsilon: pair_delta((ahead, back, sigma), epsilon), slack=1e-9)
-    check_one_step(backward, step, lambda epsilon: pair_delta((back, ahead, sigma), epsilon), slack=1e-9)
+    group = Term(((1.0, Part(Pair.GROUP, rate, sigma, 3)),))
+    for side, laws in ((True, (ahead, back)), (False, (back, ahead))):
+        above = lattice_above(group, step, 1e-6, forward=side)
+        check_one_step(above, step, lambda epsilon, laws=laws: pair_delta((*laws, sigma), epsilon), slack=1e-9)
+        below = lattice_below(group, step, 1e-6, forward=side)
+        check_one_step_below(below, step, lambda epsilon, laws=laws: pair_delta((*laws, sigma), epsilon), slack=1e-9)
+
+
+@pytest.mark.parametrize(("size", "steps"), [(4, 4), (16, 16), (64, 64)])
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_block_of_steps_bounds_their_composition(size, steps, forward):
+    """A block on the coarse grid against the same steps composed on a fine one by plain convolution."""
+    rate, sigma, spacing, tilt = 0.2, 1.0, 0.05, 1.5
+    ratio = refinement(size)
+    fine = lattice_above(mixture(rate, sigma), spacing / ratio, 1e-12, forward=forward)
+    block = block_lattice(fine, spacing, tilt, size, math.log(1e-6))
+    # Plain: the untilted masses convolved one after the other.
+    mass, first = np.ones(1), 0
+    for _ in range(steps):
+        mass, first = np.convolve(mass, fine.mass), first + fine.first
+    losses = spacing / ratio * (first + np.arange(len(mass)))
+    for epsilon in (0.2, 1.0, 3.0):
+        exact = float(np.maximum(-np.expm1(epsilon - losses), 0.0) @ mass)
+        found = delta_of(block, spacing, epsilon)
+        assert exact * (1 - 1e-9) <= found, epsilon
+        assert found <= exact * 1.05 + 1e-12, epsilon
 
 
 @pytest.mark.parametrize(("sigma", "rate", "epsilon"), [(1.0, 0.1, 0.5), (0.6, 0.02, 2.0), (1.5, 0.5, 0.1)])

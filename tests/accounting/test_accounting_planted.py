@@ -13,7 +13,10 @@ from test_accounting_properties import check_covers
 import privet.accounting.gaussian as gaussian_module
 import privet.accounting.grid as grid_module
 import privet.accounting.lattice as lattice_module
+import privet.accounting.moments as moments_module
 import privet.accounting.pairs as pairs_module
+import privet.accounting.planning as planning_module
+import privet.accounting.pld as pld_module
 import privet.accounting.renyi as renyi_module
 import privet.accounting.terms as terms_module
 from privet.accounting import PldAccountant, Relation
@@ -45,7 +48,7 @@ def test_one_direction_only(monkeypatch):
 
     def read(self, counts):
         found = whole(self, counts)
-        return found and found[-1:]
+        return found and [found[-1]] * len(found)
 
     monkeypatch.setattr(grid_module.Grid, "read", read)
     fails(check_table, [POISSON])
@@ -53,13 +56,14 @@ def test_one_direction_only(monkeypatch):
 
 def test_both_directions_are_composed(monkeypatch):
     """With the laws exchanged at the source the first direction is the small one: only the maximum saves the bound."""
-    whole = lattice_module.lattices
+    whole = lattice_module.lattice_above
 
-    def exchanged(term, step, tail):
-        first, second = whole(term, step, tail)
-        return (first, second) if second is None else (second, first)
+    def exchanged(term, step, tail, *, forward, tilt=0.0):
+        return whole(term, step, tail, forward=not forward, tilt=tilt)
 
-    monkeypatch.setattr(grid_module, "lattices", exchanged)
+    places = pld_module.laws
+    monkeypatch.setattr(grid_module, "lattice_above", exchanged)
+    monkeypatch.setattr(pld_module, "laws", lambda *given, **named: places(*given, **named)[::-1])
     check_table([POISSON])
 
 
@@ -110,19 +114,19 @@ def test_a_shift_of_one_instead_of_two_without_replacement(monkeypatch):
         doubled = dataclasses.replace(part, noise_multiplier=2 * part.noise_multiplier)
         return whole(doubled if part.pair is Pair.SYMMETRIC else part)
 
-    monkeypatch.setattr(pairs_module, "mixtures", mixtures)
-    monkeypatch.setattr(grid_module, "mixtures", mixtures)
+    for module in (pairs_module, planning_module, moments_module):
+        monkeypatch.setattr(module, "mixtures", mixtures)
     fails(check_table, [FIXED_SIZE])
 
 
 def test_the_remove_direction_alone_under_replace_one(monkeypatch):
     whole = terms_module._Reduction.term
 
-    def term(self, parts, count):
-        remove = (
+    def term(self, parts, count, **others):
+        remove = [
             (w, dataclasses.replace(p, pair=Pair.MIXTURE, noise_multiplier=p.noise_multiplier / 2)) for w, p in parts
-        )
-        whole(self, remove, count)
+        ]
+        whole(self, remove, count, **others)
 
     monkeypatch.setattr(terms_module._Reduction, "term", term)
     fails(check_table, [FIXED_SIZE])
@@ -130,14 +134,16 @@ def test_the_remove_direction_alone_under_replace_one(monkeypatch):
 
 def check_truncation():
     step = 0.05
-    forward, _ = lattice_module.lattices(MIXTURE, step, 1e-3)
+    forward = lattice_module.lattice_above(MIXTURE, step, 1e-3, forward=True)
     check_one_step(forward, step, lambda epsilon: one_step_delta(0.3, 0.7, epsilon))
 
 
 def test_the_truncation_mass_dropped(monkeypatch):
     whole = lattice_module._spread
     monkeypatch.setattr(
-        lattice_module, "_spread", lambda table, step: dataclasses.replace(whole(table, step), infinity=0.0)
+        lattice_module,
+        "_spread",
+        lambda table, step, **others: dataclasses.replace(whole(table, step, **others), infinity=0.0),
     )
     fails(check_truncation)
 

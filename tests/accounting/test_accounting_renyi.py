@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import mpmath as mp
 import numpy as np
 import pytest
 from accounting_oracles import RENYI, renyi_by_quadrature
 
-from privet.accounting.renyi import fixed_size_cumulant, mixture_cumulant, pair_cumulant
+from privet.accounting.renyi import mixture_cumulant, pair_cumulant, symmetric_cumulant
 from privet.accounting.terms import Pair, Part
 
 
@@ -41,7 +42,7 @@ def test_divergence_grows_with_the_order_and_its_cumulant_is_convex():
 
 
 @pytest.mark.parametrize(
-    ("sigma", "order", "value"),
+    ("sigma", "order", "published"),
     [
         (1.0, 2, 5.435086e-4),
         (1.0, 3, 8.348727e-4),
@@ -53,8 +54,32 @@ def test_divergence_grows_with_the_order_and_its_cumulant_is_convex():
         (4.0, 64, 8.951184e-4),
     ],
 )
-def test_sampling_without_replacement(sigma, order, value):
-    assert fixed_size_cumulant(0.01, sigma, order) / (order - 1) == pytest.approx(value, rel=1e-6)
+def test_sampling_without_replacement_is_at_most_the_published_bound(sigma, order, published):
+    """Wang, Balle and Kasiviswanathan, arXiv 1808.00087, theorem 27, bounds what is computed exactly here."""
+    assert symmetric_cumulant(0.01, sigma, order) / (order - 1) <= published * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rate", "sigma", "order"), [(0.01, 1.0, 2.0), (0.3, 0.7, 3.5), (0.5, 2.0, 1.3), (1e-4, 0.5, 8.0), (0.9, 1.0, 20.0)]
+)
+def test_the_symmetrised_profile_against_many_digits(rate, sigma, order):
+    with mp.workdps(40):
+        q, s, a = mp.mpf(rate), mp.mpf(sigma), mp.mpf(order) - 1
+
+        def density(x):
+            return mp.exp(-(x**2) / (2 * s**2)) / (s * mp.sqrt(2 * mp.pi))
+
+        def ratio(x):
+            return 1 - q + q * mp.exp((2 * x - 1) / (2 * s**2))
+
+        half = mp.mpf(1) / 2
+        points = [half, 1, 1 + s, order, order + 4 * s, order + 12 * s, order + 40 * s]
+        p_part = mp.quad(lambda x: density(x) * ratio(x) ** (a + 1), points)
+        q_part = mp.quad(lambda x: density(x) * ratio(x) ** (-a), points)
+        rest = 1 - mp.quad(lambda x: density(x) * (ratio(x) + 1), points)
+        exact = float(mp.log(p_part + q_part + rest))
+    found = symmetric_cumulant(rate, sigma, order)
+    assert exact * (1 - 1e-12) <= found <= exact * (1 + 1e-8)
 
 
 def test_a_group_of_one_is_the_mixture():

@@ -15,10 +15,10 @@ from privet.accounting import (
     calibrate_noise_multiplier,
     get_epsilon,
 )
-from privet.accounting.grid import Goal, grid_for
-from privet.accounting.rdp import renyi_epsilon
-from privet.accounting.renyi import Cumulant
-from privet.accounting.terms import Pair, Part, Reduced, Term, reduce_event
+from privet.accounting.goal import Goal, Place
+from privet.accounting.moments import laws
+from privet.accounting.planning import grid_for
+from privet.accounting.terms import Pair, Part, Term, reduce_event
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[2].value}-{row[3]}")
@@ -57,10 +57,11 @@ def test_low_caps_are_tighter_than_the_tables_pair_which_the_same_code_reproduce
     (weight, full), rest = term.parts
     assert full.pair is Pair.SYMMETRIC
     loose = {Term(((weight, Part(Pair.REPLACE, full.rate, full.noise_multiplier / 2)), rest)): count}
-    epsilon, order = renyi_epsilon(Cumulant(Reduced(0.0, loose)), delta)
-
-    readings = grid_for(loose, Goal(epsilon, math.log(delta), order, epsilon), tolerance=1e-4).read(loose)
-    assert max(each.profile.epsilon(delta) for each in readings) == pytest.approx(value, rel=1e-3)
+    both = laws(loose, delta * 1e-4 / count)
+    places = tuple(Place(tilt, epsilon, tilt) for epsilon, tilt in (law.epsilon(delta) for law in both))
+    answers = grid_for(loose, both, Goal(math.log(delta), places, 1e-4)).answers(loose, delta)
+    assert all(answer.inside for answer in answers)
+    assert max(answer.epsilon for answer in answers) == pytest.approx(value, rel=1e-3)
 
 
 @pytest.mark.parametrize(

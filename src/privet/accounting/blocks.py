@@ -1,9 +1,9 @@
 """Many equal steps in two stages: blocks of about √n steps on a fine grid, then the blocks on a coarse one.
 
-A spacing h adds h²/6 to the variance of each thing that is put on the grid. For n steps on one grid, h must be small
-beside the deviation of one step over √n, while the window must hold the deviation of all n: some √n √n losses. Composing
-blocks of m steps on a spacing h, and the n/m blocks on a spacing h √m, adds only twice as much, and both windows are
-smaller by about √m. Connecting the dots once more keeps both laws' masses, so δ still can only grow.
+A spacing h adds h²/6 to the variance of each thing that is put on the grid. For n steps on one grid, h has to be small
+beside the deviation of one step, while the window has to hold the deviation of all n steps. Composing blocks of m steps
+on a spacing h, and the n/m blocks on a spacing h √m, adds only twice as much, and both windows are smaller by about √m.
+Connecting the dots once more keeps the masses of both laws, so δ still can only grow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LARGEST = 2**21  # losses in the window of a block
 
 
 class TooWideError(Exception):
-    """A block's losses are spread so far that composing it apart saves nothing; no caller outside the grid sees this."""
+    """A block's losses are spread so far that composing it apart saves nothing. `grid_for` handles it."""
 
 
 def block_size(count: int) -> int:

@@ -68,7 +68,7 @@ def certified_delta(
 
 def _checked(claims: list[Claim], fact: float, *, worst: float, slack: float) -> tuple[Claim, tuple[str, ...]]:
     valid = sorted((each for each in claims if not math.isnan(each.value)), key=lambda each: each.value)
-    notes = []
+    notes: list[str] = []
     for place, claim in enumerate(valid):
         if claim.value >= fact * (1.0 - 1e-9) - slack:
             return claim, tuple(notes)

@@ -1,16 +1,15 @@
-"""A grid of losses chosen for one place on the curve, and what is composed on it."""
+"""One direction or both of a composition on a grid of losses, and what is read off it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from privet.accounting.blocks import TooWideError, block_lattice, block_size, refinement
+from privet.accounting.blocks import block_lattice, block_size, refinement
 from privet.accounting.composition import (
     WRAPPED,
     Composition,
@@ -22,68 +21,15 @@ from privet.accounting.composition import (
     tail_of,
     window_for,
 )
+from privet.accounting.goal import Goal, Place, added, finest
 from privet.accounting.lattice import Lattice, lattice_above, lattice_below, rare_lattice, usual_lattice
 from privet.accounting.moments import Law
-from privet.accounting.pairs import mixtures
 from privet.accounting.profile import Answer, Frame, Profile
-from privet.accounting.terms import Pair, Term
+from privet.accounting.terms import Term
 
-__all__ = ["Goal", "Grid", "Place", "grid_for"]
+__all__ = ["Grid", "Prepared", "Unit"]
 
-Array = NDArray[np.float64]
-_MOST_CELLS = 2**18  # of one step on a grid
-_USUAL_CIRCLE = 2**17  # above it a question costs more than some tens of milliseconds
-_LARGEST_CIRCLE = 2**20
-_MOST_LATTICES_KEPT = 256
 _ROOM_FOR_SPECTRA = 64 * 2**20  # bytes a grid
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one direction is composed: the tilt, the ε that it aims at, and how steeply log δ falls there.
-
-    The tilt is for the rounding of the transforms, the slope for the spacing. Where losses have exponential tails the
-    two are the same; where they are rare and heavy the curve is flatter than the saddle point says. Losses above
-    `split` are then composed apart from the others, without a tilt, and blocks of the others at `usual_tilt`.
-    """
-
-    tilt: float
-    epsilon: float
-    slope: float
-    split: float = math.inf
-    usual_tilt: float = 0.0
-
-
-@dataclass(frozen=True)
-class Goal:
-    """The question: log δ, where in each direction, and how much the grid may add: to ε, relative, or to log δ."""
-
-    log_delta: float
-    places: tuple[Place, ...]
-    tolerance: float
-    log_tolerance: float = 0.0
-    below: bool = False
-    one_stage: bool = False
-
-    @property
-    def epsilon(self) -> float:
-        """The largest ε aimed at."""
-        return max(place.epsilon for place in self.places)
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether many equal steps are composed in two stages; blocks are only rounded up."""
-        return not self.below and not self.one_stage
-
-    @property
-    def splits(self) -> bool:
-        """Whether rare heavy losses are composed apart in some direction."""
-        return not self.below and any(math.isfinite(place.split) for place in self.places)
-
-    def allowed(self, place: Place) -> float:
-        """Returns how much the grid may add to ε in one direction: more in one whose ε is not the largest."""
-        sought = max(self.tolerance * max(place.epsilon, 1e-7), self.log_tolerance / max(place.slope, 1e-300))
-        return sought + 0.1 * (self.epsilon - place.epsilon)
 
 
 class Unit(NamedTuple):
@@ -95,7 +41,7 @@ class Unit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """One direction of one unit on a grid whose circle is not known yet."""
 
     lattice: Lattice | None  # None where there are too many to keep them all
@@ -168,7 +114,7 @@ class Grid:
         """Returns the counts in blocks and single steps. A term keeps the size of its blocks as long as the grid."""
         found: dict[Unit, int] = {}
         for term, count in counts.items():
-            most = _finest(self.goal, self.spacing, self.widest)
+            most = finest(self.goal, self.spacing, self.widest)
             size = self._block_sizes.setdefault(term, min(block_size(count), 4 ** int(math.log2(max(most, 1.0)))))
             blocks, single = divmod(count, size)
             if blocks:
@@ -179,7 +125,7 @@ class Grid:
                 found[Unit(term, 1, rare=True)] = count
         return found
 
-    def prepare(self, unit: Unit) -> tuple[_Prepared, ...]:
+    def prepare(self, unit: Unit) -> tuple[Prepared, ...]:
         """Returns a unit's distributions, tilted, in each direction."""
         prepared = []
         for side, place in enumerate(self.goal.places):
@@ -188,7 +134,7 @@ class Grid:
                 # Without a tilt the rounding of a block would lie in its tail, where the rare losses are sought.
                 tilt = place.usual_tilt if math.isfinite(place.split) else place.tilt
                 lattice = block_lattice(lattice, self.spacing, tilt, unit.size, self.goal.log_delta)
-            prepared.append(_Prepared(lattice, tail_of(lattice, self.spacing, place.tilt)))
+            prepared.append(Prepared(lattice, tail_of(lattice, self.spacing, place.tilt)))
         return tuple(prepared)
 
     def _lattice(self, unit: Unit, place: Place, *, forward: bool) -> Lattice:
@@ -203,7 +149,7 @@ class Grid:
         split = max(round(place.split / self.spacing), 1) * self.spacing
         return (rare_lattice if unit.rare else usual_lattice)(term, step, tail, split, forward=forward)
 
-    def start(self, counts: Mapping[Unit, int], prepared: dict[Unit, tuple[_Prepared, ...]]) -> None:
+    def start(self, counts: Mapping[Unit, int], prepared: dict[Unit, tuple[Prepared, ...]]) -> None:
         """Chooses the circles, and composes the counts on them."""
         for side in self.sides:
             size = self.window(side, ((prepared[unit][side].tail, count) for unit, count in counts.items())).size
@@ -218,7 +164,7 @@ class Grid:
         wrapped = WRAPPED if math.isinf(place.split) else 12.0 - self.goal.log_delta
         return window_for(list(tails), self.spacing, wrapped)
 
-    def place(self, unit: Unit, prepared: tuple[_Prepared, ...] | None = None, count: int = 0) -> None:
+    def place(self, unit: Unit, prepared: tuple[Prepared, ...] | None = None, count: int = 0) -> None:
         """Takes a unit's distributions onto the circles, if they are not there yet, and composes `count` of them."""
         if unit in self._directions:
             return
@@ -239,7 +185,7 @@ class Grid:
                 composed.add(spectrum, count)
             self._counts[unit] = count
 
-    def _spectrum(self, side: int, prepared: _Prepared) -> Spectrum:
+    def _spectrum(self, side: int, prepared: Prepared) -> Spectrum:
         assert prepared.lattice is not None
         place = self.goal.places[side]
         return spectrum_of(prepared.lattice, prepared.tail, self.spacing, place.tilt, self._sizes[side])
@@ -340,111 +286,4 @@ class Grid:
 
     def added(self, law: Law, place: Place) -> float:
         """Returns about how much the spacing adds to ε: half the slope times the variance that it adds."""
-        return float(_added(law, place, self.goal, np.array([self.spacing]), self.widest)[0])
-
-
-def grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> Grid:
-    """Returns a grid on which the counts compose with about the goal's error, or the finest allowed.
-
-    Args:
-        counts: The terms and how often each is composed.
-        both: The law of each direction, or a sketch of it; it tells what a spacing adds.
-        goal: What is asked.
-    """
-    try:
-        return _grid_for(counts, both, goal)
-    except TooWideError:
-        return _grid_for(counts, both, replace(goal, one_stage=True))
-
-
-def _grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> Grid:
-    steps = sum(counts.values())
-    wanted = math.inf
-    tries = ((2e-5, _USUAL_CIRCLE), (1e-3, _USUAL_CIRCLE), (1e-3, _LARGEST_CIRCLE))
-    for cut, limit in tries[: 2 if goal.below else 3]:
-        truncation = max(math.exp(max(goal.log_delta, -660.0)) * cut / steps, 1e-290)
-        widest = _widest(counts, truncation)
-        if math.isinf(wanted):
-            wanted = min(_spacing(law, place, goal, widest) for law, place in zip(both, goal.places, strict=True))
-            wanted = max(wanted, 1e-300)
-        grid, prepared = _fitted(counts, goal, max(wanted, widest / _MOST_CELLS), truncation, widest, limit)
-        wrong = [grid.added(law, place) / goal.allowed(place) for law, place in zip(both, goal.places, strict=True)]
-        if max(wrong) <= 10.0:
-            break
-    grid.limited = grid.spacing > wanted
-    if steps == 1:
-        return grid
-    units = grid.units(counts)
-    for unit in units:
-        if unit not in prepared:
-            found = grid.prepare(unit)
-            crowded = len(prepared) >= _MOST_LATTICES_KEPT
-            prepared[unit] = tuple(replace(each, lattice=None) for each in found) if crowded else found
-    grid.start(units, prepared)
-    return grid
-
-
-def _fitted(
-    counts: Mapping[Term, int], goal: Goal, spacing: float, truncation: float, widest: float, limit: int
-) -> tuple[Grid, dict[Unit, tuple[_Prepared, ...]]]:
-    """Returns a grid of at least this spacing whose circles have at most `limit` losses, with a few units prepared."""
-    for _ in range(8):
-        grid = Grid(goal, spacing=spacing, truncation=truncation, widest=widest)
-        units = grid.units(counts)
-        # A few units tell how large the circle has to be for all.
-        probes = dict(list(units.items())[:: -(-len(units) // 6)])
-        prepared = {unit: grid.prepare(unit) for unit in probes}
-        share = sum(counts.values()) / sum(unit.size * count for unit, count in probes.items())
-        size = max(
-            math.sqrt(share)
-            * grid.window(side, ((prepared[unit][side].tail, count) for unit, count in probes.items())).size
-            for side in grid.sides
-        )
-        if size <= limit:
-            break
-        spacing *= 1.1 * size / limit
-    return grid, prepared
-
-
-def _spacing(law: Law, place: Place, goal: Goal, widest: float) -> float:
-    """Returns the coarsest spacing that adds no more than the goal allows to ε."""
-    allowed = goal.allowed(place)
-    coarsest = widest / 64.0 * (law.finest if goal.in_blocks else 1.0)
-    # Where cells are narrower than what the losses vary over, the variance that they add is h²/6 a step.
-    resolved = min(math.sqrt(12.0 * allowed / (max(place.slope, 1e-300) * law.steps)), coarsest)
-    spacings = np.exp(np.linspace(math.log(resolved), math.log(coarsest), 32))
-    wrong = _added(law, place, goal, spacings, widest)
-    misses = np.flatnonzero(wrong > allowed)
-    return float(spacings[max(int(misses[0]) - 1, 0)] if misses.size else spacings[-1])
-
-
-def _added(law: Law, place: Place, goal: Goal, spacings: Array, widest: float) -> Array:
-    """Returns about how much each spacing adds to ε: half of the variance that it adds, times how steep log δ falls.
-
-    Around the mean of the losses, where δ is near 1, log δ is flat but bent, at the scale of the deviation.
-    """
-    variance = law.added(place.tilt, spacings, finest=_finest(goal, spacings, widest))
-    if math.isfinite(place.split):
-        # Of the rare loss that decides, too.
-        return place.slope / 2.0 * (variance + spacings**2 / 6.0)
-    return max(place.slope, law.steepness(place.tilt)) / 2.0 * variance
-
-
-def _finest(goal: Goal, spacing: float | Array, widest: float) -> float | Array:
-    """Returns how many times finer than the grid that of a block may be: it has to hold all losses of a step."""
-    if not goal.in_blocks:
-        return 1.0 + 0.0 * spacing
-    # Beside a split the other direction has a tilt that cuts its losses short.
-    return _MOST_CELLS / min(widest, *(place.split for place in goal.places)) * spacing
-
-
-def _widest(counts: Mapping[Term, int], truncation: float) -> float:
-    """Returns the widest range of losses of one step."""
-    spans = [1e-12]
-    for term in counts:
-        for _, part in term.parts:
-            if part.pair is not Pair.RARE:
-                pair = mixtures(part)
-                ends = pair.loss(np.array(pair.reach(truncation, q=False)))
-                spans.append(float(ends[1] - ends[0]))
-    return max(spans)
+        return float(added(law, place, self.goal, np.array([self.spacing]), self.widest)[0])

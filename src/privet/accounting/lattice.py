@@ -106,9 +106,7 @@ def _of_parts(term: Term, lattice_of: Callable[[Part], Lattice], *, left: bool =
     return Lattice(first, mass, sum(weight * part.infinity for weight, part in parts))
 
 
-def _above(
-    part: Part, step: float, tail: float, *, forward: bool, within: Range = _ALL, tilt: float = 0.0
-) -> Lattice:
+def _above(part: Part, step: float, tail: float, *, forward: bool, within: Range = _ALL, tilt: float = 0.0) -> Lattice:
     if part.pair is Pair.RARE:
         # Whatever is wanted of it: it has no loss but 0 and infinity.
         return Lattice(0, np.array([1.0 - part.rate, 0.0]) * (within.least <= 0.0), part.rate)

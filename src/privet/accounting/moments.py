@@ -141,8 +141,8 @@ class Law:
     def added(self, tilt: float, spacings: Array, *, finest: Array) -> Array:
         """Returns what a grid of each spacing adds to the variance of the tilted loss, dots connected.
 
-        A loss at the share u of its cell is moved to the cell's ends with mean nearly kept: variance h² u (1 - u). Steps
-        in blocks lie on a finer grid; the blocks, and the steps that fill none, add h²/6 each.
+        A loss at the share u of its cell is moved to the cell's ends with mean nearly kept: variance h² u (1 - u).
+        Steps in blocks lie on a finer grid; the blocks, and the steps that fill none, add h²/6 each.
 
         Args:
             tilt: The tilt.

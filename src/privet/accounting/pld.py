@@ -12,15 +12,18 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import replace
+from typing import NamedTuple
 
 from privet._checks import check_positive
 from privet.accounting.accountant import Accountant, Bound
+from privet.accounting.aim import content, eased, first_place, followed, heavy_place, place_of_epsilon, unfit
 from privet.accounting.certificate import Claim, certified_delta, certified_epsilon
 from privet.accounting.event import Event, Relation
 from privet.accounting.gaussian import gaussian_delta, gaussian_epsilon
-from privet.accounting.grid import Goal, Grid, Place, grid_for
+from privet.accounting.goal import CUTS, Goal, Place
+from privet.accounting.grid import Grid
 from privet.accounting.moments import Law, laws, rarest_epsilon_below
-from privet.accounting.profile import Answer
+from privet.accounting.planning import grid_for
 from privet.accounting.rdp import renyi_delta, renyi_epsilon, trivial_epsilon
 from privet.accounting.renyi import Cumulant
 from privet.accounting.terms import Pair, Part, Reduced, Term, reduce_event
@@ -30,7 +33,14 @@ __all__ = ["PldAccountant"]
 _SMALLEST_DELTA = 1e-200  # below it the masses leave the range of float64, and Rényi's bound is used alone
 _LOG_TOLERANCE = 2e-4  # of δ, relative, where δ is asked for
 _KEPT_GRIDS = 12
-_ATTEMPTS = 7
+_ATTEMPTS = 3
+
+
+class _Tried(NamedTuple):
+    """An upper bound on ε, and the grid that gave it."""
+
+    epsilon: float
+    grid: Grid
 
 
 class PldAccountant(Accountant):
@@ -61,13 +71,13 @@ class PldAccountant(Accountant):
             return Bound(value, low if reduced.tight else 0.0, self.name, reduced.notes)
         counts = _counts(reduced)
         both = laws(counts, _tail(delta, counts))
-        starts = [law.epsilon(delta) for law in both]
-        tilt = max(starts)[1]
-        claims, places = [], ()
+        bound, tilt = max(law.epsilon(delta) for law in both)
+        claims: list[Claim] = []
+        places: tuple[Place, ...] = ()
         if math.log(delta) >= math.log(_SMALLEST_DELTA):
-            found, places = self._epsilon_on_grids(counts, both, delta, starts)
+            found, places = self._epsilon_on_grids(counts, both, delta)
             claims.append(Claim(found, self.name))
-        if not claims or claims[0].value > 0.9 * max(starts)[0]:
+        if not claims or claims[0].value > 0.9 * bound:
             # The saddle point's own bound is nearly as good, or better: Rényi's bound is worth its search.
             claims.append(Claim(renyi_epsilon(Cumulant(reduced), delta)[0], "rdp"))
 
@@ -93,7 +103,8 @@ class PldAccountant(Accountant):
         counts = _counts(reduced)
         both, log_delta = _about_delta(counts, epsilon)
         tilt = max(law.log_delta(epsilon) for law in both)[1]
-        claims, places = [], ()
+        claims: list[Claim] = []
+        places: tuple[Place, ...] = ()
         if log_delta >= math.log(_SMALLEST_DELTA):
             found, places = self._delta_on_grids(counts, epsilon, both, log_delta)
             claims.append(Claim(found, self.name))
@@ -125,45 +136,58 @@ class PldAccountant(Accountant):
     # -- ε of δ --------------------------------------------------------------------------------------------------------
 
     def _epsilon_on_grids(
-        self, counts: dict[Term, int], both: tuple[Law, ...], delta: float, starts: list[tuple[float, float]]
+        self, counts: dict[Term, int], both: tuple[Law, ...], delta: float
     ) -> tuple[float, tuple[Place, ...]]:
         """Returns the least ε of the grids that were tried, and where it was found."""
-        log_delta = math.log(delta)
         for goal, grid in self._kept(counts):
-            if -1.0 <= log_delta - goal.log_delta <= 8.0:
+            if -1.0 <= math.log(delta) - goal.log_delta <= 8.0:
                 answers = grid.answers(counts, delta)
-                if answers and not _unfit(answers, both, grid, 3.0 * self.tolerance):
+                if answers and not unfit(answers, both, grid, 3.0 * self.tolerance):
                     self._grids.move_to_end(goal)
                     return max(each.epsilon for each in answers), goal.places
-        places = tuple(
-            _first_place(law, delta, epsilon, tilt) for law, (epsilon, tilt) in zip(both, starts, strict=True)
-        )
-        best, best_places = math.inf, places
-        kept: tuple[Goal, Grid] | None = None
-        for attempt in range(_ATTEMPTS):
-            places = _eased(places, log_delta)
-            goal = Goal(log_delta, places, self.tolerance)
-            grid = grid_for(counts, both, goal)
+        best: _Tried | None = None
+        for cut in CUTS:
+            both = both if cut == CUTS[0] else laws(counts, _tail(delta, counts, cut))
+            tried, good = self._attempts(counts, both, delta, cut)
+            if tried is not None and (best is None or tried.epsilon < best.epsilon):
+                best = tried
+            if good:
+                break
+        if best is None:
+            return math.inf, ()
+        if sum(counts.values()) > 1:
+            self._keep(best.grid.goal, best.grid)
+        return best.epsilon, best.grid.goal.places
+
+    def _attempts(
+        self, counts: dict[Term, int], both: tuple[Law, ...], delta: float, cut: float
+    ) -> tuple[_Tried | None, bool]:
+        """Returns the best of a few grids, each where the answer before lay, and whether it is good enough."""
+        log_delta, starts = math.log(delta), [law.epsilon(delta) for law in both]
+        places = tuple(first_place(law, delta, *start) for law, start in zip(both, starts, strict=True))
+        best: _Tried | None = None
+        for _ in range(_ATTEMPTS):
+            places = eased(places, log_delta)
+            grid = grid_for(counts, both, Goal(log_delta, places, self.tolerance, cut=cut))
             answers = grid.answers(counts, delta)
             if answers is None:
                 break
-            found = max(each.epsilon for each in answers)
-            worse = found >= best * (1.0 - 1e-3) and (attempt > 1 or (kept is not None and goal.splits == kept[0].splits))
-            if found < best or kept is None:
-                best, best_places, kept = found, places, (goal, grid)
-            unfit = _unfit(answers, both, grid, _content(grid, counts) * self.tolerance)
-            if not unfit or worse:
-                break
+            tried = _Tried(max(each.epsilon for each in answers), grid)
+            split_before = best is not None and best.grid.goal.splits and not grid.goal.splits
+            stuck = best is not None and tried.epsilon >= best.epsilon * (1.0 - 1e-3) and not split_before
+            if best is None or tried.epsilon < best.epsilon:
+                best = tried
+            lacking = unfit(answers, both, grid, content(grid, counts) * self.tolerance)
+            if not lacking:
+                return best, True
             following = tuple(
-                _followed(place, answer, starts[side], side in unfit)
-                for side, (place, answer) in enumerate(zip(places, answers, strict=True))
+                followed(place, answer, start, lacking=side in lacking)
+                for side, (place, answer, start) in enumerate(zip(places, answers, starts, strict=True))
             )
-            if following == places:
+            if stuck or following == places:
                 break
             places = following
-        if kept is not None and sum(counts.values()) > 1:
-            self._keep(*kept)
-        return best, best_places
+        return best, False
 
     def _kept(self, counts: dict[Term, int]) -> list[tuple[Goal, Grid]]:
         """Returns the kept grids that may serve, the latest first, those of the very counts before all others."""
@@ -187,15 +211,17 @@ class PldAccountant(Accountant):
                 if found is not None:
                     self._grids.move_to_end(goal)
                     return found, goal.places
-        best, tried = 1.0, ()
-        for _ in range(_ATTEMPTS):
+        best = 1.0
+        tried: tuple[Place, ...] = ()
+        for cut in CUTS:
+            both = laws(counts, _tail(math.exp(log_delta), counts, cut))
             # A tilt of 2 log(1/δ) / ε shows that the smaller direction is below δ; a larger one needs a finer spacing.
             enough = -2.0 * min(log_delta, -1.0) / max(epsilon, 1e-12)
             places = tuple(
                 replace(place, tilt=min(place.tilt, enough), slope=min(place.slope, enough))
-                for place in (_place_of_epsilon(law, epsilon) for law in both)
+                for place in (place_of_epsilon(law, epsilon) for law in both)
             )
-            goal = Goal(log_delta, places, self.tolerance, log_tolerance=_LOG_TOLERANCE)
+            goal = Goal(log_delta, places, self.tolerance, log_tolerance=_LOG_TOLERANCE, cut=cut)
             grid = grid_for(counts, both, goal)
             profiles = grid.read(counts)
             if profiles is None:
@@ -206,15 +232,13 @@ class PldAccountant(Accountant):
                 if sum(counts.values()) > 1:
                     self._keep(goal, grid)
             # What a grid cuts off is sized by the δ that it was made for.
-            if found <= 0.0 or math.log(found) > log_delta - 3.0:
+            good = self._delta_on(grid, counts, epsilon, both) is not None
+            if found <= 0.0 or (good and math.log(found) > log_delta - 3.0):
                 break
-            log_delta = math.log(found)
-            both = laws(counts, _tail(found, counts))
+            log_delta = min(log_delta, math.log(found))
         return best, tried
 
-    def _delta_on(
-        self, grid: Grid, counts: dict[Term, int], epsilon: float, both: tuple[Law, ...]
-    ) -> float | None:
+    def _delta_on(self, grid: Grid, counts: dict[Term, int], epsilon: float, both: tuple[Law, ...]) -> float | None:
         """Returns δ at ε on a kept grid, or None where that grid is too coarse for it."""
         profiles = grid.read(counts)
         if profiles is None or len(profiles) != len(both):
@@ -257,93 +281,9 @@ class PldAccountant(Accountant):
         return max((profile.delta(epsilon) for profile in profiles or []), default=0.0)
 
 
-def _tail(delta: float, counts: dict[Term, int]) -> float:
+def _tail(delta: float, counts: dict[Term, int], cut: float = CUTS[0]) -> float:
     """Returns the probability below which a loss of one step does not count for the sketch of the curve."""
-    return max(delta * 1e-4 / sum(counts.values()), 1e-300)
-
-
-def _content(grid: Grid, counts: dict[Term, int]) -> float:
-    """Returns at how many tolerances an answer is good enough: more where a better one is not to be had, or is dear."""
-    if grid.limited or grid.goal.splits:
-        return 20.0
-    return 1.5 if len(counts) < 32 else 6.0
-
-
-def _unfit(answers: list[Answer], both: tuple[Law, ...], grid: Grid, tolerance: float) -> set[int]:
-    """Returns the directions whose answers are worse than `tolerance`, among those that decide the maximum."""
-    highest = max(each.epsilon for each in answers)
-    unfit = set()
-    for side, (answer, place) in enumerate(zip(answers, grid.goal.places, strict=True)):
-        if answer.epsilon < highest * (1.0 - tolerance) or highest == 0.0:
-            continue
-        if not answer.inside or math.isinf(answer.epsilon):
-            unfit.add(side)
-            continue
-        slope = max(answer.slope, 1e-300)
-        added = grid.added(both[min(side, len(both) - 1)], replace(place, slope=slope))
-        if answer.lost / slope + added > tolerance * max(answer.epsilon, 1e-7):
-            unfit.add(side)
-    return unfit
-
-
-def _first_place(law: Law, delta: float, epsilon: float, tilt: float) -> Place:
-    """Returns where to compose first: at the saddle point, or apart from rare heavy losses where these decide δ."""
-    jump, slope = law.jump(delta)
-    if law.steps == 1:
-        return Place(0.0, jump, slope)
-    return _heavy_place(law, delta, jump, slope, tilt) or Place(tilt, max(epsilon, 0.0), tilt)
-
-
-def _place_of_epsilon(law: Law, epsilon: float) -> Place:
-    """Returns the same for a given ε."""
-    jump, slope = law.jump_delta(epsilon)
-    if law.steps == 1:
-        return Place(0.0, epsilon, slope)
-    tilt = law.log_delta(epsilon)[1]
-    return _heavy_place(law, jump, epsilon, slope, tilt) or Place(tilt, epsilon, tilt)
-
-
-def _heavy_place(law: Law, delta: float, epsilon: float, slope: float, tilt: float) -> Place | None:
-    """Returns where to compose rare heavy losses apart, or None where δ is not decided by one of them.
-
-    At the saddle point one of many steps has a large loss then, and the others next to none. Where several share in ε,
-    the saddle point is the better place.
-    """
-    if epsilon <= 0.0 or delta <= 1e-300:
-        return None
-    split = law.split(delta, epsilon)
-    if split is None or law.expected_above(split[0], tilt) > 1.5:
-        return None
-    return Place(0.0, epsilon, slope, *split)
-
-
-def _eased(places: tuple[Place, ...], log_delta: float) -> tuple[Place, ...]:
-    """Returns the places, with a smaller tilt where a direction only has to be shown to stay far below the other.
-
-    A tilt of 2 log(1/δ) / ε shows that, if anything does; a larger one would need a spacing of its own.
-    """
-    highest = max(place.epsilon for place in places)
-    enough = -2.0 * log_delta / max(highest, 1e-300)
-    return tuple(
-        replace(place, tilt=enough, slope=enough) if place.epsilon < 0.5 * highest and place.tilt > enough else place
-        for place in places
-    )
-
-
-def _followed(place: Place, answer: Answer, start: tuple[float, float], unfit: bool) -> Place:  # noqa: FBT001
-    """Returns where to compose next: at the answer, with the slope that was found there."""
-    if math.isfinite(place.split):
-        if answer.inside and answer.lost < 0.05:
-            return replace(place, epsilon=answer.epsilon, slope=answer.slope)
-        return Place(start[1], max(start[0], 0.0), start[1])
-    if not answer.inside:
-        # The window lay beside the answer: the losses that matter are smaller than those of this tilt.
-        epsilon = answer.epsilon if math.isfinite(answer.epsilon) else place.epsilon
-        return Place(place.tilt / 3.0, epsilon * 0.9, place.slope / 3.0)
-    tilt = place.tilt
-    if unfit and answer.lost > 1e-3 * max(1.0, answer.slope * answer.epsilon):
-        tilt = answer.slope
-    return Place(tilt, answer.epsilon, answer.slope)
+    return max(delta * cut / sum(counts.values()), 1e-290)
 
 
 def _least_epsilon(counts: dict[Term, int], delta: float, tilt: float) -> float:
@@ -370,13 +310,13 @@ def _about_delta(counts: dict[Term, int], epsilon: float) -> tuple[tuple[Law, ..
     for _ in range(2):
         both = laws(counts, _tail(math.exp(log_delta), counts))
         log_delta = max(_log_delta_of(law, epsilon) for law in both)
-    return both, log_delta
+    return laws(counts, _tail(math.exp(log_delta), counts)), log_delta
 
 
 def _log_delta_of(law: Law, epsilon: float) -> float:
     jump, slope = law.jump_delta(epsilon)
     bound, tilt = law.log_delta(epsilon)
-    if _heavy_place(law, jump, epsilon, slope, tilt) is not None:
+    if heavy_place(law, jump, epsilon, slope, tilt) is not None:
         return math.log(jump)
     # Chernoff's bound is above δ by about √2π times the tilt times the deviation.
     return min(0.0, bound - 2.5)

@@ -143,6 +143,8 @@ class Profile:
             needed = self._log_scale - frame.window.wrapped - math.log(delta - self._infinity)
             above = max(frame.top, frame.floor, frame.reference + needed / max(frame.tilt, 1e-300))
             epsilon = above if target <= 0.0 or math.isinf(epsilon) else epsilon
+        if math.isinf(epsilon):
+            return Answer(math.inf, inside=False, slope=1.0, lost=1.0)
         epsilon *= 1.0 + 1e-12
         if self.delta(epsilon + self._offset) > delta * (1.0 + 1e-9):
             inside, epsilon = False, self._raised(epsilon, delta)
@@ -156,6 +158,8 @@ class Profile:
             if self.delta(high + self._offset) <= delta or math.isinf(high):
                 break
             low, high = high, 2.0 * high
+        if math.isinf(high):
+            return math.inf
         for _ in range(60):
             middle = low + (high - low) / 2.0
             low, high = (low, middle) if self.delta(middle + self._offset) <= delta else (middle, high)

@@ -32,7 +32,7 @@ def best_order(objective: Callable[[float], float], largest: float) -> tuple[flo
     """
 
     def order_of(exponent: float) -> float:
-        return 1.0 + 2.0**exponent
+        return float(1.0 + 2.0**exponent)
 
     limit = math.log2(largest - 1.0)
     exponents = [0.0, 1.0, 2.0]
@@ -120,7 +120,12 @@ class RdpAccountant(Accountant):
             delta=delta,
             least=lambda: rarest_epsilon_below(reduced.terms, delta),
         )
-        return Bound(upper=claim.value, lower=known if lower and reduced.tight else 0.0, method=claim.method, notes=reduced.notes + notes)
+        return Bound(
+            upper=claim.value,
+            lower=known if lower and reduced.tight else 0.0,
+            method=claim.method,
+            notes=reduced.notes + notes,
+        )
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns Rényi's bound on δ, or the one without amplification where that is less; its lower bound is weak."""
@@ -134,4 +139,9 @@ class RdpAccountant(Accountant):
         claim, known, notes = certified_delta(
             [Claim(value, self.name)], reduced=reduced, epsilon=epsilon, least=lambda: 0.0
         )
-        return Bound(upper=claim.value, lower=known if lower and reduced.tight else 0.0, method=claim.method, notes=reduced.notes + notes)
+        return Bound(
+            upper=claim.value,
+            lower=known if lower and reduced.tight else 0.0,
+            method=claim.method,
+            notes=reduced.notes + notes,
+        )

@@ -1,6 +1,7 @@
 """Cumulants K(α) = log E_Q[(P/Q)^α] = (α - 1) ρ(α) of every dominating pair: what Rényi accounting adds up.
 
-Sources, at the lines that implement them: Mironov, Talwar and Zhang, arXiv 1908.10530; Charles et al., 2407.07737. Every value is rounded up by its stated error.
+Sources, at the lines that implement them: Mironov, Talwar and Zhang, arXiv 1908.10530; Charles et al., 2407.07737.
+Every value is rounded up by its stated error.
 """
 
 from __future__ import annotations

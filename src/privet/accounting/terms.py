@@ -76,8 +76,8 @@ class Reduced:
     """What an event amounts to: all unsampled Gaussians as one shift μ, the sampled terms with their counts, notes.
 
     `unamplified` is μ² of the one Gaussian that everything would be without sampling. It bounds the whole: sampling
-    never makes a loss worse, since the hockey-stick divergence is jointly convex. `tight` says whether some two data sets
-    attain what is composed; a lower bound on it is a lower bound on ε only then.
+    never makes a loss worse, since the hockey-stick divergence is jointly convex. `tight` says whether some two data
+    sets attain what is composed; a lower bound on it is a lower bound on ε only then.
     """
 
     squared_mu: float = 0.0
@@ -313,7 +313,9 @@ class _Reduction:
     def result(self) -> Reduced:
         if math.isinf(self.squared_mu):
             self.infinite = True
-        return Reduced(self.squared_mu, dict(self.terms), self.infinite, tuple(self.notes), self.unamplified, self.tight)
+        return Reduced(
+            self.squared_mu, dict(self.terms), self.infinite, tuple(self.notes), self.unamplified, self.tight
+        )
 
 
 def reduce_event(event: Event, *, relation: Relation = Relation.ADD_OR_REMOVE_ONE, group_size: int = 1) -> Reduced:
