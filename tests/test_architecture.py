@@ -97,7 +97,7 @@ DRAWING = {
     "urandom",
 }
 PRIVILEGES = {
-    "intercepts operations": (INTERCEPTION, ("gradients/capture/capture.py",)),
+    "intercepts operations": (INTERCEPTION, ("gradients/capture/watched.py",)),
     "hooks modules and gradients": (
         HOOKS,
         ("gradients/capture/",),
@@ -270,7 +270,7 @@ def test_a_planted_violation_is_seen(path, source):
         ("step.py", "from privet.gradients.capture.capture import Capture\nfrom privet.errors import ProtocolError"),
         ("gradients/rules/linear.py", "from ..use import Use\nfrom privet.gradients.rules.registry import Rule"),
         ("gradients/capture/tripwire.py", "parameter.register_post_accumulate_grad_hook(f)"),
-        ("gradients/capture/capture.py", "class Capture(TorchFunctionMode):\n    def __torch_function__(self): ..."),
+        ("gradients/capture/watched.py", "class Capture(TorchFunctionMode):\n    def __torch_function__(self): ..."),
         ("noise/secure.py", "key = os.urandom(32)"),
         ("sampling/poisson.py", "torch.rand(3)"),
         (

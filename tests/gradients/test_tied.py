@@ -118,17 +118,18 @@ def largest(net: nn.Module, batch: tuple[Tensor], loss: Any) -> int:
     from privet.gradients.capture.capture import Capture
     from privet.gradients.capture.coverage import learn_layouts
     from privet.gradients.summation import clipped_sum
+    from privet.gradients.use import Recorded
 
-    parameters, found = dict(net.named_parameters()), list[Any]()
-    capture = Capture(parameters, on_backward=found.append)
+    parameters = dict(net.named_parameters())
     n = len(batch[0])
+    capture, recorded = Capture(parameters), Recorded(examples=n)
     learn_layouts(capture, lambda b: (loss(net, b),), batch, examples=n)
-    capture.begin(n)
+    capture.begin(n, recorded)
     losses = loss(net, batch)
     capture.end([losses])
     losses.sum().backward()
     with Largest() as mode:
-        clipped_sum(found[0], parameters, Flat(1.0))
+        clipped_sum(recorded, parameters, Flat(1.0))
     return mode.elements
 
 
