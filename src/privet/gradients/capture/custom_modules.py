@@ -17,11 +17,13 @@ __all__ = ["watch_custom_modules"]
 
 
 class _Watch:
-    """The two hooks of one module."""
+    """The two hooks of one module, which hide its parameters while it runs and take it as one operation."""
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self._entered: list[Cycle | None] = []  # by call that has not returned: None for one that is not watched
+
+    # A call of the module is one entry of the list, so that a module may be called from inside of itself.
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered.append(self._capture.enter_module(module))
