@@ -190,8 +190,8 @@ class _LSTM(Cell):
         # g = 2 s - 1, from what the forward kept.
         signed = torch.mul(by_gate[:, :, 2], 2, out=scratch(squashed.shape, z)).sub_(1)
         # One call of the sigmoid's backward serves all four gates. At g it gives s (1 - s) times what comes in: that
-        # is a quarter of the gradient. The loop leaves it so. The matrix makes up for it where the gradient goes on to the state
-        # before, and the last line does so for all steps at once.
+        # is a quarter of the gradient. The loop leaves it so. The matrix makes up for it where the gradient goes on
+        # to the state before, and the last line does so for all steps at once.
         matrix = (weights.hidden.view(4, size, -1) * z.new_tensor([1, 1, 4, 1]).view(4, 1, 1)).view(width, -1)
         inp, forget, _, out = (g.unbind(0) for g in by_gate.unbind(2))
         d_inp, d_forget, d_cand, d_out = (g.unbind(0) for g in d_by_gate.unbind(2))
