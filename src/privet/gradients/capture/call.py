@@ -67,15 +67,16 @@ class CapturedCall:
 
     def uses(
         self, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Iterator[tuple[str | Derivation, Use]]:
-        """Yields each target of the operation with its use."""
-        kept = [None if t is None else self.examples_first(t) for t in self.operation.saved(data)]
+    ) -> list[tuple[str | Derivation, Use]]:
+        """Returns each target of the operation with its use."""
+        operation = self.operation
+        kept = [None if t is None else self.examples_first(t) for t in operation.saved(data)]
         gradient = self.examples_first(gradients[0].detach())
         # An operation of several outputs has one gradient for each: the others follow the data.
         kept.extend(self.examples_first(g.detach()) for g in gradients[1:])
-        shapes = dict(zip(self.roles, (tuple(v.shape) for v in values), strict=True))
-        for role, target in self.targets.items():
-            yield target, Use(self.operation, role, tuple(kept), gradient, shapes[role])
+        met = tuple(kept)
+        shapes = {role: tuple(v.shape) for role, v in zip(self.roles, values, strict=True)}
+        return [(target, Use(operation, role, met, gradient, shapes[role])) for role, target in self.targets.items()]
 
 
 class CapturedOperation(torch.autograd.Function):

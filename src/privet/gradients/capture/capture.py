@@ -152,8 +152,9 @@ class Capture:
         if cycle.opaque:
             args, kwargs = tree_map(partial(_hidden, cycle.opaque), (args, kwargs))
         tensors = list(tensors_among(itertools.chain(args, kwargs.values())))
-        rooted = [self.roots.is_root(t) for t in tensors]
-        roots = [t for t, is_root in zip(tensors, rooted, strict=True) if is_root]
+        is_root = self.roots.is_root
+        rooted = [is_root(t) for t in tensors]
+        roots = [t for t, found in zip(tensors, rooted, strict=True) if found]
         if not roots:
             return func(*args, **kwargs)
         call = _Call(self, cycle)
@@ -164,12 +165,12 @@ class Capture:
         labels = tuple(map(self.roots.label, roots))
         for index, t in enumerate(tensors):
             if not rooted[index] and t.dim():
-                call.learn(Site(func, labels, index, t.dim()), t)
+                call.layouts[id(t)] = call.layout_at(Site(func, labels, index, t.dim()), t)
         if func in EXPANSIONS:
             result = expansion(call, func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if call.has_data:
+        if any(layout is not Layout.CONSTANT for layout in call.layouts.values()):
             handler = self.handler_of(func)
             result = NotImplemented if handler is None else handler(call, func, args, kwargs)
             return fallback(call, func, args, kwargs) if result is NotImplemented else result
@@ -251,27 +252,21 @@ class _Call:
     Each interception has its own: handlers run in several threads, and call operations that are intercepted in turn.
     """
 
-    __slots__ = ("_capture", "_cycle", "_layouts", "is_root", "label")
+    __slots__ = ("_capture", "_cycle", "is_root", "layouts")
 
     def __init__(self, capture: Capture, cycle: Cycle) -> None:
         self._capture = capture
         self._cycle = cycle
-        self._layouts: dict[int, Layout] = {}  # of the operation's tensor arguments, by their ids
+        self.layouts: dict[int, Layout] = {}  # of the operation's tensor arguments, by their ids
         self.is_root = capture.roots.is_root
-        self.label = capture.roots.label
 
-    @property
-    def has_data(self) -> bool:
-        """Returns whether some argument has an axis of examples."""
-        return any(layout is not Layout.CONSTANT for layout in self._layouts.values())
-
-    def learn(self, site: Site, t: Tensor) -> None:
-        """Finds out how the examples lie in one argument, and keeps it for the handler."""
-        self._layouts[id(t)] = self.layout_at(site, t)
+    def label(self, root: Tensor) -> str:
+        """Returns a parameter's name, or a derived tensor's label, for messages."""
+        return self._capture.roots.label(root)
 
     def layout(self, t: Tensor) -> Layout:
         """Returns how the examples lie in `t`, a tensor argument of the operation being handled."""
-        return self._layouts.get(id(t), Layout.CONSTANT)
+        return self.layouts.get(id(t), Layout.CONSTANT)
 
     def layout_of_result(self, func: Callable[..., Any], root: Tensor, result: Tensor) -> Layout:
         """Returns how the examples lie in a result made from `root` alone, as by `expand`."""
@@ -305,7 +300,7 @@ class _Call:
             roots: the parameters by role; frozen and absent ones may be among them.
             layout: how the examples lie in data and output, if not as in the first of the data.
         """
-        capture, cycle = self._capture, self._cycle
+        capture, cycle, known = self._capture, self._cycle, self._capture.roots
         layout = self.layout(data[0]) if layout is None else layout
         values = {role: root for role, root in roots.items() if root is not None}
         watched = {role: root for role, root in values.items() if self.is_root(root)}
@@ -326,18 +321,16 @@ class _Call:
             routed,
             capture.batch_first,
             roles=tuple(values),
-            targets={role: capture.roots.target(root) for role, root in watched.items()},
+            targets={role: known.target(root) for role, root in watched.items()},
             data_count=len(data),
         )
-        plain = [self._plain(value) for value in values.values()]
-        edge = capture.parameters[next(s for root in watched.values() for s in capture.roots.sources(root))]
+        plain = [self._plain(value) if role in watched else value for role, value in values.items()]
+        edge = known.parameters[known.sources(next(iter(watched.values())))[0]]
         return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
 
-    def _plain(self, value: Tensor) -> Tensor:
-        """Returns a root as a tensor that needs no gradient, and another value as it is."""
-        if not self.is_root(value):
-            return value
-        plain = value.detach()
+    def _plain(self, root: Tensor) -> Tensor:
+        """Returns a root as a tensor that needs no gradient."""
+        plain = root.detach()
         if self._capture.channels_last and plain.dim() == 4:
             return plain.to(memory_format=torch.channels_last)
         return plain
