@@ -239,9 +239,12 @@ class Capture:
         sink = cycle.sink
         if sink is None:  # given up since, by a hook of the user's: nothing is handed over
             return
-        cycle.queued = False
         if cycle.last:
-            self.release()  # before the sink hears of it, so that an error there leaves nothing behind
+            # Before the sink hears of it, so that an error there leaves nothing behind. The cycle stays queued: if this
+            # is interrupted, the next forward must not share the cycle, which holds the uses of this one.
+            self.release()
+        else:
+            cycle.queued = False
         with torch.no_grad():
             sink.done()
 
