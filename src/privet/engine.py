@@ -68,8 +68,6 @@ class _Watched:
         )
 
     def _received(self, recorded: Recorded) -> None:
-        if self.instrument.empty:  # the made-up example that kept the structure has no part in the sum
-            recorded = Recorded(examples=0)
         examples = recorded.examples or 0
         scale = float(max(examples, 1)) if self._mean else 1.0
         if self.materialised is not None:

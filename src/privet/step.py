@@ -15,8 +15,8 @@ from privet.accounting.ledger import Budget, Ledger
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import check_coverage
 from privet.gradients.capture.custom_modules import watch_custom_modules
+from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.instrument import examples_in
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.clipped_sum import ClippedSum
@@ -140,12 +140,16 @@ class PrivateStep:
         self._key = key
         self._has_loader = False
         self._expected = divisor
-        self._checked = 0
-        self._trainable: frozenset[str] = frozenset()
-        self._capture = Capture(parameters, on_backward=_nobody)
+        self._capture = Capture(parameters)
         self._way = self._way_to_sums(passes, compiled=compile)
         watch_custom_modules(model, self._capture)
-        self._tripwires = Tripwires(parameters, self._capture.release)
+        self._first = FirstBatch(
+            model,
+            self._capture,
+            Tripwires(parameters, self._capture.release),
+            lambda inputs: [self._losses(inputs, examples_in(inputs))],
+            also=lambda inputs: refuse_mixing(self._loss, (inputs,), {}),
+        )
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(optimizer)
 
@@ -196,9 +200,7 @@ class PrivateStep:
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
         examples = examples_in(batch)
-        trainable = refuse_thawed(self.model, self._update.parameters)
-        if trainable != self._trainable:  # what uses the others was not looked at
-            self._trainable, self._checked = trainable, 0
+        self._first.trains(refuse_thawed(self.model, self._update.parameters))
         losses, clipped = self._summed(batch, examples)
         self._update.receive(clipped, examples=examples)
         try:
@@ -236,8 +238,8 @@ class PrivateStep:
         return losses[0] if len(losses) == 1 else torch.cat(losses), total
 
     def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
-        if self._checked < min(examples, 2):
-            self._check(batch, examples)
+        if self._first.due(examples):
+            self._first.run(batch, examples)
             if isinstance(self._way, TwoPass):
                 free_idle()  # the check held all uses of the model at once, which no step will
         parameters, policy, size, absent = self._private(), self.mechanism.clipping, examples, None
@@ -275,19 +277,6 @@ class PrivateStep:
             )
         return losses
 
-    def _check(self, batch: Any, examples: int) -> None:
-        conclusive = check_coverage(
-            self.model,
-            self._capture,
-            lambda inputs: [self._losses(inputs, examples_in(inputs))],
-            batch,
-            tripwires=self._tripwires,
-            examples=examples,
-        )
-        if examples > 1:
-            refuse_mixing(self._loss, (batch,), {})
-        self._checked = min(examples, 2) if conclusive else 0
-
     def _private(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._update.parameters.items() if p.requires_grad}
 
@@ -296,7 +285,3 @@ def _usual_size(mechanism: Mechanism, expected: float) -> int:
     """Returns the size of a batch that only one Poisson batch in some forty exceeds; of public numbers."""
     spread = 2.0 * math.sqrt(expected) if isinstance(mechanism.sampling, Poisson) else 0.0
     return max(1, math.ceil(expected + spread))
-
-
-def _nobody(recorded: Recorded) -> None:
-    """Takes what a backward outside of any step recorded, which there is none of."""

@@ -341,7 +341,7 @@ def test_nothing_is_left_in_the_parameters():
     step((torch.randn(4, 6),))
     assert all(p.grad is None and type(p) is nn.Parameter for p in model.parameters())
     assert not step._capture.watching
-    assert step._capture.on_use is None
+    assert step._capture.cycle is None
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def test_a_gradient_that_was_not_captured_trips_the_wire():
     with pytest.raises(CoverageError, match="weight"):
         step(batch)
     assert all(p.grad is None for p in net.parameters())
-    assert step._capture.on_use is None
+    assert step._capture.cycle is None
     step._loss._loss = case_loss
     step(batch)
 

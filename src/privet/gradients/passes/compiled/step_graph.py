@@ -8,7 +8,7 @@ A graph holds for the situation that it was traced in. What is known to shape a 
 a new graph is traced where anything differs; what would make a graph wrong later is refused when it is traced:
 
     what the model or loss does                         what happens
-    a branch on values of tensors, `.item()`            refused: a graph takes no turns
+    a branch on values of tensors, `.item()`            refused: a graph has no branches
     writes to a buffer, or a number to an attribute     refused: a graph would not
     leaves a tensor on a module                         refused if the next forward reads it
     Python's or NumPy's random numbers                  refused: they would be the same for ever
