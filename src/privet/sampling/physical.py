@@ -9,12 +9,10 @@ from typing import Literal
 import torch
 
 from privet._checks import check_count
-from privet.batches.cut import cut_rows
-from privet.batches.fill import fill_rows
 from privet.errors import ConfigurationError, OutOfMemoryError
 from privet.sampling.base import BatchTicket
 
-__all__ = ["PhysicalSize", "cut_rows", "fill_rows", "tickets_of"]
+__all__ = ["PhysicalSize", "tickets_of"]
 
 
 class PhysicalSize:
