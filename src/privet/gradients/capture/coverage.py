@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from privet.batches.cut import first_examples
+from privet.batches.grow import detached, grown, opaque_in, refuse_read_once
+from privet.batches.structure import REGISTER
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.tripwire import Tripwires
@@ -32,32 +34,6 @@ _ATTEMPTS = 8
 _EXAMPLES = 16
 """As many are looked at: enough that parts which few examples reach, such as experts, are met."""
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _grown(inputs: Any, examples: int, axis: int) -> Any:
-    """Returns the inputs with one more example, a copy of the first, wherever the batch axis shows."""
-
-    def grow(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
-            return torch.cat([leaf, leaf.narrow(axis, 0, 1)], dim=axis)
-        return leaf
-
-    return tree_map(grow, inputs)
-
-
-def _fewer(inputs: Any, examples: int, axis: int) -> Any:
-    """Returns the first examples of the inputs, cut wherever the batch axis shows."""
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
-            return leaf.narrow(axis, 0, _EXAMPLES)
-        return leaf
-
-    return tree_map(cut, inputs)
-
-
-def _detached(inputs: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def check_coverage(
@@ -87,7 +63,8 @@ def check_coverage(
         UnsupportedModelError: if the batch axis cannot be told somewhere.
         CoverageError: if what was captured is not what autograd finds, with the parameters by name.
     """
-    inputs = _detached(inputs)
+    refuse_read_once(inputs)
+    inputs = detached(inputs)
     with undisturbed(module) as restore, torch.enable_grad():
 
         def check(some: Any, count: int) -> bool:
@@ -107,7 +84,7 @@ def check_coverage(
             known = {site: set(layouts) for site, layouts in capture.layouts.known.items()}
             if examples > _EXAMPLES:
                 try:
-                    return check(_fewer(inputs, examples, batch_axis), _EXAMPLES)
+                    return check(first_examples(inputs, _EXAMPLES, examples=examples, axis=batch_axis), _EXAMPLES)
                 except PrivetError:
                     raise
                 except Exception:  # noqa: BLE001 - a model may want all of the batch, and then says what is wrong with it
@@ -141,11 +118,11 @@ def learn_layouts(
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
     """
-    grown = _grown(inputs, examples, batch_axis)
+    larger = grown(inputs, examples=examples, axis=batch_axis)
     for _ in range(_ATTEMPTS):
         before = capture.layouts.learned
         traces, failures = [], []
-        for some, count in ((inputs, examples), (grown, examples + 1)):
+        for some, count in ((inputs, examples), (larger, examples + 1)):
             capture.layouts.trace = []
             restore()
             capture.begin(count)
@@ -161,20 +138,22 @@ def learn_layouts(
         if settled and not failures:
             return
         if failures and capture.layouts.learned == before:
-            raise _explained(*failures[0], examples=examples, axis=batch_axis)
+            raise _explained(*failures[0], inputs=inputs, examples=examples, axis=batch_axis)
     raise UnsupportedModelError(
         f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "
         "axis cannot be told. Expected the same operations whatever the size of the batch."
     )
 
 
-def _explained(count: int, error: Exception, *, examples: int, axis: int) -> Exception:
+def _explained(count: int, error: Exception, *, inputs: Any, examples: int, axis: int) -> Exception:
     if count == examples or isinstance(error, PrivetError):
         return error
+    closed = opaque_in(inputs)
+    hint = f" What holds no examples that can be seen got none: {'; '.join(closed)}. {REGISTER}" if closed else ""
     explained = UnsupportedModelError(
         f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
         f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
-        "axis is there, and no other input of that size there."
+        f"axis is there, and no other input of that size there.{hint}"
     )
     explained.__cause__ = error  # memory may have run out: a smaller batch is the cure then
     return explained

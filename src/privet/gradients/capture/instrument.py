@@ -6,15 +6,17 @@ trainable parameter one: a gradient that reaches a parameter came by a way that 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from privet.batches.count import count_examples
+from privet.batches.cut import without_examples
+from privet.batches.grow import one_of_zeros
+from privet.batches.structure import Arguments
+from privet.batches.tree import tensors_in
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import check_coverage
@@ -23,33 +25,7 @@ from privet.gradients.capture.hook import Hook, nothing, refuse_copy
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.use import Recorded
 
-__all__ = ["Instrument", "examples_in", "tensors_in"]
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Returns the tensors in nested containers, dataclasses included."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found.extend(tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]))
-    return found
-
-
-def examples_in(inputs: Any, batch_axis: int = 0) -> int:
-    """Returns the number of examples: the size of the first tensor along the batch axis.
-
-    Raises:
-        UnsupportedModelError: if there is no tensor that has that axis.
-    """
-    for t in tensors_in(inputs):
-        if t.dim() > batch_axis:
-            return t.shape[batch_axis]
-    raise UnsupportedModelError(
-        f"no input of the model is a tensor with an axis {batch_axis}, so that the examples cannot be counted. "
-        "Expected tensors as arguments, or in tuples, lists and dicts."
-    )
+__all__ = ["Instrument"]
 
 
 class Instrument:
@@ -118,12 +94,12 @@ class Instrument:
             return None
         if trainable != self._trainable:  # what uses the others was not looked at
             self._trainable, self._checked = trainable, 0
-        examples = examples_in((args, kwargs), self._axis)
+        examples = count_examples(Arguments(args, kwargs), self._axis, name="the inputs")
         replaced = None
         self._empty = examples == 0
         if self._empty:
             examples = 1
-            args, kwargs = replaced = tree_map(self._one_zero, args), tree_map(self._one_zero, kwargs)
+            args, kwargs = replaced = one_of_zeros(Arguments(args, kwargs), axis=self._axis)
         if self._checked < min(examples, 2):  # an empty batch too needs to know the axis of its one zero example
             self._check(args, kwargs, examples)
         self.capture.begin(examples, made_up=self._empty)
@@ -141,7 +117,7 @@ class Instrument:
         if not self._empty:
             self._check_outputs(outputs, self.capture.examples)
             return None
-        return tree_map(self._without_rows, output)
+        return without_examples(output, self._axis)
 
     def _fail(self, error: Exception | None) -> None:
         """Leaves nothing of a forward that broke off."""
@@ -150,26 +126,6 @@ class Instrument:
             raise error
 
     # -- what is asked of the model ----------------------------------------------------------------------------------
-
-    def _one_zero(self, leaf: Any) -> Any:
-        """Returns one all-zero example in place of none."""
-        if not isinstance(leaf, Tensor) or leaf.dim() <= self._axis or leaf.shape[self._axis] != 0:
-            return leaf
-        shape = list(leaf.shape)
-        shape[self._axis] = 1
-        return leaf.new_zeros(shape)
-
-    def _without_rows(self, leaf: Any) -> Any:
-        """Returns no row of what the made-up example brought."""
-        if isinstance(leaf, Tensor):
-            one_row = leaf.dim() > self._axis and leaf.shape[self._axis] == 1
-            return leaf.narrow(self._axis, 0, 0) if one_row else leaf
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            empty = copy.copy(leaf)
-            for f in dataclasses.fields(leaf):
-                object.__setattr__(empty, f.name, tree_map(self._without_rows, getattr(leaf, f.name)))
-            return empty
-        return leaf
 
     def _outputs(self, output: Any) -> list[Tensor]:
         return [t for t in tensors_in(output) if t.requires_grad]
@@ -193,7 +149,7 @@ class Instrument:
         def run(inputs: Any) -> list[Tensor]:
             positional, keyword = inputs
             outputs = self._outputs(self._module(*positional, **keyword))
-            self._check_outputs(outputs, examples_in(inputs, self._axis))
+            self._check_outputs(outputs, count_examples(inputs, self._axis, name="the inputs"))
             return outputs
 
         self._suspended = True
@@ -202,7 +158,7 @@ class Instrument:
                 self._module,
                 self.capture,
                 run,
-                (args, kwargs),
+                Arguments(args, kwargs),
                 tripwires=self._tripwires,
                 examples=examples,
                 batch_axis=self._axis,
