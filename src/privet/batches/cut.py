@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from privet.batches.count import each_of
-from privet.batches.leaves import cut, shows, size_of
-from privet.batches.structure import is_container, parts_of, rebuilt, steps_to
+from privet.batches.leaves import cut, shows, size_of, unknown
+from privet.batches.structure import is_container, parts_of, rebuilt, same_context, steps_to
 from privet.batches.tree import mapped
 from privet.errors import ConfigurationError
 
@@ -77,6 +77,8 @@ def cut_like(one: Any, two: Any, batch: Any, start: int, stop: int, *, path: str
         parts, first, second = parts_of(batch), parts_of(one), parts_of(two)
         if len(first) != len(second):
             return type(batch)(list(parts)[start * len(first) : stop * len(first)])
+        if not same_context(one, two):
+            raise unknown(batch, path, "cut into smaller ones: its registered context depends on the examples")
         if steps_to(one) == steps_to(batch):
             steps = [path + step for step in steps_to(batch)]
             pieces = zip(first, second, parts, steps, strict=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from privet.batches.leaves import cut, size_of
-from privet.batches.structure import context_of, is_container, parts_of, rebuilt, steps_to
+from privet.batches.structure import is_container, parts_of, rebuilt, same_context, steps_to
 from privet.batches.tree import mapped
 from privet.errors import ConfigurationError
 
@@ -80,7 +80,7 @@ def _emptied_container(one: Any, two: Any, path: str) -> Any:
         if isinstance(one, list | tuple | deque) and len(second) == 2 * len(first):
             return type(one)()
         raise UnknownLeafError(f"{path}, a {type(one).__name__} of varying length,")
-    if not _same(context_of(one), context_of(two)):
+    if not same_context(one, two):
         raise UnknownLeafError(f"{path}, a {type(one).__name__} whose registered context depends on the examples,")
     pieces = zip(first, second, steps_to(one), strict=True)
     parts = [emptied(a, b, path + step) for a, b, step in pieces]
@@ -88,13 +88,6 @@ def _emptied_container(one: Any, two: Any, path: str) -> Any:
         return rebuilt(one, parts, path)
     except ConfigurationError as error:
         raise UnknownLeafError(f"{path}, a {type(one).__name__} that cannot be built of no examples,") from error
-
-
-def _same(one: Any, two: Any) -> bool:
-    try:
-        return bool(one == two)
-    except (RuntimeError, ValueError):  # tensors, say
-        return False
 
 
 def _emptied_shape(one: Sequence[int], two: Sequence[int], path: str) -> list[int]:

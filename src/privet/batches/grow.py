@@ -11,11 +11,22 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from privet.batches.leaves import can_be_zero, cut, described, is_opaque, joined, shows, size_of, unknown, zeros
+from privet.batches.leaves import (
+    can_be_zero,
+    cut,
+    described,
+    is_opaque,
+    is_shape,
+    joined,
+    shows,
+    size_of,
+    unknown,
+    zeros,
+)
 from privet.batches.packed import detached as detached_sequences
 from privet.batches.tree import mapped, paths_in
 
-__all__ = ["copies_of_first", "detached", "grown", "one_of_zeros", "opaque_in", "refuse_read_once"]
+__all__ = ["copies_of_first", "detached", "grown", "left_out", "one_of_zeros", "refuse_read_once"]
 
 _NAME = "the inputs"
 """What the whole is called in paths."""
@@ -76,6 +87,11 @@ def refuse_read_once(inputs: Any) -> None:
             raise unknown(leaf, path, "given to a model more than once, as the check on the first batch does")
 
 
-def opaque_in(inputs: Any) -> list[str]:
-    """Returns what in the inputs may hold examples that nobody can see, as `path is a Type`."""
-    return [f"{path} is {described(leaf)}" for path, leaf in paths_in(inputs, _NAME) if is_opaque(leaf)]
+def left_out(inputs: Any, examples: int) -> list[str]:
+    """Returns what in the inputs may hold examples and is not seen to, as `path is a Type`: for errors."""
+    leaves = paths_in(inputs, _NAME)
+    return [
+        f"{path} is {described(leaf)}"
+        for path, leaf in leaves
+        if is_opaque(leaf) or (is_shape(leaf) and len(leaf) == examples)
+    ]

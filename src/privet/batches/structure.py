@@ -28,7 +28,17 @@ from torch.utils._pytree import SUPPORTED_NODES
 
 from privet.errors import ConfigurationError
 
-__all__ = ["REGISTER", "Arguments", "context_of", "is_container", "parts_of", "parts_or_none", "rebuilt", "steps_to"]
+__all__ = [
+    "REGISTER",
+    "Arguments",
+    "context_of",
+    "is_container",
+    "parts_of",
+    "parts_or_none",
+    "rebuilt",
+    "same_context",
+    "steps_to",
+]
 
 REGISTER = (
     "Use tensors, and tuples, lists, dicts and dataclasses of them; or register the class with "
@@ -178,6 +188,14 @@ def context_of(value: Any) -> Any:
     if cls in _EXACT or cls is deque or (node := SUPPORTED_NODES.get(cls)) is None:
         return None
     return node.flatten_fn(value)[1]
+
+
+def same_context(one: Any, two: Any) -> bool:
+    """Returns whether two containers keep the same besides their parts."""
+    try:
+        return bool(context_of(one) == context_of(two))
+    except (RuntimeError, ValueError):  # tensors, say
+        return False
 
 
 def rebuilt(value: Any, parts: Sequence[Any], path: str = "the batch") -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.batches.cut import first_examples
-from privet.batches.grow import detached, grown, opaque_in, refuse_read_once
+from privet.batches.grow import detached, grown, left_out, refuse_read_once
 from privet.batches.structure import REGISTER
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
@@ -148,8 +148,12 @@ def learn_layouts(
 def _explained(count: int, error: Exception, *, inputs: Any, examples: int, axis: int) -> Exception:
     if count == examples or isinstance(error, PrivetError):
         return error
-    closed = opaque_in(inputs)
-    hint = f" What holds no examples that can be seen got none: {'; '.join(closed)}. {REGISTER}" if closed else ""
+    closed = left_out(inputs, examples)
+    hint = (
+        f" Left as they were: {'; '.join(closed)}. A tuple of numbers is taken for a shape. {REGISTER}"
+        if closed
+        else ""
+    )
     explained = UnsupportedModelError(
         f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
         f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
