@@ -233,7 +233,6 @@ if find_spec("transformers") is not None:  # pragma: no cover - not a dependency
         lambda x, y: BaseModelOutput(last_hidden_state=x, attentions=(y,)),
         lambda b: b.last_hidden_state,
         lambda b: b.attentions[0],
-        key="['attentions'][0]",
     )
 
 
