@@ -26,10 +26,12 @@ from privet.errors import ConfigurationError
 
 __all__ = ["can_be_zero", "cut", "described", "is_opaque", "is_shape", "joined", "shows", "size_of", "unknown", "zeros"]
 
+_ARRAYS = (Tensor, np.ndarray)
+
 
 def size_of(leaf: Any, axis: int) -> int | None:
     """Returns how many examples a leaf holds if they are on `axis`, or None if it has no such axis."""
-    if isinstance(leaf, Tensor | np.ndarray):
+    if isinstance(leaf, _ARRAYS):
         return leaf.shape[axis] if leaf.ndim > axis else None
     if isinstance(leaf, PackedSequence):
         return sequences_in(leaf)
@@ -100,7 +102,7 @@ def zeros(leaf: Any, count: int, axis: int) -> Any:
 def described(leaf: Any) -> str:
     """Returns type and size of a leaf, never its values."""
     kind = type(leaf).__name__
-    if isinstance(leaf, Tensor | np.ndarray):
+    if isinstance(leaf, _ARRAYS):
         size = f" of shape {tuple(leaf.shape)}"
     elif isinstance(leaf, PackedSequence):
         size = f" of {sequences_in(leaf)} sequences"

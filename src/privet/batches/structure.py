@@ -133,6 +133,7 @@ _ARGUMENTS = _Kind(
     ),
 )
 _EXACT: dict[type, _Kind] = {tuple: _ELEMENTS, list: _ELEMENTS, dict: _DICT, Arguments: _ARGUMENTS}
+_NEVER = (Tensor, PackedSequence, type)
 _LEAVES = frozenset({Tensor, torch.nn.Parameter, PackedSequence, torch.Size, str, int, float, bool, type(None)})
 
 
@@ -141,7 +142,7 @@ def _kind_of(value: Any) -> _Kind | None:
     cls = type(value)
     if (kind := _EXACT.get(cls)) is not None:
         return kind
-    if cls in _LEAVES or isinstance(value, Tensor | PackedSequence | type):
+    if cls in _LEAVES or isinstance(value, _NEVER):
         return None
     if (node := SUPPORTED_NODES.get(cls)) is not None and cls is not deque:
         return _registered(node)

@@ -25,6 +25,10 @@ _PLAIN = (
     *(np.generic, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
 
+# Tuples, for `isinstance` is faster with them than with unions, and much of this runs in every step.
+_SEQUENCES = (list, tuple, deque)
+_NO_COLUMNS = (torch.Size, PackedSequence)
+
 
 def is_plain(value: Any) -> bool:
     """Returns whether a value is a number, a string or the like: something that holds no examples by itself."""
@@ -34,8 +38,8 @@ def is_plain(value: Any) -> bool:
 def is_column(value: Any) -> bool:
     """Returns whether a value is a list, tuple or deque of plain values only. A namedtuple is a record instead."""
     return (
-        isinstance(value, list | tuple | deque)
-        and not isinstance(value, torch.Size | PackedSequence)
+        isinstance(value, _SEQUENCES)
+        and not isinstance(value, _NO_COLUMNS)
         and not hasattr(value, "_fields")
         and all(isinstance(element, _PLAIN) for element in value)
     )
@@ -81,6 +85,8 @@ def mapped(tree: Any, change: Callable[[Any, str], Any], name: str, *, afresh: b
     Raises:
         ConfigurationError: if a container cannot be built with other parts, with its path.
     """
+    if isinstance(tree, Tensor):
+        return change(tree, name)
     parts = parts_or_none(tree)
     if parts is None or is_column(tree):
         new = change(tree, name)

@@ -109,4 +109,4 @@ class PrivateCriterion(nn.Module):
 
 
 def _has_examples(leaf: Any) -> bool:
-    return isinstance(leaf, PackedSequence) or (isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0)
+    return isinstance(leaf, (Tensor, np.ndarray, PackedSequence)) and getattr(leaf, "ndim", 1) > 0
