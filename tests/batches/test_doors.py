@@ -16,7 +16,7 @@ from privet import BatchMemoryManager, Flat, Gaussian, Mechanism, Poisson, Priva
 from privet.errors import ConfigurationError, UnsupportedModelError
 from privet.gradients.passes.compiled import step_graph
 from tests.batches.containers import FORMS, Form, T, examples_of
-from tests.contracts.doors import assert_exact, loader, reference, size, taken
+from tests.contracts.doors import assert_exact, distance, loader, reference, size, taken
 
 B = 20
 """More than the check on the first batch looks at, so that it cuts the batch."""
@@ -46,7 +46,7 @@ def loss_of(form: Form) -> Callable[[nn.Module, Any], Tensor]:
     return lambda m, b: F.cross_entropy(m(b), form.y_of(b), reduction="none")
 
 
-def expected_sum() -> dict[str, Tensor]:
+def expected_sum() -> Any:
     """Returns the sum for a tuple, by one backward for each example."""
     form = FORMS["tuple"]
     return reference(Net(form), examples_of(B), loss_of(form), POLICY)
@@ -206,8 +206,7 @@ def test_sampled_batches_at_the_explicit_door(form: str, options: dict[str, Any]
     assert 0 in sizes
     assert max(sizes) > 2
     assert len(seen) == len(expected) == 12
-    for ours, theirs in zip(seen, expected, strict=True):
-        assert_exact(ours, theirs)
+    assert all(distance(*pair) <= 1e-9 * POLICY.clip_norm for pair in zip(seen, expected, strict=True))
 
 
 @EACH
@@ -220,8 +219,7 @@ def test_sampled_batches_at_the_papers_door(form: str, most: int | None) -> None
     assert max(whole) > 2
     assert most is None or max(sizes) <= most
     assert len(seen) == len(expected) == 12
-    for ours, theirs in zip(seen, expected, strict=True):
-        assert_exact(ours, theirs)
+    assert all(distance(*pair) <= 1e-9 * POLICY.clip_norm for pair in zip(seen, expected, strict=True))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from privet.batches.grow import grown, left_out, refuse_read_once
 from privet.batches.structure import Arguments, context_of, is_container, rebuilt, steps_to
 from privet.batches.tree import is_column, is_plain, leaves_in, mapped, paths_in
 from privet.errors import ConfigurationError, UnsupportedModelError
+from privet.gradients.passes.compiled.situation import form_of
 from tests.batches.containers import Counting, Encoding, Output, Pair, Registered
 
 X = torch.ones(4, 2)
@@ -111,6 +112,17 @@ def test_what_a_class_keeps_beside_its_parts_goes_with_it_only_if_it_was_registe
     assert context_of(encoding) is context_of((1,)) is None
 
 
+def test_what_a_dataclass_was_given_later_is_cut_as_well() -> None:
+    @dataclasses.dataclass
+    class Late:
+        x: Tensor
+        extra: Tensor | None = dataclasses.field(init=False, default=None)
+
+    late = Late(X)
+    late.extra = torch.arange(4)
+    assert cut_rows(late, 1, 3, examples=4).extra.tolist() == [1, 2]
+
+
 def test_a_dataclass_works_out_its_own_fields_again() -> None:
     found = cut_rows(Counting(X, X[:, 0]), 1, 3, examples=4)
     assert found.count == 2
@@ -194,3 +206,10 @@ def test_what_may_hold_examples_and_is_not_seen_to_is_told() -> None:
 def test_rebuilding_needs_the_parts_of_the_class() -> None:
     with pytest.raises(ConfigurationError, match="cannot be built again"):
         rebuilt(Pair(X, X), [X])
+
+
+def test_a_graph_holds_for_one_context_of_a_registered_class() -> None:
+    assert form_of(Registered(X, X, "a")) == form_of(Registered(2 * X, X, "a"))
+    assert form_of(Registered(X, X, "a")) != form_of(Registered(X, X, "b"))
+    with pytest.raises(ConfigurationError, match="the context of the batch is of type Closed"):
+        form_of(Registered(X, X, Closed()))  # type: ignore[arg-type]
