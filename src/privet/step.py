@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from privet._checks import check_positive
 from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
+from privet.batches.count import count_examples
+from privet.batches.cut import cut_rows
+from privet.batches.fill import fill_rows
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.first_batch import FirstBatch
-from privet.gradients.capture.instrument import examples_in
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.compiled import CompiledSum
@@ -31,7 +33,7 @@ from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for, noise_key
 from privet.sampling import Poisson, PrivateLoader, loader_for
-from privet.sampling.physical import PhysicalSize, cut_rows, fill_rows
+from privet.sampling.physical import PhysicalSize
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
 from privet.training.update import PrivateUpdate
@@ -147,7 +149,7 @@ class PrivateStep:
             model,
             self._capture,
             Tripwires(parameters, self._capture.release),
-            lambda inputs: [self._losses(inputs, examples_in(inputs))],
+            lambda inputs: [self._losses(inputs, count_examples(inputs))],
             also=lambda inputs: refuse_mixing(self._loss, (inputs,), {}),
         )
         optimizer.zero_grad(set_to_none=True)
@@ -199,7 +201,7 @@ class PrivateStep:
             BudgetExceededError: if the step would exceed the budget. It was not taken.
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
-        examples = examples_in(batch)
+        examples = count_examples(batch)
         self._first.trains(refuse_thawed(self.model, self._update.parameters))
         losses, clipped = self._summed(batch, examples)
         self._update.receive(clipped, examples=examples)

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from privet.batches.cut import cut_like
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError, ProtocolError
 from privet.sampling import BatchTicket, PrivateLoader
-from privet.sampling.physical import PhysicalSize, cut_like, tickets_of
+from privet.sampling.physical import PhysicalSize, tickets_of
 from privet.training.update import PrivateUpdate, update_of
 
 __all__ = ["BatchMemoryManager", "PhysicalLoader"]

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from privet.batches.cut import first_examples
+from privet.batches.grow import detached, grown, left_out, refuse_read_once
+from privet.batches.structure import REGISTER
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.tripwire import Tripwires
@@ -34,32 +36,6 @@ _ATTEMPTS = 8
 _EXAMPLES = 16
 """How many examples are looked at. They are enough to reach parts that see few examples, such as experts."""
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _grown(inputs: Any, examples: int, axis: int) -> Any:
-    """Returns the inputs with one more example, a copy of the first, wherever the batch axis shows."""
-
-    def grow(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
-            return torch.cat([leaf, leaf.narrow(axis, 0, 1)], dim=axis)
-        return leaf
-
-    return tree_map(grow, inputs)
-
-
-def _fewer(inputs: Any, examples: int, axis: int) -> Any:
-    """Returns the first examples of the inputs, cut wherever the batch axis shows."""
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
-            return leaf.narrow(axis, 0, _EXAMPLES)
-        return leaf
-
-    return tree_map(cut, inputs)
-
-
-def _detached(inputs: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def check_coverage(
@@ -90,7 +66,8 @@ def check_coverage(
         UnsupportedModelError: if the batch axis cannot be told somewhere.
         CoverageError: if what was captured is not what autograd finds, with the parameters by name.
     """
-    inputs = _detached(inputs)
+    refuse_read_once(inputs)
+    inputs = detached(inputs)
     with undisturbed(module) as restore, torch.enable_grad():
 
         def check(some: Any, count: int) -> bool:
@@ -111,7 +88,7 @@ def check_coverage(
             if examples > _EXAMPLES:
                 known = capture.layouts.copy()
                 try:
-                    return check(_fewer(inputs, examples, batch_axis), _EXAMPLES)
+                    return check(first_examples(inputs, _EXAMPLES, examples=examples, axis=batch_axis), _EXAMPLES)
                 except PrivetError:
                     raise
                 except Exception:  # noqa: BLE001 - whatever a model says of a batch that was cut
@@ -148,12 +125,12 @@ def learn_layouts(
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
     """
-    grown = _grown(inputs, examples, batch_axis)
+    larger = grown(inputs, examples=examples, axis=batch_axis)
     for _ in range(_ATTEMPTS):
         before = capture.layouts.learned
         traces: list[Trace] = []
         failures = []
-        for some, count in ((inputs, examples), (grown, examples + 1)):
+        for some, count in ((inputs, examples), (larger, examples + 1)):
             trace: Trace = []
             traces.append(trace)
             restore()
@@ -168,20 +145,26 @@ def learn_layouts(
         if settled and not failures:
             return
         if failures and capture.layouts.learned == before:  # nothing new was learned: the failure is not a guess's
-            raise _explained(*failures[0], examples=examples, axis=batch_axis)
+            raise _explained(*failures[0], inputs=inputs, examples=examples, axis=batch_axis)
     raise UnsupportedModelError(
         f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "
         "axis cannot be told. Expected the same operations whatever the size of the batch."
     )
 
 
-def _explained(count: int, error: Exception, *, examples: int, axis: int) -> Exception:
+def _explained(count: int, error: Exception, *, inputs: Any, examples: int, axis: int) -> Exception:
     if count == examples or isinstance(error, PrivetError):
         return error
+    closed = left_out(inputs, examples)
+    hint = (
+        f" Left as they were: {'; '.join(closed)}. A tuple of numbers is taken for a shape. {REGISTER}"
+        if closed
+        else ""
+    )
     explained = UnsupportedModelError(
         f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
         f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
-        "axis is there, and no other input of that size there."
+        f"axis is there, and no other input of that size there.{hint}"
     )
     explained.__cause__ = error  # memory may have run out: a smaller batch is the cure then
     return explained

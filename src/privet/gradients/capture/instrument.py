@@ -6,8 +6,6 @@ trainable parameter carries one: a gradient that reaches a parameter came by a w
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -15,8 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from privet.batches.count import count_examples
+from privet.batches.cut import without_examples
+from privet.batches.grow import one_of_zeros
+from privet.batches.structure import Arguments
+from privet.batches.tree import tensors_in
 from privet.errors import ProtocolError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
@@ -26,33 +28,7 @@ from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.derived import Derivation
 from privet.gradients.use import Recorded, Use
 
-__all__ = ["Instrument", "examples_in", "tensors_in"]
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Returns the tensors in nested containers, dataclasses included."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found.extend(tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]))
-    return found
-
-
-def examples_in(inputs: Any, batch_axis: int = 0) -> int:
-    """Returns the number of examples: the size of the first tensor along the batch axis.
-
-    Raises:
-        UnsupportedModelError: if there is no tensor that has that axis.
-    """
-    for t in tensors_in(inputs):
-        if t.dim() > batch_axis:
-            return t.shape[batch_axis]
-    raise UnsupportedModelError(
-        f"no input of the model is a tensor with an axis {batch_axis}, so that the examples cannot be counted. "
-        "Expected tensors as arguments, or in tuples, lists and dicts."
-    )
+__all__ = ["Instrument"]
 
 
 class _Delivery:
@@ -156,13 +132,14 @@ class Instrument:
         if not trainable:  # gradients pass through to the inputs, as for a discriminator held fixed
             return None
         self._first.trains(trainable)
-        members = examples_in((args, kwargs), self._axis)
+        inputs = Arguments(args, kwargs)
+        members = count_examples(inputs, self._axis, name="the inputs")
         examples, replaced = members, None
         if members == 0:
             examples = 1
-            args, kwargs = replaced = tree_map(self._one_zero, args), tree_map(self._one_zero, kwargs)
+            inputs = replaced = one_of_zeros(inputs, axis=self._axis)
         if self._first.due(examples):  # an empty batch too needs to know the axis of its one zero example
-            self._check((args, kwargs), examples)
+            self._check(inputs, examples)
         self._begin(members, examples)
         return replaced
 
@@ -182,7 +159,7 @@ class Instrument:
         if not cycle.made_up:
             self._check_outputs(outputs, cycle.examples)
             return None
-        return tree_map(self._without_rows, output)
+        return without_examples(output, self._axis)
 
     def _inside_forward(self) -> bool:
         """Counts a call from inside of the module's own forward, and returns whether this is one.
@@ -222,26 +199,6 @@ class Instrument:
 
     # -- what is asked of the model ----------------------------------------------------------------------------------
 
-    def _one_zero(self, leaf: Any) -> Any:
-        """Returns one all-zero example in place of none."""
-        if not isinstance(leaf, Tensor) or leaf.dim() <= self._axis or leaf.shape[self._axis] != 0:
-            return leaf
-        shape = list(leaf.shape)
-        shape[self._axis] = 1
-        return leaf.new_zeros(shape)
-
-    def _without_rows(self, leaf: Any) -> Any:
-        """Returns no row of what the made-up example brought."""
-        if isinstance(leaf, Tensor):
-            one_row = leaf.dim() > self._axis and leaf.shape[self._axis] == 1
-            return leaf.narrow(self._axis, 0, 0) if one_row else leaf
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            empty = copy.copy(leaf)
-            for f in dataclasses.fields(leaf):
-                object.__setattr__(empty, f.name, tree_map(self._without_rows, getattr(leaf, f.name)))
-            return empty
-        return leaf
-
     def _outputs(self, output: Any) -> list[Tensor]:
         return [t for t in tensors_in(output) if t.requires_grad]
 
@@ -261,14 +218,13 @@ class Instrument:
                     f"batch on axis {self._axis}. Return one row for each example."
                 ))  # fmt: skip
 
-    def _checked_outputs(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+    def _checked_outputs(self, inputs: Arguments) -> list[Tensor]:
         """Runs the module, and returns its differentiable outputs if every one has a row for each example."""
-        positional, keyword = inputs
-        outputs = self._outputs(self._module(*positional, **keyword))
-        self._check_outputs(outputs, examples_in(inputs, self._axis))
+        outputs = self._outputs(self._module(*inputs.args, **inputs.kwargs))
+        self._check_outputs(outputs, count_examples(inputs, self._axis, name="the inputs"))
         return outputs
 
-    def _check(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], examples: int) -> None:
+    def _check(self, inputs: Arguments, examples: int) -> None:
         """Checks the first batch, with the hooks suspended while the check calls the module."""
         self._suspended = True
         try:

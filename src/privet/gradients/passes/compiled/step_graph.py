@@ -30,16 +30,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from privet.batches.tree import taken_apart
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.undisturbed import undisturbed
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.compiled.refusals import Written, explained, watched_forward
 from privet.gradients.passes.compiled.situation import (
+    form_of,
     kinds,
     plain_attributes,
     surroundings,
-    taken_apart,
     tensor_attributes,
 )
 from privet.gradients.passes.one_pass import OnePass
@@ -101,7 +102,8 @@ class CompiledSum:
         Raises:
             UnsupportedModelError: if the model or the loss cannot be a graph, with the reason.
         """
-        tensors, form, rebuild = taken_apart(batch)
+        form = form_of(batch)
+        tensors, rebuild = taken_apart(batch, lambda leaf: isinstance(leaf, Tensor))
         if absent is None:
             absent = torch.zeros(examples, dtype=torch.bool, device=next(iter(parameters.values())).device)
         inputs = [absent, *(t.detach().contiguous() for t in tensors)]
