@@ -45,7 +45,7 @@ LAYERS = {
         ("passes",),
     ),
     "training": (
-        ("criterion", "logical_sum", "optimizers", "parameters"),
+        ("billing", "criterion", "logical_sum", "optimizers", "parameters"),
         ("update",),
         ("checkpoint", "materialised", "virtual_steps"),
     ),

@@ -14,7 +14,7 @@ from privet._checks import check_at_least, check_count, check_positive
 from privet.accounting import get_accountant
 from privet.accounting.event import Relation
 from privet.accounting.ledger import Budget, Ledger
-from privet.clipping import PSAC, Automatic, ClippingPolicy, Flat, PerLayer
+from privet.clipping import ClippingPolicy, policy_for
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.capture.instrument import Instrument
 from privet.gradients.summation import clipped_sum
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PrivacyEngine"]
 
-_CLIPPING = {"flat": Flat, "per_layer": PerLayer, "automatic": Automatic, "psac": PSAC}
 _MODES = {"auto": (False, False), "hooks": (True, False), "functorch": (True, True)}
 """By name: whether per-example gradients are shown on the parameters, and whether all of them come from vmap."""
 
@@ -148,7 +147,7 @@ class PrivacyEngine:
             Either leaves everything as it was.
         """
         noise = Gaussian(check_at_least("noise_multiplier", noise_multiplier))
-        policy = _policy(clipping, max_grad_norm)
+        policy = policy_for(clipping, max_grad_norm)
         _check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         _check_choice("grad_sample_mode", grad_sample_mode, tuple(_MODES))
         refuse_optimizer(optimizer)
@@ -231,7 +230,7 @@ class PrivacyEngine:
         planned = privatize_loader(data_loader, poisson=poisson_sampling, dataset_size=dataset_size)
         steps = epochs * len(planned) if planned.sampling.billed_per == "step" else epochs
         mechanism = Mechanism(
-            sampling=planned.sampling, clipping=_policy(clipping, max_grad_norm), noise=Gaussian(1.0), steps=steps
+            sampling=planned.sampling, clipping=policy_for(clipping, max_grad_norm), noise=Gaussian(1.0), steps=steps
         ).calibrated(epsilon=target_epsilon, delta=target_delta, accountant=self._accountant)
         returned = self.make_private(
             module=module,
@@ -330,20 +329,6 @@ class PrivacyEngine:
                 "this module is not private here. Call make_private first, with the settings of the saved run."
             )
         return found
-
-
-def _policy(clipping: str | ClippingPolicy, max_grad_norm: float | Mapping[str, float]) -> ClippingPolicy:
-    if isinstance(clipping, ClippingPolicy):
-        if max_grad_norm != clipping.sensitivity:
-            raise ConfigurationError(
-                f"max_grad_norm is {max_grad_norm!r}, and the clipping policy's sensitivity is {clipping.sensitivity}. "
-                "Expected the same number: a clip norm has one home."
-            )
-        return clipping
-    _check_choice("clipping", clipping, tuple(_CLIPPING))
-    if isinstance(max_grad_norm, Mapping) and clipping != "per_layer":
-        raise ConfigurationError(f"max_grad_norm maps layers to bounds. Expected one number for clipping={clipping!r}.")
-    return _CLIPPING[clipping](max_grad_norm)  # type: ignore[arg-type]
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

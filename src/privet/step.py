@@ -30,7 +30,7 @@ from privet.gradients.use import Recorded
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import GaussianNoise, NoiseKey, noise_for, noise_key
-from privet.sampling import Poisson, PrivateLoader, loader_for
+from privet.sampling import PrivateLoader, loader_for
 from privet.sampling.physical import PhysicalSize, cut_rows, fill_rows
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
@@ -167,13 +167,13 @@ class PrivateStep:
     ) -> PrivateLoader:
         """Returns a loader of the planned batches, sampled as the mechanism says, whose steps are billed as such."""
         sampling = self.mechanism.sampling
-        poisson = isinstance(sampling, Poisson)
+        by_step = sampling.billed_per == "step"
         loader = loader_for(
             dataset,
             sampling=sampling,
             key=self._sampling_key(),
-            steps=self.mechanism.steps if poisson else None,
-            batch_size=None if poisson else round(self._expected),
+            steps=self.mechanism.steps if by_step else None,
+            batch_size=None if by_step else round(self._expected),
             collate_fn=collate_fn,
             num_workers=num_workers,
         )
@@ -294,7 +294,7 @@ class PrivateStep:
 
 def _usual_size(mechanism: Mechanism, expected: float) -> int:
     """Returns the size of a batch that only one Poisson batch in some forty exceeds; of public numbers."""
-    spread = 2.0 * math.sqrt(expected) if isinstance(mechanism.sampling, Poisson) else 0.0
+    spread = 2.0 * math.sqrt(expected) if mechanism.sampling.random_size else 0.0
     return max(1, math.ceil(expected + spread))
 
 

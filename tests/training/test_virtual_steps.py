@@ -29,7 +29,7 @@ from privet.accounting.event import GaussianEvent, PoissonEvent
 from privet.gradients.clipped_sum import ClippedSum
 from privet.noise import SecureNoise
 from privet.sampling import BatchTicket
-from privet.schedules import ExponentialBatchSize
+from privet.schedules import Exponential, Schedule
 from privet.training.logical_sum import LogicalSum
 from privet.training.update import update_of
 from tests.contracts.doors import Expected, assert_exact, reference, taken
@@ -451,7 +451,7 @@ def test_others_loaders_and_optimizers_are_refused(new: Callable[..., Run]) -> N
 
 def test_a_rate_schedule_with_workers_and_physical_batches_is_refused(new: Callable[..., Run]) -> None:
     run = new(num_workers=1)
-    ExponentialBatchSize(run.optimizer, gamma=0.5)
+    Schedule(run.optimizer, rate=Exponential(0.5))
     with run.manager(2) as parts, pytest.raises(ConfigurationError, match="which are secret"):
         iter(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -78,3 +78,7 @@ class GroupWise(ClippingPolicy):
         import torch
 
         return torch.stack([scaled_down(n, c) for n, c in zip(squared_norms, self.clip_norms.values(), strict=True)])
+
+    def scaled(self, factor: float) -> GroupWise:
+        """Returns the policy with `factor` times every clip norm."""
+        return replace(self, clip_norms={k: c * factor for k, c in self.clip_norms.items()})

@@ -78,3 +78,9 @@ class PerLayer(ClippingPolicy):
 
         rows = [scaled_down(n, c) for n, c in zip(squared_norms, self.clip_norm.values(), strict=True)]
         return torch.stack(rows)
+
+    def scaled(self, factor: float) -> PerLayer:
+        """Returns the policy with `factor` times every clip norm."""
+        if isinstance(self.clip_norm, Mapping):
+            return PerLayer({layer: c * factor for layer, c in self.clip_norm.items()})
+        return PerLayer(self.clip_norm * factor)
