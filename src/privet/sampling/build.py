@@ -56,6 +56,12 @@ def privatize_loader(
     if not getattr(loader, "in_order", True):  # torch 2.6 has no other order
         raise ConfigurationError("in_order=False lets batches overtake each other: use in_order=True, torch's default.")
     size = _length(loader.dataset)
+    if dataset_size is not None and not poisson:
+        raise ConfigurationError(
+            "dataset_size= hides the number of examples by one, and in a partition one example more moves all those "
+            "after it to other batches, which the accounting does not cover. Expected Poisson sampling with it. Leave "
+            "dataset_size away, or sample with poisson_sampling=True."
+        )
     declared = size if dataset_size is None else check_count("dataset_size", dataset_size, least=1)
     batch_size = check_count("batch_size", loader.batch_size, least=1)
     sampling: Sampling = Partition(shuffled=shuffled, batch_size=batch_size, drop_last=loader.drop_last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from privet._checks import check_count
@@ -12,7 +12,7 @@ from privet.noise.keystream import Keystream
 from privet.sampling.base import Sampling
 from privet.sampling.draw import address, shuffled_indices
 
-__all__ = ["Partition"]
+__all__ = ["Partition", "with_batch_size"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,10 @@ class Partition(Sampling):
                 "Partition(batch_size=32)."
             )
         return self.batch_size
+
+
+def with_batch_size(sampling: Sampling, expected: float | None) -> Sampling:
+    """Returns a partition that does not say its batch size with the expected one; any other sampling as it is."""
+    if expected is None or not isinstance(sampling, Partition) or sampling.batch_size is not None:
+        return sampling
+    return replace(sampling, batch_size=max(1, round(expected)))

@@ -22,6 +22,7 @@ from privet.noise import NoiseMechanism
 from privet.sampling.base import BatchTicket, refuse_change
 from privet.sampling.loader import PrivateLoader
 from privet.training.billing import Billing
+from privet.training.divisor import Divisor
 from privet.training.logical_sum import LogicalSum
 from privet.training.optimizers import StepHooks
 
@@ -82,12 +83,11 @@ class PrivateUpdate:
     ) -> None:
         self.parameters = dict(parameters)
         self.noise = noise
-        self.divisor = divisor
+        self.divisor = Divisor(divisor, sampling=mechanism.sampling if follows_rate else None)
         self.steps = 0
         self.schedules: list[Scheduled] = []
         self.billing = Billing(ledger)
         self._mechanism = self.settled = mechanism
-        self._divided_under = mechanism.sampling if follows_rate else None  # the sampling that `divisor` belongs to
         self._sum = LogicalSum()
         self._resampled = False
         self._loaders: list[weakref.ref[PrivateLoader]] = []
@@ -134,6 +134,11 @@ class PrivateUpdate:
                 "physical batches, after that of the last one of its logical batch, or once a pass."
             )
         groups_of(mechanism.clipping, list(self.parameters))
+        if mechanism.noise != self._mechanism.noise.with_multiplier(mechanism.noise.multiplier):
+            raise ConfigurationError(
+                f"{self._mechanism.noise} cannot become {mechanism.noise} in mid-run: the noise that is drawn would "
+                "not be the one that is billed. Expected a change of its multiplier alone."
+            )
         if mechanism.sampling != self._mechanism.sampling:
             refuse_change(self._mechanism.sampling, mechanism.sampling)
             for loader in self._followed():
@@ -245,7 +250,8 @@ class PrivateUpdate:
         self._bring()
         self._sum.require()
         ticket = self._sum.ticket()
-        divisor = self._divisor(ticket)
+        drawn = self._mechanism.drawn_under(None if ticket is None else ticket.sampling)
+        divisor = self.divisor.under(drawn.sampling)
         # The ledger comes first. If anything fails after it, the step is paid for and not taken; the other way round a
         # gradient could reach the optimizer that nothing paid for.
         try:
@@ -266,19 +272,6 @@ class PrivateUpdate:
                 divided = value if divisor == 1 else value.div_(divisor)
                 gradient = of_type(divided, parameter.dtype)
                 parameter.grad = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
-
-    def _divisor(self, ticket: BatchTicket | None) -> float:
-        """Returns the expected batch size at the rate that the batch was drawn with, or the constant of a sum."""
-        if self.divisor is None:
-            raise ConfigurationError(
-                "the expected batch size is not known, and the noisy sum is divided by it. Expected batches of "
-                "step.batches(dataset), from which it follows. Give expected_batch_size= for batches of your own."
-            )
-        sampling = self._mechanism.drawn_under(None if ticket is None else ticket.sampling).sampling
-        first = self._divided_under
-        if first is None or sampling == first or not (first.random_size and sampling.random_size):
-            return self.divisor
-        return self.divisor * sampling.expected_batch_size(1) / first.expected_batch_size(1)
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""
