@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from html import escape
-from typing import Any, NoReturn, final
+from typing import Any, NoReturn, TypeVar, final
 
 from privet.accounting.accountant import Accountant
 from privet.accounting.event import Relation, Unit
@@ -18,6 +19,7 @@ from privet.training.update import PrivateUpdate
 
 __all__ = ["Door", "door_ledger"]
 
+_E = TypeVar("_E", bound=Enum)
 _DELTA = 1e-5  # of the ε that is shown where no budget says a δ
 
 
@@ -46,12 +48,22 @@ def door_ledger(
         return check_door_ledger(ledger)
     return check_door_ledger(
         Ledger(
-            relation=Relation.ZERO_OUT if relation is None else Relation(relation),
-            unit=Unit.EXAMPLE if unit is None else Unit(unit),
+            relation=_member(Relation, "relation", Relation.ZERO_OUT if relation is None else relation),
+            unit=_member(Unit, "unit", Unit.EXAMPLE if unit is None else unit),
             accountant="pld" if accountant is None else accountant,
             budget=budget,
         )
     )
+
+
+def _member(kind: type[_E], name: str, value: object) -> _E:
+    """Returns the member of an enumeration that is meant."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigurationError(
+            f"{name} must be one of {', '.join(repr(each.value) for each in kind)}, got {value!r}."
+        ) from None
 
 
 class Door(ABC):
