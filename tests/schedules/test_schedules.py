@@ -251,7 +251,7 @@ def test_the_sum_of_a_prefetched_batch_is_divided_by_the_size_expected_at_its_ow
     _, _, loader = PrivacyEngine(accountant="rdp").make_private(
         module=net, optimizer=optimizer, data_loader=data, noise_multiplier=0.0, max_grad_norm=1e-3
     )
-    schedule = ListBatchSize(optimizer, factors=[1.0, 5.0])
+    schedule = Schedule(optimizer, rate=Listed([1.0, 5.0]))
     seen, sizes = taken(net, optimizer), []
     for (x,) in (batch for _ in range(2) for batch in loader):
         optimizer.zero_grad()

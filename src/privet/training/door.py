@@ -41,8 +41,8 @@ def door_ledger(
     twice = [name for name, value in settings.items() if value is not None]
     if ledger is not None and twice:
         raise ConfigurationError(
-            f"ledger was given, and {', '.join(twice)} beside it, which a ledger has itself. Expected one of the two. "
-            "Make the ledger with these settings, and give it alone."
+            f"ledger and {', '.join(twice)} were both given, and a ledger has these settings itself. Expected one of "
+            "the two. Make the ledger with them, and give it alone."
         )
     if ledger is not None:
         return check_door_ledger(ledger)
@@ -93,7 +93,7 @@ class Door(ABC):
 
     @ledger.setter
     def ledger(self, ledger: LedgerLike) -> NoReturn:
-        raise ConfigurationError(
+        raise AttributeError(
             f"the ledger of a {type(self).__name__} cannot be replaced: steps would go on being written to the one "
             f"before. Expected it when the {type(self).__name__} is made. Pass ledger= there."
         )
