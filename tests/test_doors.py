@@ -29,7 +29,7 @@ from privet import (
     Relation,
     Unit,
 )
-from privet.accounting.event import GaussianEvent, PoissonEvent
+from privet.accounting.event import GaussianEvent, PoissonEvent, repeated
 from privet.clipping import ClippingPolicy
 
 DATA = TensorDataset(torch.randn(64, 3), torch.randn(64))
@@ -387,6 +387,36 @@ def test_a_sampling_that_draws_an_example_twice_or_none_at_all_is_stopped(drawn:
     with pytest.raises(ConfigurationError, match="drew an example twice, or an index outside"):
         run.train(1)
     assert run.door.ledger.steps == 0
+
+
+class Half(Poisson):
+    """A sampling of one's own: it draws what Poisson sampling draws, and is billed as if nothing was sampled."""
+
+    def event_for(self, base_event: Any, count: int = 1) -> Any:
+        return repeated(base_event, count)
+
+
+@pytest.mark.parametrize("door", ["paper", "explicit"])
+def test_a_sampling_of_ones_own_is_billed_as_it_says(door: str) -> None:
+    if door == "explicit":
+        run = Explicit(Mechanism(sampling=Half(0.25), clipping=Flat(1.0), noise=Gaussian(1.3), steps=4))
+        run.train(4)
+        ledger = run.door.ledger
+    else:
+        engine, net = PrivacyEngine(accountant="rdp"), nn.Linear(3, 2)
+        optimizer, loader = torch.optim.SGD(net.parameters(), lr=0.1), DataLoader(DATA, batch_size=16)
+        given = {"module": net, "optimizer": optimizer, "data_loader": loader, "max_grad_norm": 1.0}
+        with pytest.raises(ConfigurationError, match=r"batch_size=16, and .* draws 32 of 64"):
+            engine.make_private(noise_multiplier=1.3, sampling=Half(0.5), **given)
+        with pytest.raises(ConfigurationError, match="both say how batches are formed"):
+            engine.make_private(noise_multiplier=1.3, sampling=Half(0.25), poisson_sampling=False, **given)
+        *_, loader = engine.make_private(noise_multiplier=1.3, sampling=Half(0.25), **given)
+        for x, _ in loader:
+            optimizer.zero_grad()
+            net(x).square().sum(1).mean().backward()
+            optimizer.step()
+        ledger = engine.ledger
+    assert [(p.event, p.count) for p in ledger.phases] == [(GaussianEvent(1.3), 4)]
 
 
 def test_a_subclass_of_a_proven_policy_is_checked_at_run_time() -> None:

@@ -20,7 +20,7 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.weights import groups_of
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import noise_for, noise_key
-from privet.sampling import PrivateLoader, privatize_loader
+from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.checkpoint import File, load, save
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import Door, door_ledger
@@ -44,6 +44,7 @@ class _Options(TypedDict, total=False):
     loss_reduction: Literal["mean", "sum"]
     batch_first: bool
     poisson_sampling: bool
+    sampling: Sampling | None
     dataset_size: int | None
     noise_generator: torch.Generator | None
     grad_sample_mode: GradSampleMode
@@ -153,6 +154,7 @@ class PrivacyEngine(Door):
         loss_reduction: Literal["mean", "sum"] = "mean",
         batch_first: bool = True,
         poisson_sampling: bool = True,
+        sampling: Sampling | None = None,
         dataset_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
@@ -175,6 +177,7 @@ class PrivacyEngine(Door):
             batch_first: whether inputs have the batch on axis 0, else on axis 1.
             poisson_sampling: whether to draw each batch afresh at rate batch_size / n. If not, the loader's own order
                 is kept, and no amplification by sampling is claimed.
+            sampling: another way of forming batches in its place, such as one of your own.
             dataset_size: a public number to be used in place of `len(dataset)`, under Poisson sampling.
             noise_generator: makes noise and batches reproducible, and says so in the ledger; for tests.
             grad_sample_mode: `"auto"`, the fastest; `"hooks"`, which shows every example's gradient in `p.grad_sample`;
@@ -195,7 +198,9 @@ class PrivacyEngine(Door):
         require_valid(module)
         groups_of(policy, list(parameters))
         key = noise_key(secure_mode=self._secure_mode, generator=noise_generator)
-        loader = privatize_loader(data_loader, poisson=poisson_sampling, key=key, dataset_size=dataset_size)
+        loader = privatize_loader(
+            data_loader, poisson=poisson_sampling, sampling=sampling, key=key, dataset_size=dataset_size
+        )
         mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)
 
         device = next(iter(parameters.values())).device
@@ -269,6 +274,7 @@ class PrivacyEngine(Door):
         loss_reduction: Literal["mean", "sum"] = "mean",
         batch_first: bool = True,
         poisson_sampling: bool = True,
+        sampling: Sampling | None = None,
         dataset_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
@@ -291,7 +297,7 @@ class PrivacyEngine(Door):
                 "engine for make_private_with_epsilon. Make a new PrivacyEngine, or use make_private with a "
                 "noise_multiplier of your own."
             )
-        planned = privatize_loader(data_loader, poisson=poisson_sampling, dataset_size=dataset_size)
+        planned = privatize_loader(data_loader, poisson=poisson_sampling, sampling=sampling, dataset_size=dataset_size)
         steps = epochs * len(planned) if planned.sampling.billed_per == "step" else epochs
         mechanism = Mechanism(
             sampling=planned.sampling, clipping=policy_for(clipping, max_grad_norm), noise=Gaussian(1.0), steps=steps
@@ -309,6 +315,7 @@ class PrivacyEngine(Door):
             loss_reduction=loss_reduction,
             batch_first=batch_first,
             poisson_sampling=poisson_sampling,
+            sampling=sampling,
             dataset_size=dataset_size,
             noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode,

@@ -39,6 +39,10 @@ class Flat(ClippingPolicy):
         NaN or infinite    dropped and counted by the caller
         C = 0, C = inf     refused at construction
         =================  ==========================================
+
+    Example:
+        >>> Flat(clip_norm=1.0).sensitivity
+        1.0
     """
 
     clip_norm: float

@@ -36,6 +36,10 @@ class GroupWise(ClippingPolicy):
         a name that is no parameter    refused
         an empty group, or none        refused at construction
         =============================  ==========================================
+
+    Example:
+        >>> GroupWise({"a": 0.3, "b": 0.4}, {"a": ["0.weight"], "b": ["0.bias", "1.weight"]}).sensitivity
+        0.5
     """
 
     clip_norms: Mapping[str, float]

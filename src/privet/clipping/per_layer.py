@@ -32,6 +32,10 @@ class PerLayer(ClippingPolicy):
 
     Guarantees:
         One example moves the sum by at most `sqrt(sum_k C_k^2)`. Edge cases as in `Flat`.
+
+    Example:
+        >>> PerLayer({"body": 0.3, "head": 0.4}).sensitivity
+        0.5
     """
 
     clip_norm: float | Mapping[str, float]

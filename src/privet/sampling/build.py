@@ -41,12 +41,25 @@ __all__ = ["loader_for", "privatize_loader"]
 
 
 def privatize_loader(
-    loader: DataLoader[Any], *, poisson: bool = True, key: NoiseKey | None = None, dataset_size: int | None = None
+    loader: DataLoader[Any],
+    *,
+    poisson: bool = True,
+    sampling: Sampling | None = None,
+    key: NoiseKey | None = None,
+    dataset_size: int | None = None,
 ) -> PrivateLoader:
     """Returns a private loader with the options of the user's own.
 
-    `poisson=False` keeps its order, sequential or shuffled, without amplification. `dataset_size` declares the number
-    of examples instead of the dataset's length: then the length itself stays secret, and may differ by one.
+    Args:
+        loader: a sequential or shuffling loader of a map-style dataset.
+        poisson: whether batches are drawn afresh at rate batch_size / n. If not, the loader's own order is kept,
+            sequential or shuffled, without amplification.
+        sampling: a sampling in place of these two, such as one of the user's own.
+        key: what batches are drawn from; by default a fresh one.
+        dataset_size: a public number in place of the dataset's length, which then stays secret and may differ by one.
+
+    Raises:
+        ConfigurationError: for a loader whose batches have no known law, or for options that contradict each other.
     """
     if isinstance(loader, PrivateLoader):
         raise ConfigurationError("This loader is private already: pass the loader that it was made from.")
@@ -56,7 +69,9 @@ def privatize_loader(
     if not getattr(loader, "in_order", True):  # torch 2.6 has no other order
         raise ConfigurationError("in_order=False lets batches overtake each other: use in_order=True, torch's default.")
     size = _length(loader.dataset)
-    if dataset_size is not None and not poisson:
+    if sampling is not None and not poisson:
+        raise ConfigurationError("sampling= and poisson_sampling=False both say how batches are formed: give one.")
+    if dataset_size is not None and not (poisson if sampling is None else sampling.random_size):
         raise ConfigurationError(
             "dataset_size= hides the number of examples by one, and in a partition one example more moves all those "
             "after it to other batches, which the accounting does not cover. Expected Poisson sampling with it. Leave "
@@ -64,9 +79,21 @@ def privatize_loader(
         )
     declared = size if dataset_size is None else check_count("dataset_size", dataset_size, least=1)
     batch_size = check_count("batch_size", loader.batch_size, least=1)
-    sampling: Sampling = Partition(shuffled=shuffled, batch_size=batch_size, drop_last=loader.drop_last)
-    if poisson:
+    # A pass has as many batches as the public number says: -(-n // b) is exact where ceil(1 / rate) might round.
+    expected: float = batch_size
+    steps = -(-declared // batch_size)
+    if sampling is not None:
+        expected, steps = sampling.expected_batch_size(declared), sampling.steps_per_pass(declared)
+        if abs(expected - batch_size) > max(0.5, 0.01 * expected):
+            raise ConfigurationError(
+                f"the loader has batch_size={batch_size}, and {sampling} draws {expected:g} of {declared} examples on "
+                "average. Expected the same number, which the noisy sum is divided by. Change one of the two."
+            )
+    elif poisson:
         sampling = Poisson.of(batch_size, declared)
+    else:
+        sampling = Partition(shuffled=shuffled, batch_size=batch_size, drop_last=loader.drop_last)
+        steps = sampling.steps_per_pass(size)
     options = {
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory,
@@ -78,13 +105,11 @@ def privatize_loader(
         "persistent_workers": loader.persistent_workers,
         **({"pin_memory_device": loader.pin_memory_device} if loader.pin_memory_device else {}),
     }
-    # A pass has as many batches as the public number says: -(-n // b) is exact where ceil(1 / rate) might round.
-    steps = -(-declared // batch_size) if poisson else sampling.steps_per_pass(size)
     batches = LogicalBatches(sampling, key=key or NoiseKey.fresh(), size=size, steps=steps)
     return PrivateLoader(
         loader.dataset,
         batches=batches,
-        expected_batch_size=batch_size,
+        expected_batch_size=expected,
         dataset_size=declared,
         collate_fn=loader.collate_fn,
         options=options,

@@ -23,6 +23,10 @@ class Partition(Sampling):
         shuffled: whether each pass has an order of its own, drawn from the key.
         batch_size: the number of examples in a batch. It may be left out where a loader says it.
         drop_last: whether a last batch that is smaller than the others is left out.
+
+    Example:
+        >>> Partition(shuffled=True, batch_size=32).steps_per_pass(size=100)
+        4
     """
 
     shuffled: bool = False

@@ -30,6 +30,22 @@ class Schedule:
     Each number starts where it is now. Call `step()` between logical steps: after each optimizer's step, or once a
     pass. Several schedules of different numbers may go side by side.
 
+    Example:
+        >>> import torch
+        >>> from privet import Exponential, PrivacyEngine, Schedule
+        >>> engine, model = PrivacyEngine(), torch.nn.Linear(4, 2)
+        >>> model, optimizer, loader = engine.make_private(
+        ...     module=model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=torch.utils.data.DataLoader(torch.zeros(64, 4), batch_size=16),
+        ...     noise_multiplier=2.0,
+        ...     max_grad_norm=1.0,
+        ... )
+        >>> schedule = Schedule(optimizer, noise=Exponential(0.5))
+        >>> schedule.step()
+        >>> engine.mechanisms[0].noise
+        Gaussian(multiplier=1.0)
+
     Guarantees:
         What is billed is what is released: the mechanism that the ledger reads is the one that clips and adds noise,
         and it changes between logical steps only. A course that gives a number which is negative, zero, nan or infinite

@@ -29,6 +29,12 @@ class Plan:
             relative to the sensitivity.
         rate: the course of the sampling rate, and with it of the expected batch size; under Poisson sampling only.
         every: the logical steps (passes, where the sampling is billed by the pass) between two schedule steps.
+
+    Example:
+        >>> from privet import Exponential, Flat, Gaussian, Mechanism, Poisson
+        >>> mechanism = Mechanism(sampling=Poisson(0.01), clipping=Flat(1.0), noise=Gaussian(1.0), steps=300)
+        >>> [phase.count for phase in Plan(mechanism, noise=Exponential(0.9), every=100).phases()]
+        [100, 100, 100]
     """
 
     mechanism: Mechanism
