@@ -46,9 +46,10 @@ LAYERS = {
         ("passes",),
     ),
     "training": (
-        ("criterion", "logical_sum", "optimizers", "parameters"),
+        ("billing", "criterion", "divisor", "logical_sum", "optimizers", "parameters", "performance"),
         ("update",),
         ("checkpoint", "materialised", "virtual_steps"),
+        ("door", "private_module"),
     ),
 }
 LEVELS = {

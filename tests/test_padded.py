@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privet import ConfigurationError, Flat, Gaussian, Mechanism, Poisson, PrivateStep
+from privet import ConfigurationError, Flat, Gaussian, Mechanism, Performance, Poisson, PrivateStep
 from privet.clipping import PerLayer
 from privet.gradients.passes import one_pass
 from privet.sampling import Partition
@@ -47,7 +47,7 @@ def step_of(net: nn.Module, *, loss: Any = entropy, policy: Any = None, noise: f
         loss_per_example=loss,
         expected_batch_size=1,
         noise_generator=torch.Generator().manual_seed(3),
-        **options,
+        performance=Performance(**options),
     )
     return step, taken(net, step.optimizer)
 
@@ -182,6 +182,6 @@ def test_without_a_size_it_follows_from_public_numbers():
             mechanism=Mechanism(sampling=sampling, clipping=Flat(1.0), noise=Gaussian(1.0)),
             loss_per_example=lambda m, b: m(b[0]).sum(1),
             expected_batch_size=100,
-            padded=True,
+            performance=Performance(padded=True),
         )
         assert step._size.most == expected

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from privet import BatchMemoryManager, Flat, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep
+from privet import BatchMemoryManager, Flat, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
 from privet.errors import ConfigurationError, UnsupportedModelError
 from privet.gradients.passes.compiled import step_graph
 from tests.batches.containers import FORMS, Form, T, examples_of
@@ -52,15 +52,18 @@ def expected_sum() -> Any:
     return reference(Net(form), examples_of(B), loss_of(form), POLICY)
 
 
-def explicit(form: Form, **options: Any) -> tuple[PrivateStep, list[dict[str, Tensor]]]:
+def explicit(
+    form: Form, *, expected: float | None = 1, noise_generator: Any = None, **options: Any
+) -> tuple[PrivateStep, list[dict[str, Tensor]]]:
     net = Net(form)
     step = PrivateStep(
         net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.0),
         mechanism=Mechanism(sampling=Poisson(0.2), clipping=POLICY, noise=Gaussian(0.0), steps=12),
         loss_per_example=loss_of(form),
-        expected_batch_size=1,
-        **options,
+        expected_batch_size=expected,
+        noise_generator=noise_generator,
+        performance=Performance(**options),
     )
     return step, taken(net, step.optimizer)
 
@@ -166,7 +169,7 @@ def dataset(form: Form) -> tuple[TensorDataset, Callable[[list[Any]], Any]]:
 
 
 def sums_at_the_explicit_door(form: Form, **options: Any) -> tuple[list[int], list[dict[str, Tensor]]]:
-    step, seen = explicit(form, noise_generator=torch.Generator().manual_seed(4), **options)
+    step, seen = explicit(form, expected=None, noise_generator=torch.Generator().manual_seed(4), **options)
     data, collate = dataset(form)
     sizes = [len(step(batch)) for batch in step.batches(data, collate_fn=collate)]
     return sizes, seen
