@@ -60,7 +60,7 @@ def private(*, compiled: bool) -> Callable[[nn.Module, Batch], Step]:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     def make(model: nn.Module, batch: Batch) -> Step:
-        from privet import Flat, Gaussian, Mechanism, Poisson, PrivateStep
+        from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivateStep
 
         step = PrivateStep(
             model,
@@ -68,8 +68,7 @@ def private(*, compiled: bool) -> Callable[[nn.Module, Batch], Step]:
             mechanism=Mechanism(sampling=Poisson(0.01), clipping=Flat(1.0), noise=Gaussian(1.0), steps=1_000_000),
             loss_per_example=loss,
             expected_batch_size=len(batch[1]),
-            physical_batch_size=len(batch[1]),
-            compile=compiled,
+            performance=Performance(physical_batch_size=len(batch[1]), compile=compiled),
         )
         return lambda: step(batch)
 

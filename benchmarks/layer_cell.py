@@ -168,7 +168,7 @@ def privet(layer: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
     from privet.gradients.passes.one_pass import OnePass
 
     parameters = dict(layer.named_parameters())
-    way, policy = OnePass(Capture(parameters, on_backward=lambda recorded: None)), Flat(1.0)
+    way, policy = OnePass(Capture(parameters)), Flat(1.0)
 
     def step() -> None:
         way.clipped_sum(

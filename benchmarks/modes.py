@@ -94,7 +94,7 @@ def explicit(passes: int) -> Callable[[nn.Module, Batch], Step]:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     def make(model: nn.Module, batch: Batch) -> Step:
-        from privet import Flat, Gaussian, Mechanism, Poisson, PrivateStep
+        from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivateStep
 
         step = PrivateStep(
             model,
@@ -102,7 +102,7 @@ def explicit(passes: int) -> Callable[[nn.Module, Batch], Step]:
             mechanism=Mechanism(sampling=Poisson(0.01), clipping=Flat(1.0), noise=Gaussian(1.0), steps=1_000_000),
             loss_per_example=loss,
             expected_batch_size=len(batch[1]),
-            passes=passes,  # type: ignore[arg-type]
+            performance=Performance(passes=passes),  # type: ignore[arg-type]
         )
         return lambda: step(batch)
 

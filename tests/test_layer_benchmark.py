@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.layer_cell import BATCHES, LAYERS, losses, plain, privet, timed
+from benchmarks import layer_cell
+from benchmarks.layer_cell import BATCHES, LAYERS, losses, privet, timed
 from benchmarks.layers import Measured, beyond, report
 from privet import Flat
 from privet.gradients.passes.one_pass import OnePass
@@ -43,18 +45,21 @@ def test_what_is_timed_as_privet_is_the_clipped_sum_of_the_reference(name, monke
     assert_exact(found[0].values, expected)
 
 
-def test_turns_give_every_contender_a_factor_and_torch_itself_one():
-    data = (torch.randn(4, 8), torch.randn(4, 8))
-    layer = torch.nn.Linear(8, 8)
-    slow = plain(layer, data)
+def test_turns_give_every_contender_a_factor_and_torch_itself_one(monkeypatch):
+    now = 0.0
 
-    def five_times():
-        for _ in range(5):
-            slow()
+    def lasting(seconds):
+        def step():
+            nonlocal now
+            now += seconds
 
-    found = timed({"torch.nn": plain(layer, data), "privet": five_times}, seconds=0.1)
-    assert found["torch.nn"]["factor"] == 1.0
-    assert found["privet"]["factor"] > 2.0
+        return step
+
+    monkeypatch.setattr(layer_cell, "time", SimpleNamespace(perf_counter=lambda: now))  # no busy machine slows it
+    found = timed({"torch.nn": lasting(1e-3), "privet": lasting(5e-3)}, seconds=0.1)
+    assert found["torch.nn"]["factor"] == pytest.approx(1.0)
+    assert found["privet"]["factor"] == pytest.approx(5.0)
+    assert found["privet"]["ms"] == pytest.approx(5.0)
 
 
 def test_limits_leave_out_what_is_too_large_or_too_slow_and_say_why():

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privet import ConfigurationError, Flat, Gaussian, Mechanism, Poisson, PrivateStep
+from privet import ConfigurationError, Flat, Gaussian, Mechanism, Performance, Poisson, PrivateStep
 from privet.clipping import PerLayer
 from privet.gradients.passes import one_pass
 from privet.sampling import Partition
-from privet.sampling.physical import fill_rows
 from tests.contracts.doors import assert_exact, distance, reference, size, taken
 from tests.contracts.zoo import ZOO, batch_of, model_of, plain
 from tests.gradients.policies import POLICIES
@@ -50,7 +47,7 @@ def step_of(net: nn.Module, *, loss: Any = entropy, policy: Any = None, noise: f
         loss_per_example=loss,
         expected_batch_size=1,
         noise_generator=torch.Generator().manual_seed(3),
-        **options,
+        performance=Performance(**options),
     )
     return step, taken(net, step.optimizer)
 
@@ -157,50 +154,6 @@ def test_one_example_more_moves_a_padded_sum_by_at_most_the_sensitivity(scale):
         assert distance(whole, less) <= 0.5 * (1 + 1e-9)
 
 
-# -- what fills up -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Record:
-    x: Tensor
-    name: str
-
-
-class Pair(NamedTuple):
-    x: Tensor
-    y: np.ndarray
-
-
-def test_batches_of_every_form_are_filled_up_with_zeros():
-    ids = torch.ones(2, 3, dtype=torch.int32)
-    mask = torch.ones(2, dtype=torch.bool)
-    filled = fill_rows({"ids": ids, "inner": [mask, (torch.tensor(2.0), "name", None)]}, 4, examples=2)
-    assert torch.equal(filled["ids"], torch.cat([ids, torch.zeros(2, 3, dtype=torch.int32)]))
-    assert filled["ids"].dtype == torch.int32
-    assert filled["inner"][0].tolist() == [True, True, False, False]
-    assert filled["inner"][1] == (torch.tensor(2.0), "name", None)
-    record = fill_rows(Record(torch.ones(2, 1), "a"), 3, examples=2)
-    assert record.x.tolist() == [[1.0], [1.0], [0.0]]
-    pair = fill_rows(Pair(torch.ones(1), np.ones(1, dtype=np.float32)), 2, examples=1)
-    assert pair.y.dtype == np.float32
-    assert pair.y.tolist() == [1.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        (torch.ones(2, 3), torch.ones(3)),
-        (torch.ones(2, 3), ["a", "b"]),
-        (torch.ones(2, 3), [1, 2]),
-        (torch.ones(2, 3), np.array(["a", "b"])),
-    ],
-    ids=["another length", "strings", "numbers", "array of strings"],
-)
-def test_what_cannot_be_filled_up_is_refused_by_its_place(batch):
-    with pytest.raises(ConfigurationError, match=r"the batch\[1\]"):
-        fill_rows(batch, 4, examples=2)
-
-
 # -- the option --------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +182,6 @@ def test_without_a_size_it_follows_from_public_numbers():
             mechanism=Mechanism(sampling=sampling, clipping=Flat(1.0), noise=Gaussian(1.0)),
             loss_per_example=lambda m, b: m(b[0]).sum(1),
             expected_batch_size=100,
-            padded=True,
+            performance=Performance(padded=True),
         )
         assert step._size.most == expected

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from privet import ConfigurationError, Flat, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep
+from privet import ConfigurationError, Flat, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
 from privet.clipping import PSAC, Automatic, ClippingPolicy, GroupWise, PerLayer
 from tests.contracts.doors import assert_exact, copied, explicit_sum, paper_sum, reference
 from tests.gradients.policies import POLICIES
@@ -119,7 +119,7 @@ def test_several_weights_for_an_example_are_refused_by_two_passes_at_constructio
             mechanism=Mechanism(sampling=Poisson(0.1), clipping=policy, noise=Gaussian(1.0)),
             loss_per_example=loss,
             expected_batch_size=1,
-            passes=2,
+            performance=Performance(passes=2),
         )
     assert not optimizer._optimizer_step_pre_hooks
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
@@ -228,7 +228,7 @@ def test_weights_that_turn_bad_in_mid_run_stop_the_explicit_door_before_the_step
         mechanism=Mechanism(sampling=Poisson(0.1), clipping=policy, noise=Gaussian(1.0)),
         loss_per_example=loss,
         expected_batch_size=1,
-        passes=passes,
+        performance=Performance(passes=passes),
     )
     step(batch_of())
     before = state_of(model, optimizer, step.ledger)

@@ -24,7 +24,7 @@ from privet import (
     ProtocolError,
     UnsupportedModelError,
 )
-from privet.accounting.ledger import Budget
+from privet.accounting.budget import Budget
 from privet.sampling import Partition
 from tests.contracts.doors import assert_exact, distance, reference, size, taken
 
@@ -286,8 +286,8 @@ def test_batches_of_every_structure_may_be_empty(kind: str) -> None:
 
 def test_a_batch_without_a_tensor_is_refused() -> None:
     step, _ = step_of(Net())
-    with pytest.raises(UnsupportedModelError, match="cannot be counted"):
-        step(["a", "b"])
+    with pytest.raises(UnsupportedModelError, match=r"cannot be counted.*the batch\['name'\] is a str"):
+        step({"name": "a", "n": 2})
 
 
 @pytest.mark.filterwarnings(FOREIGN)

@@ -22,33 +22,58 @@ from privet.errors import (
 )
 
 if TYPE_CHECKING:
-    from privet.clipping import Flat, PerLayer
+    from privet.accounting import Accountant, Budget, FileLedger, Ledger, Relation, Unit, register_accountant
+    from privet.clipping import PSAC, Automatic, ClippingPolicy, Flat, GroupWise, PerLayer
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
-    from privet.mechanism import Gaussian, Mechanism
-    from privet.sampling import Poisson
+    from privet.mechanism import Mechanism
+    from privet.noise import Gaussian, Noise
+    from privet.sampling import Partition, Poisson, Sampling
+    from privet.schedules import Exponential, Listed, Plan, Schedule, Stepwise
     from privet.step import PrivateStep
+    from privet.training.performance import Performance
     from privet.training.virtual_steps import BatchMemoryManager
-    from privet.validation import validate
+    from privet.validation import get_compatible_module, validate
 
 __all__ = [
+    "PSAC",
+    "Accountant",
     "AccountingError",
+    "Automatic",
     "BatchMemoryManager",
+    "Budget",
     "BudgetExceededError",
+    "ClippingPolicy",
     "ConfigurationError",
     "CoverageError",
+    "Exponential",
+    "FileLedger",
     "Flat",
     "Gaussian",
+    "GroupWise",
+    "Ledger",
     "LedgerError",
+    "Listed",
     "Mechanism",
+    "Noise",
     "OutOfMemoryError",
+    "Partition",
     "PerLayer",
+    "Performance",
+    "Plan",
     "Poisson",
     "PrivacyEngine",
     "PrivateStep",
     "PrivetError",
     "ProtocolError",
+    "Relation",
+    "Sampling",
+    "Schedule",
+    "Stepwise",
+    "Unit",
     "UnsupportedModelError",
+    "get_compatible_module",
+    "register_accountant",
     "register_rule",
     "rows_of",
     "validate",
@@ -57,14 +82,35 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "PSAC": "privet.clipping",
+    "Accountant": "privet.accounting",
+    "Automatic": "privet.clipping",
     "BatchMemoryManager": "privet.training.virtual_steps",
+    "Budget": "privet.accounting",
+    "ClippingPolicy": "privet.clipping",
+    "Exponential": "privet.schedules",
+    "FileLedger": "privet.accounting",
     "Flat": "privet.clipping",
-    "Gaussian": "privet.mechanism",
+    "Gaussian": "privet.noise",
+    "GroupWise": "privet.clipping",
+    "Ledger": "privet.accounting",
+    "Listed": "privet.schedules",
     "Mechanism": "privet.mechanism",
+    "Noise": "privet.noise",
+    "Partition": "privet.sampling",
     "PerLayer": "privet.clipping",
+    "Performance": "privet.training.performance",
+    "Plan": "privet.schedules",
     "Poisson": "privet.sampling",
     "PrivacyEngine": "privet.engine",
     "PrivateStep": "privet.step",
+    "Relation": "privet.accounting",
+    "Sampling": "privet.sampling",
+    "Schedule": "privet.schedules",
+    "Stepwise": "privet.schedules",
+    "Unit": "privet.accounting",
+    "get_compatible_module": "privet.validation",
+    "register_accountant": "privet.accounting",
     "register_rule": "privet.gradients",
     "rows_of": "privet.gradients",
     "validate": "privet.validation",

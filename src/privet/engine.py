@@ -3,137 +3,166 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, final, overload
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from privet._checks import check_at_least, check_count, check_positive
+from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
-from privet.accounting.event import Relation
-from privet.accounting.ledger import Ledger
-from privet.accounting.role import LedgerLike, check_door_ledger
-from privet.clipping import PSAC, Automatic, ClippingPolicy, Flat, PerLayer
+from privet.accounting.event import Relation, Unit
+from privet.accounting.role import LedgerLike
+from privet.clipping import ClippingPolicy, policy_for
 from privet.errors import ConfigurationError, ProtocolError
-from privet.gradients.capture.instrument import Instrument
-from privet.gradients.summation import clipped_sum
-from privet.gradients.use import Recorded
 from privet.gradients.weights import groups_of
 from privet.mechanism import Gaussian, Mechanism
-from privet.noise import GaussianNoise, noise_for, noise_key
-from privet.sampling import privatize_loader
+from privet.noise import noise_for, noise_key
+from privet.sampling import PrivateLoader, Sampling, privatize_loader
+from privet.training.checkpoint import File, load, save
 from privet.training.criterion import PrivateCriterion
-from privet.training.materialised import Materialised, clear_with_zero_grad
+from privet.training.door import Door, door_ledger
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
+from privet.training.private_module import GradSampleMode, PrivateModule, modes
 from privet.training.update import PrivateUpdate
-from privet.validation import Issue, get_compatible_module, refuse_mixing, require_valid, validate
-
-if TYPE_CHECKING:
-    from privet.accounting.accountant import Accountant
+from privet.validation import Issue, get_compatible_module, require_valid, validate
 
 __all__ = ["PrivacyEngine"]
 
-_CLIPPING = {"flat": Flat, "per_layer": PerLayer, "automatic": Automatic, "psac": PSAC}
-_MODES = {"auto": (False, False), "hooks": (True, False), "functorch": (True, True)}
-"""By name: whether per-example gradients are shown on the parameters, and whether all of them come from vmap."""
+Clipping = Literal["flat", "per_layer", "automatic", "psac"] | ClippingPolicy
+M = TypeVar("M", bound=nn.Module)
+O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - M and O: a module and an optimizer of the user's own class
+
+
+class _Options(TypedDict, total=False):
+    """What both `make_private` take beside their required arguments, for the type checker."""
+
+    clipping: Clipping
+    loss_reduction: Literal["mean", "sum"]
+    batch_first: bool
+    poisson_sampling: bool
+    sampling: Sampling | None
+    dataset_size: int | None
+    noise_generator: torch.Generator | None
+    grad_sample_mode: GradSampleMode
+
 
 _PRIVATE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class _Watched:
-    """One module made private: its instrument, its update, and the loss that they expect."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        update: PrivateUpdate,
-        *,
-        batch_first: bool,
-        mean: bool,
-        mode: str,
-    ) -> None:
-        shown, mapped = _MODES[mode]
-        self.update = update
-        self.materialised = Materialised(update) if shown else None
-        self._mean = mean
-        self.instrument = Instrument(
-            module,
-            update.parameters,
-            batch_first=batch_first,
-            mapped=mapped,
-            on_backward=self._received,
-            on_check=lambda args, kwargs: refuse_mixing(module, args, kwargs, batch_axis=0 if batch_first else 1),
-        )
-
-    def _received(self, recorded: Recorded) -> None:
-        if self.instrument.empty:  # the made-up example that kept the structure has no part in the sum
-            recorded = Recorded(examples=0)
-        examples = recorded.examples or 0
-        scale = float(max(examples, 1)) if self._mean else 1.0
-        if self.materialised is not None:
-            self.materialised.keep(recorded, scale=scale)
-            return
-        trainable = {name: p for name, p in self.update.parameters.items() if p.requires_grad}
-        clipped = clipped_sum(recorded, trainable, self.update.mechanism.clipping, scale=scale)
-        self.update.receive(clipped, examples=examples)
-
-
-class PrivacyEngine:
+@final
+class PrivacyEngine(Door):
     """Makes a module, its optimizer and its data loader train with differential privacy, and counts what it costs.
 
     Args:
-        accountant: `"pld"` (tightest), `"rdp"`, `"gdp"`, or an accountant of your own.
+        accountant: `"pld"` (the default, and the tightest), `"rdp"`, `"gdp"`, or an accountant of your own.
         secure_mode: whether noise must be cryptographically secure on every device, at the price of drawing it on the
             host. On CPU it always is.
-        ledger: where steps are put on record, such as a `FileLedger` that several runs share; by default a `Ledger` of
-            its own. It must be under zero-out or replace-one, and brings its own accountant and budget.
+        budget: refuses the step that would exceed it.
+        relation: the neighbors that ε is about: `"zero_out"` (the default) or `"replace_one"`.
+        unit: whose data a row of the batch is: an example's (the default) or, say, a user's.
+        ledger: where steps are written, such as a `FileLedger` that several runs share. It has an accountant, a budget,
+            a relation and a unit of its own. By default a new `Ledger` in memory.
 
-    ε is for zero-out neighbours: one example is replaced by one that contributes nothing, the number of examples n
-    being public. Where `dataset_size` declares a public n, the same figure holds for adding or removing one example.
+    ε is for zero-out neighbors by default: one example is replaced by one that contributes nothing, the number of
+    examples n being public. Where `dataset_size` declares a public n, the same figure holds for adding or removing one.
 
     One engine has one ledger. Several networks trained on the same data (a GAN) take one `make_private` each, of the
     same engine, and their costs add up.
+
+    Example:
+        >>> import torch
+        >>> from privet import PrivacyEngine
+        >>> engine, model = PrivacyEngine(), torch.nn.Linear(4, 2)
+        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(2, (64,)))
+        >>> model, optimizer, loader = engine.make_private(
+        ...     module=model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=torch.utils.data.DataLoader(data, batch_size=16),
+        ...     noise_multiplier=1.1,
+        ...     max_grad_norm=1.0,
+        ... )
+        >>> for inputs, targets in loader:
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+        ...     optimizer.step()
+        >>> engine.get_epsilon(delta=1e-5) > 0.0
+        True
     """
 
     def __init__(
-        self, *, accountant: str | Accountant = "pld", secure_mode: bool = False, ledger: LedgerLike | None = None
+        self,
+        *,
+        accountant: str | Accountant | None = None,
+        secure_mode: bool = False,
+        budget: Budget | None = None,
+        relation: Relation | str | None = None,
+        unit: Unit | str | None = None,
+        ledger: LedgerLike | None = None,
     ) -> None:
-        if ledger is not None and accountant != "pld":
-            raise ConfigurationError(
-                "accountant and ledger were both given, and a ledger has an accountant of its own. Make the ledger "
-                "with the accountant that you want, and give the ledger alone."
-            )
+        super().__init__(door_ledger(ledger, accountant=accountant, budget=budget, relation=relation, unit=unit))
         self._secure_mode = bool(secure_mode)
-        made = Ledger(relation=Relation.ZERO_OUT, accountant=accountant) if ledger is None else ledger
-        self._ledger = check_door_ledger(made)
-        self._accountant = self._ledger.accountant
-        self._watched: list[_Watched] = []
+        self._watched: list[PrivateModule] = []
+
+    def _updates(self) -> Sequence[PrivateUpdate]:
+        return [watched.update for watched in self._watched]
+
+    def _trained(self) -> Sequence[str]:
+        return [type(watched.module).__name__ for watched in self._watched]
 
     # -- the two ways in ---------------------------------------------------------------------------------------------
+
+    @overload
+    def make_private(
+        self,
+        *,
+        module: M,
+        optimizer: O,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float | Mapping[str, float] | None = None,
+        criterion: None = None,
+        **options: Unpack[_Options],
+    ) -> tuple[M, O, PrivateLoader]: ...
+
+    @overload
+    def make_private(
+        self,
+        *,
+        module: M,
+        optimizer: O,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float | Mapping[str, float] | None = None,
+        criterion: Callable[..., torch.Tensor],
+        **options: Unpack[_Options],
+    ) -> tuple[M, O, PrivateLoader, PrivateCriterion]: ...
 
     def make_private(
         self,
         *,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        module: M,
+        optimizer: O,
         data_loader: DataLoader[Any],
         noise_multiplier: float,
-        max_grad_norm: float | Mapping[str, float],
+        max_grad_norm: float | Mapping[str, float] | None = None,
         criterion: Callable[..., torch.Tensor] | None = None,
-        clipping: str | ClippingPolicy = "flat",
+        clipping: Clipping = "flat",
         loss_reduction: Literal["mean", "sum"] = "mean",
         batch_first: bool = True,
         poisson_sampling: bool = True,
+        sampling: Sampling | None = None,
         dataset_size: int | None = None,
         noise_generator: torch.Generator | None = None,
-        grad_sample_mode: str = "auto",
-    ) -> Any:
-        """Returns `(module, optimizer, data_loader)`, and the private criterion as a fourth where one was given.
+        grad_sample_mode: GradSampleMode = "auto",
+    ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
+        """Makes the module and the optimizer private, in place, and returns them with a private loader.
 
-        Module and optimizer are the very objects that were passed in. The loader is a new one over the same dataset.
+        Returns `(module, optimizer, data_loader)`, and the private criterion as a fourth where one was given. Module
+        and optimizer are the very objects that were passed in. The loader is a new one over the same dataset.
 
         Args:
             module: the model, in the user's own class.
@@ -142,13 +171,14 @@ class PrivacyEngine:
             noise_multiplier: the noise's standard deviation over the sensitivity.
             max_grad_norm: the clip norm C; with `clipping="per_layer"` it may map layers to theirs.
             criterion: returned evaluated per example, whatever its reduction.
-            clipping: `"flat"`, `"per_layer"`, `"automatic"`, `"psac"`, or a policy of `privet.clipping` or of your own
-                (then `max_grad_norm` must be its sensitivity).
+            clipping: `"flat"`, `"per_layer"`, `"automatic"`, `"psac"`, or a policy of `privet.clipping` or of your
+                own, which has its clip norm itself: then leave `max_grad_norm` away.
             loss_reduction: whether the loss is the mean or the sum of the examples' losses over the rows of the batch.
             batch_first: whether inputs have the batch on axis 0, else on axis 1.
             poisson_sampling: whether to draw each batch afresh at rate batch_size / n. If not, the loader's own order
                 is kept, and no amplification by sampling is claimed.
-            dataset_size: a public number to be used in place of `len(dataset)`.
+            sampling: another way of forming batches in its place, such as one of your own.
+            dataset_size: a public number to be used in place of `len(dataset)`, under Poisson sampling.
             noise_generator: makes noise and batches reproducible, and says so in the ledger; for tests.
             grad_sample_mode: `"auto"`, the fastest; `"hooks"`, which shows every example's gradient in `p.grad_sample`;
                 `"functorch"`, which does so by vmap and without any rule for a layer.
@@ -159,69 +189,97 @@ class PrivacyEngine:
             Either leaves everything as it was.
         """
         noise = Gaussian(check_at_least("noise_multiplier", noise_multiplier))
-        policy = _policy(clipping, max_grad_norm)
+        policy = policy_for(clipping, max_grad_norm)
         _check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        _check_choice("grad_sample_mode", grad_sample_mode, tuple(_MODES))
+        _check_choice("grad_sample_mode", grad_sample_mode, modes())
         refuse_optimizer(optimizer)
         parameters = private_parameters(module, optimizer)
         self._refuse_private(module, optimizer)
         require_valid(module)
         groups_of(policy, list(parameters))
         key = noise_key(secure_mode=self._secure_mode, generator=noise_generator)
-        loader = privatize_loader(data_loader, poisson=poisson_sampling, key=key, dataset_size=dataset_size)
+        loader = privatize_loader(
+            data_loader, poisson=poisson_sampling, sampling=sampling, key=key, dataset_size=dataset_size
+        )
         mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)
 
         device = next(iter(parameters.values())).device
+        mean = loss_reduction == "mean"
         update = PrivateUpdate(
             parameters,
             mechanism=mechanism,
-            noise=GaussianNoise(noise_for(device, secure_mode=self._secure_mode, key=key)),
+            noise=noise.mechanism(noise_for(device, secure_mode=self._secure_mode, key=key)),
             ledger=self.ledger,
-            divisor=loader.expected_batch_size if loss_reduction == "mean" else 1.0,
-            follows_rate=loss_reduction == "mean",
+            divisor=loader.expected_batch_size if mean else 1.0,
+            follows_rate=mean,
         )
         private_criterion = None
         if criterion is not None:  # what can fail comes before anything is touched
             private_criterion = PrivateCriterion(
                 criterion, reduction=loss_reduction, examples=lambda: watched.instrument.examples
             )
-        watched = _Watched(
-            module, update, batch_first=batch_first, mean=loss_reduction == "mean", mode=grad_sample_mode
-        )
+        watched = PrivateModule(module, update, batch_first=batch_first, mean=mean, mode=grad_sample_mode)
         if key.predictable:
             self.ledger.mark("reproducible key")
-        update.attach(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.zero_grad = _guarded(optimizer.zero_grad, watched)  # type: ignore[method-assign]
-        if watched.materialised is not None:
-            clear_with_zero_grad(module)
+        watched.attach(optimizer)
         update.follow(loader)
-        update.on_forget(watched.instrument.capture.release)
         self._watched.append(watched)
         _PRIVATE.update((module, optimizer))
-        returned = (module, optimizer, loader)
-        return returned if private_criterion is None else (*returned, private_criterion)
+        if private_criterion is None:
+            return module, optimizer, loader
+        return module, optimizer, loader, private_criterion
 
+    @overload
     def make_private_with_epsilon(
         self,
         *,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        module: M,
+        optimizer: O,
         data_loader: DataLoader[Any],
         target_epsilon: float,
         target_delta: float,
         epochs: int,
-        max_grad_norm: float | Mapping[str, float],
+        max_grad_norm: float | Mapping[str, float] | None = None,
+        criterion: None = None,
+        **options: Unpack[_Options],
+    ) -> tuple[M, O, PrivateLoader]: ...
+
+    @overload
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: M,
+        optimizer: O,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float | Mapping[str, float] | None = None,
+        criterion: Callable[..., torch.Tensor],
+        **options: Unpack[_Options],
+    ) -> tuple[M, O, PrivateLoader, PrivateCriterion]: ...
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: M,
+        optimizer: O,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float | Mapping[str, float] | None = None,
         criterion: Callable[..., torch.Tensor] | None = None,
-        clipping: str | ClippingPolicy = "flat",
+        clipping: Clipping = "flat",
         loss_reduction: Literal["mean", "sum"] = "mean",
         batch_first: bool = True,
         poisson_sampling: bool = True,
+        sampling: Sampling | None = None,
         dataset_size: int | None = None,
         noise_generator: torch.Generator | None = None,
-        grad_sample_mode: str = "auto",
-    ) -> Any:
-        """Returns what `make_private` does, with the least noise whose `epochs` cost at most the target.
+        grad_sample_mode: GradSampleMode = "auto",
+    ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
+        """Does what `make_private` does, with the least noise whose `epochs` cost at most the target.
 
         The target becomes the engine's budget: the step that would exceed it raises BudgetExceededError before it is
         taken.
@@ -239,11 +297,13 @@ class PrivacyEngine:
                 "engine for make_private_with_epsilon. Make a new PrivacyEngine, or use make_private with a "
                 "noise_multiplier of your own."
             )
-        planned = privatize_loader(data_loader, poisson=poisson_sampling, dataset_size=dataset_size)
+        planned = privatize_loader(data_loader, poisson=poisson_sampling, sampling=sampling, dataset_size=dataset_size)
         steps = epochs * len(planned) if planned.sampling.billed_per == "step" else epochs
         mechanism = Mechanism(
-            sampling=planned.sampling, clipping=_policy(clipping, max_grad_norm), noise=Gaussian(1.0), steps=steps
-        ).calibrated(epsilon=target_epsilon, delta=target_delta, accountant=self._accountant)
+            sampling=planned.sampling, clipping=policy_for(clipping, max_grad_norm), noise=Gaussian(1.0), steps=steps
+        ).calibrated(
+            epsilon=target_epsilon, delta=target_delta, accountant=self.accountant, relation=self.ledger.relation
+        )
         returned = self.make_private(
             module=module,
             optimizer=optimizer,
@@ -255,32 +315,13 @@ class PrivacyEngine:
             loss_reduction=loss_reduction,
             batch_first=batch_first,
             poisson_sampling=poisson_sampling,
+            sampling=sampling,
             dataset_size=dataset_size,
             noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode,
         )
         self.set_budget(epsilon=target_epsilon, delta=target_delta)
         return returned
-
-    # -- what it costs -----------------------------------------------------------------------------------------------
-
-    @property
-    def ledger(self) -> LedgerLike:
-        """Where steps are put on record. It is given to the constructor, and cannot be set later."""
-        return self._ledger
-
-    def get_epsilon(self, delta: float) -> float:
-        """Returns ε at `delta` of everything released so far through this engine."""
-        return self.ledger.epsilon(delta)
-
-    def set_budget(self, *, epsilon: float, delta: float) -> None:
-        """Makes the step that would exceed the budget raise BudgetExceededError before it is taken."""
-        self.ledger.budget = Budget(epsilon, delta)
-
-    @property
-    def mechanisms(self) -> tuple[Mechanism, ...]:
-        """Returns what the next step of each private module releases."""
-        return tuple(watched.update.mechanism for watched in self._watched)
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -316,29 +357,27 @@ class PrivacyEngine:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_checkpoint(
-        self, path: Any, *, module: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any] | None = None
+        self, path: File, *, module: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes model, optimizer, ledger and counters to a file, which replaces an older one at once.
+        """Writes model, optimizer, ledger and counters to a path or an open file, without any key.
 
-        No key is in it.
+        A file at the path is replaced at once, and is complete or not there at all.
         """
-        from privet.training.checkpoint import save
+        save(
+            path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates_of(module), extra=extra
+        )
 
-        save(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates(module), extra=extra)
-
-    def load_checkpoint(self, path: Any, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Resumes from a file under the same settings, and returns what was saved as `extra`.
+    def load_checkpoint(self, path: File, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Resumes from a path or an open file under the same settings, and returns what was saved as `extra`.
 
         Loading runs no code from the file. Noise goes on with a fresh key; steps taken here since are still billed.
 
         Raises:
             ConfigurationError: if the settings differ from those of the saved run.
         """
-        from privet.training.checkpoint import load
+        return load(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates_of(module))
 
-        return load(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates(module))
-
-    def _updates(self, module: nn.Module) -> list[PrivateUpdate]:
+    def _updates_of(self, module: nn.Module) -> list[PrivateUpdate]:
         ours = {id(p) for p in module.parameters()}
         found = [w.update for w in self._watched if any(id(p) in ours for p in w.update.parameters.values())]
         if not found:
@@ -348,30 +387,6 @@ class PrivacyEngine:
         return found
 
 
-def _policy(clipping: str | ClippingPolicy, max_grad_norm: float | Mapping[str, float]) -> ClippingPolicy:
-    if isinstance(clipping, ClippingPolicy):
-        if max_grad_norm != clipping.sensitivity:
-            raise ConfigurationError(
-                f"max_grad_norm is {max_grad_norm!r}, and the clipping policy's sensitivity is {clipping.sensitivity}. "
-                "Expected the same number: a clip norm has one home."
-            )
-        return clipping
-    _check_choice("clipping", clipping, tuple(_CLIPPING))
-    if isinstance(max_grad_norm, Mapping) and clipping != "per_layer":
-        raise ConfigurationError(f"max_grad_norm maps layers to bounds. Expected one number for clipping={clipping!r}.")
-    return _CLIPPING[clipping](max_grad_norm)  # type: ignore[arg-type]
-
-
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _guarded(zero_grad: Callable[..., None], watched: _Watched) -> Callable[..., None]:
-    def guarded(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's own signature
-        watched.update.refuse_zero_grad()
-        zero_grad(set_to_none=set_to_none)
-        if watched.materialised is not None:
-            watched.materialised.clear()
-
-    return guarded

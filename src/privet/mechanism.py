@@ -5,31 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from privet._checks import check_at_least, check_count, check_positive
-from privet.accounting.event import Event, GaussianEvent, Relation
+from privet._checks import check_count, check_positive
+from privet.accounting.event import Event, Relation
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
-from privet.sampling import Partition, Poisson
+from privet.noise.description import Gaussian, Noise
+from privet.sampling.base import Sampling
 
 if TYPE_CHECKING:
     from privet.accounting.accountant import Accountant
 
 __all__ = ["Gaussian", "Mechanism"]
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Gaussian noise of standard deviation `multiplier` times the sensitivity of the clipped sum."""
-
-    multiplier: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "multiplier", check_at_least("noise multiplier", self.multiplier))
-
-    @property
-    def event(self) -> GaussianEvent:
-        """Returns the event of one release, before any amplification by sampling."""
-        return GaussianEvent(self.multiplier)
 
 
 @dataclass(frozen=True)
@@ -41,15 +27,23 @@ class Mechanism:
         clipping: how much one example may weigh; it carries the sensitivity.
         noise: what is added, relative to the sensitivity.
         steps: how many logical steps are planned; passes over the data, where the sampling is billed by the pass.
+
+    Example:
+        >>> from privet import Flat, Gaussian, Mechanism, Poisson
+        >>> mechanism = Mechanism(sampling=Poisson(0.01), clipping=Flat(1.0), noise=Gaussian(1.0), steps=1000)
+        >>> 1.8 < mechanism.epsilon(delta=1e-5) < 1.9
+        True
+        >>> mechanism.calibrated(epsilon=1.0, delta=1e-5).noise.multiplier > 1.4
+        True
     """
 
-    sampling: Poisson | Partition
+    sampling: Sampling
     clipping: ClippingPolicy
-    noise: Gaussian
+    noise: Noise
     steps: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind in (("sampling", Poisson | Partition), ("clipping", ClippingPolicy), ("noise", Gaussian)):
+        for name, kind in (("sampling", Sampling), ("clipping", ClippingPolicy), ("noise", Noise)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigurationError(
                     f"{name} of a Mechanism must be a description such as Poisson(0.01), Flat(1.0) or Gaussian(1.1), "
@@ -62,17 +56,32 @@ class Mechanism:
         """Returns the event of the planned steps (or passes), or of `count` of them."""
         return self.sampling.event_for(self.noise.event, self.steps if count is None else count)
 
-    def epsilon(self, delta: float, *, accountant: str | Accountant = "pld") -> float:
-        """Returns ε at `delta` of the planned steps, for zero-out neighbours.
+    def drawn_under(self, sampling: Sampling | None) -> Mechanism:
+        """Returns the mechanism with the sampling that a batch was drawn under, maybe before a schedule changed it."""
+        if sampling is None or sampling == self.sampling:
+            return self
+        return replace(self, sampling=sampling)
+
+    def epsilon(
+        self, delta: float, *, accountant: str | Accountant = "pld", relation: Relation = Relation.ZERO_OUT
+    ) -> float:
+        """Returns ε at `delta` of the planned steps, by default for zero-out neighbors.
 
         Under Poisson sampling add-or-remove-one costs the same. Under a partition it need not: a record that is added
         or removed may move others to other batches, and this ε does not cover that.
         """
         from privet.accounting import get_accountant
 
-        return get_accountant(accountant).epsilon(self.event(), delta, relation=Relation.ZERO_OUT)
+        return get_accountant(accountant).epsilon(self.event(), delta, relation=relation)
 
-    def calibrated(self, *, epsilon: float, delta: float, accountant: str | Accountant = "pld") -> Mechanism:
+    def calibrated(
+        self,
+        *,
+        epsilon: float,
+        delta: float,
+        accountant: str | Accountant = "pld",
+        relation: Relation = Relation.ZERO_OUT,
+    ) -> Mechanism:
         """Returns the same mechanism with the least noise whose planned steps cost at most `epsilon` at `delta`.
 
         Raises:
@@ -83,8 +92,8 @@ class Mechanism:
         certificate = calibrate_noise_multiplier(
             epsilon,
             delta,
-            lambda multiplier: replace(self, noise=Gaussian(multiplier)).event(),
+            lambda multiplier: replace(self, noise=self.noise.with_multiplier(multiplier)).event(),
             accountant=accountant,
-            relation=Relation.ZERO_OUT,
+            relation=relation,
         )
-        return replace(self, noise=Gaussian(certificate.value))
+        return replace(self, noise=self.noise.with_multiplier(certificate.value))

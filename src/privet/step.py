@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from privet._checks import check_positive
+from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
-from privet.accounting.event import Relation
-from privet.accounting.ledger import Ledger
-from privet.accounting.role import LedgerLike, check_door_ledger
+from privet.accounting.event import Relation, Unit
+from privet.accounting.role import LedgerLike
+from privet.batches.count import count_examples
+from privet.batches.cut import cut_rows
+from privet.batches.fill import fill_rows
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import check_coverage
 from privet.gradients.capture.custom_modules import watch_custom_modules
-from privet.gradients.capture.instrument import examples_in
+from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.compiled import CompiledSum
@@ -31,11 +33,15 @@ from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
-from privet.noise import GaussianNoise, NoiseKey, noise_for, noise_key
-from privet.sampling import Poisson, PrivateLoader, loader_for
-from privet.sampling.physical import PhysicalSize, cut_rows, fill_rows
+from privet.noise import NoiseKey, noise_for, noise_key
+from privet.sampling import PrivateLoader, loader_for
+from privet.sampling.partition import with_batch_size
+from privet.sampling.physical import PhysicalSize
+from privet.training.checkpoint import File, load, save
+from privet.training.door import Door, door_ledger
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
+from privet.training.performance import Performance
 from privet.training.update import PrivateUpdate
 from privet.validation import refuse_mixing, require_valid
 
@@ -56,7 +62,8 @@ class _Loss(nn.Module):
         return self._loss(self.model, batch)
 
 
-class PrivateStep:
+@final
+class PrivateStep(Door):
     """Trains `model` on one logical batch a call.
 
     Args:
@@ -65,18 +72,15 @@ class PrivateStep:
         mechanism: what each step releases.
         loss_per_example: `loss(model, batch)` returns the loss of each example, `(B,)`, B being axis 0 of the batch's
             first tensor.
-        expected_batch_size: the public constant that the noisy sum is divided by.
-        passes: 1 for the least time; 2 for the least memory, with a second backward of the same forward.
-        physical_batch_size: the most examples in memory at once; `"auto"` for the largest number that fits, found by
-            halving; by default all of the batch. It changes nothing of what is released. Then every tensor in the batch
-            has the examples on axis 0.
-        padded: whether every physical batch is filled up to `physical_batch_size` with rows of zeros, which add exactly
-            nothing, so that all shapes are fixed. Without a size given, it is a little more than the expected one.
-        compile: whether the step is traced as one graph and compiled (`torch.compile`), batches padded. The first steps
-            take long, and the result is the same.
+        expected_batch_size: the public constant that the noisy sum is divided by. It follows from the mechanism's
+            sampling for the batches of `batches(dataset)`; give it for batches of your own.
+        performance: how the step is computed; nothing in it changes what is released.
+        accountant: `"pld"` (the default, and the tightest), `"rdp"`, `"gdp"`, or an accountant of your own.
         budget: refuses the step that would exceed it.
-        ledger: where steps are put on record, such as a `FileLedger` that several runs share; by default a `Ledger` of
-            its own. It must be under zero-out or replace-one, and brings its own accountant and budget.
+        relation: the neighbors that ε is about: `"zero_out"` (the default) or `"replace_one"`.
+        unit: whose data a row of the batch is: an example's (the default) or, say, a user's.
+        ledger: where steps are written, such as a `FileLedger` that several runs share. It has an accountant, a budget,
+            a relation and a unit of its own. By default a new `Ledger` in memory.
         secure_mode: whether noise must be cryptographically secure on every device.
         noise_generator: makes the run reproducible, and says so in the ledger; for tests.
 
@@ -85,6 +89,21 @@ class PrivateStep:
         model and the loss, as long as each example's loss depends on that example alone, which is checked on the first
         batch.
         Every step is written to the ledger before its noise is drawn.
+
+    Example:
+        >>> import torch
+        >>> from privet import Flat, Gaussian, Mechanism, Poisson, PrivateStep
+        >>> model = torch.nn.Linear(4, 1)
+        >>> step = PrivateStep(
+        ...     model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     mechanism=Mechanism(sampling=Poisson(0.25), clipping=Flat(1.0), noise=Gaussian(1.1), steps=4),
+        ...     loss_per_example=lambda model, batch: model(batch[0]).square().sum(1),
+        ... )
+        >>> for batch in step.batches(torch.utils.data.TensorDataset(torch.randn(64, 4))):
+        ...     losses = step(batch)
+        >>> step.epsilon(delta=1e-5) == step.mechanism.epsilon(delta=1e-5)
+        True
     """
 
     def __init__(
@@ -94,82 +113,102 @@ class PrivateStep:
         optimizer: torch.optim.Optimizer,
         mechanism: Mechanism,
         loss_per_example: LossPerExample,
-        expected_batch_size: float,
-        passes: Literal[1, 2] = 1,
-        physical_batch_size: int | Literal["auto"] | None = None,
-        padded: bool = False,
-        compile: bool = False,  # noqa: A002 - as torch calls it
+        expected_batch_size: float | None = None,
+        performance: Performance | None = None,
+        accountant: str | Accountant | None = None,
         budget: Budget | None = None,
+        relation: Relation | str | None = None,
+        unit: Unit | str | None = None,
         ledger: LedgerLike | None = None,
         secure_mode: bool = False,
         noise_generator: torch.Generator | None = None,
     ) -> None:
-        divisor = check_positive("expected_batch_size", expected_batch_size)
+        super().__init__(door_ledger(ledger, accountant=accountant, budget=budget, relation=relation, unit=unit))
+        if expected_batch_size is not None:
+            check_positive("expected_batch_size", expected_batch_size)
         refuse_optimizer(optimizer)
         require_valid(model)
-        if not isinstance(mechanism, Mechanism):
-            raise ConfigurationError(f"mechanism must be a privet.Mechanism, got {type(mechanism).__name__}.")
+        performance = Performance() if performance is None else performance
+        for name, value, kind in (("mechanism", mechanism, Mechanism), ("performance", performance, Performance)):
+            if not isinstance(value, kind):
+                raise ConfigurationError(f"{name} must be a privet.{kind.__name__}, got {type(value).__name__}.")
+        mechanism = mechanism.drawn_under(with_batch_size(mechanism.sampling, expected_batch_size))
         if not callable(loss_per_example):
             raise ConfigurationError(
                 f"loss_per_example must be a function of model and batch, got {type(loss_per_example).__name__}."
             )
         parameters = private_parameters(model, optimizer)
         groups_of(mechanism.clipping, list(parameters))
-        if passes not in (1, 2) or isinstance(passes, bool):
-            raise ConfigurationError(f"passes must be 1 or 2, got {passes!r}.")
-        if passes == 2:
+        if performance.passes == 2:
             refuse_several_weights(mechanism.clipping, list(parameters))
-        padded = padded or compile
-        if compile and passes == 2:
-            raise ConfigurationError("compile=True traces one backward, and passes=2 takes two. Give one of the two.")
-        if padded and physical_batch_size == "auto":
-            raise ConfigurationError(
-                "physical_batch_size='auto' changes the size of physical batches in mid-run, and padded=True (as with "
-                "compile=True) keeps it fixed. Give a number that fits."
-            )
-        if padded and physical_batch_size is None:
-            physical_batch_size = _usual_size(mechanism, divisor)
-        size = PhysicalSize("physical_batch_size", physical_batch_size)
-        if ledger is not None and budget is not None:
-            raise ConfigurationError("budget and ledger were both given. Make the ledger with the budget.")
-        ledger = check_door_ledger(Ledger(relation=Relation.ZERO_OUT, budget=budget) if ledger is None else ledger)
         key = noise_key(secure_mode=secure_mode, generator=noise_generator)
         device = next(iter(parameters.values())).device
         self.model = model
         self.optimizer = optimizer
-        self._ledger = ledger
+        self.performance = performance
         if key.predictable:
             self.ledger.mark("reproducible key")
-        noise = GaussianNoise(noise_for(device, secure_mode=secure_mode, key=key))
-        self._update = PrivateUpdate(parameters, mechanism=mechanism, noise=noise, ledger=self.ledger, divisor=divisor)
-        self._size = size
+        self._update = PrivateUpdate(
+            parameters,
+            mechanism=mechanism,
+            noise=mechanism.noise.mechanism(noise_for(device, secure_mode=secure_mode, key=key)),
+            ledger=self.ledger,
+            divisor=expected_batch_size,
+        )
+        self._size = PhysicalSize("physical_batch_size", self._physical_size())
         self._loss = _Loss(model, loss_per_example)
-        self._padded = padded
         self._key = key
         self._has_loader = False
-        self._expected = divisor
-        self._checked = 0
-        self._trainable: frozenset[str] = frozenset()
-        self._capture = Capture(parameters, on_backward=_nobody)
-        self._way = self._way_to_sums(passes, compiled=compile)
+        self._capture = Capture(parameters)
+        self._way = self._way_to_sums()
         watch_custom_modules(model, self._capture)
-        self._tripwires = Tripwires(parameters, self._capture.release)
+        self._first = FirstBatch(
+            model,
+            self._capture,
+            Tripwires(parameters, self._capture.release),
+            lambda inputs: [self._losses(inputs, count_examples(inputs))],
+            also=lambda inputs: refuse_mixing(self._loss, (inputs,), {}),
+        )
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(optimizer)
 
-    @property
-    def ledger(self) -> LedgerLike:
-        """Where steps are put on record. It is given to the constructor, and cannot be set later."""
-        return self._ledger
+    def _updates(self) -> Sequence[PrivateUpdate]:
+        return [self._update]
+
+    def _trained(self) -> Sequence[str]:
+        return [type(self.model).__name__]
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [*super()._rows(), ("performance", repr(self.performance))]
 
     @property
     def mechanism(self) -> Mechanism:
         """Returns what the next step releases."""
         return self._update.mechanism
 
-    def epsilon(self, delta: float, *, accountant: str = "pld") -> float:
-        """Returns ε at `delta` of the steps taken so far."""
-        return self.ledger.epsilon(delta, accountant=accountant)
+    def save_checkpoint(self, path: File, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Writes model, optimizer, ledger and counters to a path or an open file, without any key.
+
+        A file at the path is replaced at once, and is complete or not there at all.
+        """
+        save(
+            path,
+            module=self.model,
+            optimizer=self.optimizer,
+            ledger=self.ledger,
+            updates=self._updates(),
+            extra=extra,
+        )
+
+    def load_checkpoint(self, path: File) -> dict[str, Any]:
+        """Resumes from a path or an open file under the same settings, and returns what was saved as `extra`.
+
+        Loading runs no code from the file. Noise goes on with a fresh key; steps taken here since are still billed.
+
+        Raises:
+            ConfigurationError: if the settings differ from those of the saved run. Nothing is changed then.
+        """
+        return load(path, module=self.model, optimizer=self.optimizer, ledger=self.ledger, updates=self._updates())
 
     def batches(
         self,
@@ -178,20 +217,36 @@ class PrivateStep:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
     ) -> PrivateLoader:
-        """Returns a loader of the planned batches, sampled as the mechanism says, whose steps are billed as such."""
+        """Returns a loader of the planned batches, sampled as the mechanism says, whose steps are billed as such.
+
+        Raises:
+            ConfigurationError: if the expected batch size that was given contradicts the sampling and the dataset.
+        """
         sampling = self.mechanism.sampling
-        poisson = isinstance(sampling, Poisson)
         loader = loader_for(
             dataset,
             sampling=sampling,
             key=self._sampling_key(),
-            steps=self.mechanism.steps if poisson else None,
-            batch_size=None if poisson else round(self._expected),
+            steps=self.mechanism.steps if sampling.billed_per == "step" else None,
             collate_fn=collate_fn,
             num_workers=num_workers,
         )
+        self._update.divisor.learn(loader.dataset_size)
+        if self._size.most is None and not self._size.auto:
+            self._size = PhysicalSize("physical_batch_size", self._physical_size())
         self._update.follow(loader)
         return loader
+
+    def _physical_size(self) -> int | Literal["auto"] | None:
+        """Returns the size that was given, or for padded batches one that only one Poisson batch in some forty exceeds.
+
+        It is computed of public numbers alone.
+        """
+        size, expected = self.performance.physical_batch_size, self._update.divisor.value
+        if size is not None or not self.performance.fixed_shapes or expected is None:
+            return size
+        spread = 2.0 * math.sqrt(expected) if self.mechanism.sampling.random_size else 0.0
+        return max(1, math.ceil(expected + spread))
 
     def _sampling_key(self) -> NoiseKey:
         """Returns the step's own key for its first loader, and a fresh one for each further loader."""
@@ -208,10 +263,8 @@ class PrivateStep:
             BudgetExceededError: if the step would exceed the budget. It was not taken.
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
-        examples = examples_in(batch)
-        trainable = refuse_thawed(self.model, self._update.parameters)
-        if trainable != self._trainable:  # what uses the others was not looked at
-            self._trainable, self._checked = trainable, 0
+        examples = count_examples(batch)
+        self._first.trains(refuse_thawed(self.model, self._update.parameters))
         losses, clipped = self._summed(batch, examples)
         self._update.receive(clipped, examples=examples)
         try:
@@ -249,12 +302,12 @@ class PrivateStep:
         return losses[0] if len(losses) == 1 else torch.cat(losses), total
 
     def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
-        if self._checked < min(examples, 2):
-            self._check(batch, examples)
+        if self._first.due(examples):
+            self._first.run(batch, examples)
             if isinstance(self._way, TwoPass):
                 free_idle()  # the check held all uses of the model at once, which no step will
         parameters, policy, size, absent = self._private(), self.mechanism.clipping, examples, None
-        if self._padded and self._size.most is not None and examples < self._size.most:
+        if self.performance.fixed_shapes and self._size.most is not None and examples < self._size.most:
             size = self._size.most
             batch = fill_rows(batch, size, examples=examples)
             absent = torch.arange(size, device=next(iter(parameters.values())).device) >= examples
@@ -268,10 +321,10 @@ class PrivateStep:
         )
         return losses[:examples], clipped.of_first(examples)
 
-    def _way_to_sums(self, passes: int, *, compiled: bool) -> SumOfBatch:
-        if compiled:
+    def _way_to_sums(self) -> SumOfBatch:
+        if self.performance.compile:
             return CompiledSum(self._capture, self._loss)
-        return TwoPass(self._capture) if passes == 2 else OnePass(self._capture)
+        return TwoPass(self._capture) if self.performance.passes == 2 else OnePass(self._capture)
 
     def _losses(self, batch: Any, examples: int) -> Tensor:
         losses = self._loss(batch)
@@ -288,28 +341,5 @@ class PrivateStep:
             )
         return losses
 
-    def _check(self, batch: Any, examples: int) -> None:
-        conclusive = check_coverage(
-            self.model,
-            self._capture,
-            lambda inputs: [self._losses(inputs, examples_in(inputs))],
-            batch,
-            tripwires=self._tripwires,
-            examples=examples,
-        )
-        if examples > 1:
-            refuse_mixing(self._loss, (batch,), {})
-        self._checked = min(examples, 2) if conclusive else 0
-
     def _private(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._update.parameters.items() if p.requires_grad}
-
-
-def _usual_size(mechanism: Mechanism, expected: float) -> int:
-    """Returns the size of a batch that only one Poisson batch in some forty exceeds; of public numbers."""
-    spread = 2.0 * math.sqrt(expected) if isinstance(mechanism.sampling, Poisson) else 0.0
-    return max(1, math.ceil(expected + spread))
-
-
-def _nobody(recorded: Recorded) -> None:
-    """Takes what a backward outside of any step recorded, which there is none of."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from privet import Flat, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep
+from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
 from privet.clipping import ClippingPolicy
 from privet.gradients.reference import example_gradients, reference_sum
 
@@ -82,7 +82,12 @@ def explicit_sum(
     optimizer = torch.optim.SGD(trainable(module), lr=0.0)
     mechanism = Mechanism(sampling=Poisson(0.1), clipping=policy, noise=Gaussian(0.0))
     step = PrivateStep(
-        module, optimizer=optimizer, mechanism=mechanism, loss_per_example=loss, expected_batch_size=1.0, **options
+        module,
+        optimizer=optimizer,
+        mechanism=mechanism,
+        loss_per_example=loss,
+        expected_batch_size=1.0,
+        performance=Performance(**options),
     )
     seen = taken(module, optimizer)
     for batch in batches:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from privet import BudgetExceededError, Flat, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep
+from privet.accounting.budget import Budget
 from privet.accounting.event import GaussianEvent, PartitionEvent, PoissonEvent
-from privet.accounting.ledger import Budget
 from privet.sampling import Partition
 from tests.contracts.doors import loader
 
@@ -110,7 +110,7 @@ def test_a_batch_that_was_not_sampled_is_billed_as_such(foreign: str) -> None:
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_partition_is_billed_by_the_pass_begun_and_never_amplified(shuffle: bool) -> None:
     run = Run(poisson_sampling=False, shuffle=shuffle)
-    assert run.loader.sampling == Partition(shuffled=shuffle)
+    assert run.loader.sampling == Partition(shuffled=shuffle, batch_size=4)
     assert run.engine.get_epsilon(1e-5) == 0.0
     for x, _ in itertools.islice(run.loader, 1):
         run.step(x)
@@ -128,8 +128,19 @@ def test_interleaved_passes_of_a_partition_are_all_billed() -> None:
     first, second = iter(run.loader), iter(run.loader)
     next(first)
     run.step(next(second)[0])
-    run.step(next(first)[0])
+    with pytest.warns(UserWarning, match="batches of the private loader were left out"):
+        run.step(next(first)[0])  # the batch before it in its own pass got no step
     assert run.billed == {PASS: 2}
+
+
+def test_a_batch_left_out_is_billed_although_another_pass_ran_in_between() -> None:
+    run = Run()
+    first, second = iter(run.loader), iter(run.loader)
+    next(first)
+    run.step(next(second)[0])
+    with pytest.warns(UserWarning, match="batches of the private loader were left out"):
+        run.step(next(first)[0])
+    assert run.billed == {SAMPLED: 3}
 
 
 def test_a_shuffled_loader_never_gets_the_epsilon_of_poisson_sampling() -> None:
@@ -269,3 +280,24 @@ def test_a_budget_stops_the_explicit_door_before_the_step() -> None:
     assert torch.equal(before, step.model.weight)
     assert step.epsilon(1e-5) <= planned * 1.001
     assert not step._update.pending
+
+
+def test_a_new_loader_each_epoch_is_a_new_pass_each_epoch() -> None:
+    """Every loader counts its passes from 1: the number alone does not tell two passes apart."""
+    step, dataset = explicit(sampling=Partition(shuffled=True, batch_size=4), steps=3)
+    for _ in range(3):
+        for batch in step.batches(dataset):
+            step(batch)
+    assert [(p.event, p.count) for p in step.ledger.phases] == [(PASS, 3)]
+
+
+def test_a_pass_that_is_set_back_is_billed_again() -> None:
+    """Its batches come again under the same number of the pass."""
+    run = Run(poisson_sampling=False)
+    for _ in range(3):
+        batches = iter(run.loader)
+        run.step(next(batches)[0])
+        state = run.loader.state_dict()
+        run.step(next(batches)[0])
+        run.loader.load_state_dict(state)
+    assert run.billed == {PASS: 3}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from privet import BatchMemoryManager, Gaussian, Mechanism, Poisson, PrivacyEngine, PrivateStep
+from privet import BatchMemoryManager, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
 from privet.clipping import ClippingPolicy, PerLayer
 from privet.noise import GaussianNoise
 from privet.schedules import Listed, Schedule
@@ -117,7 +117,7 @@ class Run:
                 loss_per_example=loss,
                 expected_batch_size=N * self.rate,
                 noise_generator=generator,
-                **self.options,
+                performance=Performance(**self.options),
             )
             self.loader = step.batches(self.data)
         self.seen, self.sizes = taken(self.model, self.optimizer), list[int]()

@@ -21,18 +21,17 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def recorded_of(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, *, learn: bool = True) -> Recorded:
     """Returns what capture records for one batch, layouts learned first from two sizes of it."""
-    results: list[Recorded] = []
-    capture = Capture(trainable(module), on_backward=results.append)
     size = len(batch[0])
+    capture, recorded = Capture(trainable(module)), Recorded(examples=size)
     if learn and size:
         learn_layouts(capture, lambda b: (loss(module, b),), batch, examples=size)
-    capture.begin(size)
+    capture.begin(size, recorded)
     losses = loss(module, batch)
     capture.end()
     losses.sum().backward()
     for name, p in module.named_parameters():
         assert p.grad is None, f"{name} has a gradient that was not captured"
-    return results[0] if results else Recorded(examples=size)
+    return recorded
 
 
 def captured_sum(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, policy: Any) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet import UnsupportedModelError
-from privet.gradients.layout import Layout, Layouts, Site
+from privet.gradients.layout import Layout, Layouts, Site, Trace
 
 small = st.integers(1, 6)
 
@@ -32,10 +32,9 @@ def learned(layout: Layout, b: int, t: int, d: int) -> Layouts:
     for _ in range(3):
         traces = []
         for shape, n in ((first, b), (second, b + 1)):
-            layouts.trace = []
-            layouts.of(site(len(shape)), torch.zeros(shape, requires_grad=True), n)
-            traces.append(layouts.trace)
-        layouts.trace = None
+            trace: Trace = []
+            layouts.of(site(len(shape)), torch.zeros(shape, requires_grad=True), n, trace=trace)
+            traces.append(trace)
         if layouts.learn(traces[0], traces[1], b, b + 1):
             return layouts
     raise AssertionError("not settled")

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from privet import Flat
-from privet.gradients import rules
-from privet.gradients.summation import _Gathered
+from privet.gradients import gathered, rules
 from tests.contracts.doors import DOORS, assert_exact, door_sum, reference, relative_error
 
 V, D, T = 50, 6, 7
@@ -118,17 +117,18 @@ def largest(net: nn.Module, batch: tuple[Tensor], loss: Any) -> int:
     from privet.gradients.capture.capture import Capture
     from privet.gradients.capture.coverage import learn_layouts
     from privet.gradients.summation import clipped_sum
+    from privet.gradients.use import Recorded
 
-    parameters, found = dict(net.named_parameters()), list[Any]()
-    capture = Capture(parameters, on_backward=found.append)
+    parameters = dict(net.named_parameters())
     n = len(batch[0])
+    capture, recorded = Capture(parameters), Recorded(examples=n)
     learn_layouts(capture, lambda b: (loss(net, b),), batch, examples=n)
-    capture.begin(n)
+    capture.begin(n, recorded)
     losses = loss(net, batch)
     capture.end([losses])
     losses.sum().backward()
     with Largest() as mode:
-        clipped_sum(found[0], parameters, Flat(1.0))
+        clipped_sum(recorded, parameters, Flat(1.0))
     return mode.elements
 
 
@@ -144,7 +144,7 @@ def test_no_table_for_each_example_is_formed(monkeypatch: pytest.MonkeyPatch) ->
 
     net = Large()
     assert largest(net, batch, next_token) < 32 * 4000 * 64 // 4
-    monkeypatch.setattr(_Gathered, "_tied_norms", lambda self: None)
+    monkeypatch.setattr(gathered, "_WAYS", tuple(way for way in gathered._WAYS if way is not gathered._of_a_pair))
     assert largest(net, batch, next_token) >= 32 * 4000 * 64 // 4
 
 

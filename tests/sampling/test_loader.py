@@ -168,12 +168,12 @@ def test_a_pass_that_was_left_is_followed_by_a_new_one():
 def test_a_partition_keeps_its_order():
     plain = DataLoader(DATA, batch_size=7)
     loader = privatize_loader(plain, poisson=False)
-    assert loader.sampling == Partition(shuffled=False)
+    assert loader.sampling == Partition(shuffled=False, batch_size=7)
     assert indices(loader) == indices(plain)
     short = privatize_loader(DataLoader(DATA, batch_size=7, drop_last=True), poisson=False)
     assert indices(short) == indices(plain)[:5]
     shuffled = privatize_loader(DataLoader(DATA, batch_size=7, shuffle=True), poisson=False)
-    assert shuffled.sampling == Partition(shuffled=True)
+    assert shuffled.sampling == Partition(shuffled=True, batch_size=7)
     orders = [[number for batch in indices(shuffled) for number in batch] for _ in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(SIZE))
     assert orders[0] != orders[1]

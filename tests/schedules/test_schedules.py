@@ -23,29 +23,9 @@ from privet import (
     PrivateStep,
     ProtocolError,
 )
+from privet.accounting.budget import Budget
 from privet.accounting.event import GaussianEvent, PartitionEvent, PoissonEvent
-from privet.accounting.ledger import Budget
-from privet.schedules import (
-    Course,
-    Exponential,
-    ExponentialBatchSize,
-    ExponentialGradClip,
-    ExponentialNoise,
-    Lambda,
-    LambdaBatchSize,
-    LambdaGradClip,
-    LambdaNoise,
-    ListBatchSize,
-    Listed,
-    ListGradClip,
-    ListNoise,
-    Plan,
-    Schedule,
-    StepBatchSize,
-    StepGradClip,
-    StepNoise,
-    Stepwise,
-)
+from privet.schedules import Course, Exponential, Listed, Plan, Schedule, Stepwise
 from privet.training.update import update_of
 from tests.contracts.doors import taken
 
@@ -86,13 +66,12 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> No
     [
         (Exponential(0.5), [1.0, 0.5, 0.25, 0.125]),
         (Stepwise(2, 0.5), [1.0, 1.0, 0.5, 0.5]),
-        (Lambda(lambda t: 1.0 + t), [1.0, 2.0, 3.0, 4.0]),
+        (lambda t: 1.0 + t, [1.0, 2.0, 3.0, 4.0]),
         (Listed((3.0, 2.0)), [3.0, 2.0, 2.0, 2.0]),
     ],
 )
 def test_courses_are_what_they_say(course: Course, factors: list[float]) -> None:
-    assert isinstance(course, Course)
-    assert [course.factor(t) for t in range(4)] == factors
+    assert [course(t) for t in range(4)] == factors
 
 
 @pytest.mark.parametrize(
@@ -103,7 +82,7 @@ def test_courses_are_what_they_say(course: Course, factors: list[float]) -> None
         lambda: Exponential(math.nan),
         lambda: Stepwise(0, 0.5),
         lambda: Stepwise(1.5, 0.5),
-        lambda: Lambda(0.5),
+        lambda: Plan(BASE, rate="half"),
         lambda: Listed(()),
         lambda: Listed((1.0, 0.0)),
         lambda: Listed("12"),
@@ -146,7 +125,7 @@ def test_a_plan_is_calibrated_as_a_whole(accountant: str) -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "1", None])
 @pytest.mark.parametrize("what", ["noise", "clip_norm", "rate"])
 def test_a_plan_with_a_number_out_of_range_has_no_price(what: str, value: Any) -> None:
-    plan = Plan(BASE, **{what: Lambda(lambda t: value if t == 3 else 1.0)})
+    plan = Plan(BASE, **{what: lambda t: value if t == 3 else 1.0})
     with pytest.raises(ConfigurationError, match="schedule step 3"):
         plan.epsilon(1e-5)
 
@@ -156,7 +135,7 @@ def test_a_rate_above_one_and_the_rate_of_a_partition_are_refused() -> None:
         Plan(BASE, rate=Listed((1.0, 6.0))).event()
     _, _, optimizer, _ = private(poisson=False)
     with pytest.raises(ConfigurationError, match="has no rate"):
-        ExponentialBatchSize(optimizer, gamma=0.5)
+        Schedule(optimizer, rate=Exponential(0.5))
 
 
 def test_every_clip_norm_of_a_policy_follows() -> None:
@@ -170,22 +149,22 @@ def test_every_clip_norm_of_a_policy_follows() -> None:
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 NOISE = {
-    "exponential": lambda o: ExponentialNoise(o, gamma=0.5),
-    "step": lambda o: StepNoise(o, step_size=2, gamma=0.5),
-    "lambda": lambda o: LambdaNoise(o, noise_lambda=lambda t: 1.0 / (1 + t)),
-    "list": lambda o: ListNoise(o, factors=[1.0, 0.9, 0.7]),
+    "exponential": lambda o: Schedule(o, noise=Exponential(0.5)),
+    "step": lambda o: Schedule(o, noise=Stepwise(2, 0.5)),
+    "lambda": lambda o: Schedule(o, noise=lambda t: 1.0 / (1 + t)),
+    "list": lambda o: Schedule(o, noise=Listed([1.0, 0.9, 0.7])),
 }
 CLIP = {
-    "exponential": lambda o: ExponentialGradClip(o, gamma=0.5),
-    "step": lambda o: StepGradClip(o, step_size=2, gamma=0.5),
-    "lambda": lambda o: LambdaGradClip(o, scheduler_function=lambda t: 1.0 / (1 + t)),
-    "list": lambda o: ListGradClip(o, factors=[1.0, 0.9, 0.7]),
+    "exponential": lambda o: Schedule(o, clip_norm=Exponential(0.5)),
+    "step": lambda o: Schedule(o, clip_norm=Stepwise(2, 0.5)),
+    "lambda": lambda o: Schedule(o, clip_norm=lambda t: 1.0 / (1 + t)),
+    "list": lambda o: Schedule(o, clip_norm=Listed([1.0, 0.9, 0.7])),
 }
 RATE = {
-    "exponential": lambda o: ExponentialBatchSize(o, gamma=0.5),
-    "step": lambda o: StepBatchSize(o, step_size=2, gamma=0.5),
-    "lambda": lambda o: LambdaBatchSize(o, rate_lambda=lambda t: 1.0 + t / 2),
-    "list": lambda o: ListBatchSize(o, factors=[1.0, 2.0, 0.5]),
+    "exponential": lambda o: Schedule(o, rate=Exponential(0.5)),
+    "step": lambda o: Schedule(o, rate=Stepwise(2, 0.5)),
+    "lambda": lambda o: Schedule(o, rate=lambda t: 1.0 + t / 2),
+    "list": lambda o: Schedule(o, rate=Listed([1.0, 2.0, 0.5])),
 }
 
 
@@ -213,7 +192,9 @@ def test_noise_and_clipping_are_as_scheduled(what: str) -> None:
     _, model, optimizer, loader = private(sigma=2.0 if what == "noise" else 0.0, loss_reduction="sum")
     seen, sizes = taken(model, optimizer), []
     schedule = (
-        ExponentialNoise(optimizer, gamma=0.01) if what == "noise" else ExponentialGradClip(optimizer, gamma=0.01)
+        Schedule(optimizer, noise=Exponential(0.01))
+        if what == "noise"
+        else Schedule(optimizer, clip_norm=Exponential(0.01))
     )
     for (x,) in loader:
         optimizer.zero_grad()
@@ -229,7 +210,7 @@ def test_noise_and_clipping_are_as_scheduled(what: str) -> None:
 
 def test_the_batches_and_the_divisor_follow_the_rate() -> None:
     engine, model, optimizer, loader = private(sigma=0.0, clip=1e-3)
-    schedule = ListBatchSize(optimizer, factors=[1.0, 5.0])
+    schedule = Schedule(optimizer, rate=Listed([1.0, 5.0]))
     seen, sizes = taken(model, optimizer), []
     for (x,) in loader:
         trained(model, optimizer, x.abs() + 1)
@@ -252,7 +233,7 @@ def test_prefetched_batches_are_billed_as_they_were_drawn() -> None:
     _, _, loader = engine.make_private(
         module=model, optimizer=optimizer, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0
     )
-    schedule = ListBatchSize(optimizer, factors=[1.0, 5.0])
+    schedule = Schedule(optimizer, rate=Listed([1.0, 5.0]))
     sizes = []
     for (x,) in loader:
         trained(model, optimizer, x)
@@ -270,7 +251,7 @@ def test_the_sum_of_a_prefetched_batch_is_divided_by_the_size_expected_at_its_ow
     _, _, loader = PrivacyEngine(accountant="rdp").make_private(
         module=net, optimizer=optimizer, data_loader=data, noise_multiplier=0.0, max_grad_norm=1e-3
     )
-    schedule = ListBatchSize(optimizer, factors=[1.0, 5.0])
+    schedule = Schedule(optimizer, rate=Listed([1.0, 5.0]))
     seen, sizes = taken(net, optimizer), []
     for (x,) in (batch for _ in range(2) for batch in loader):
         optimizer.zero_grad()
@@ -319,7 +300,7 @@ def test_a_budget_is_kept_under_a_schedule() -> None:
 
 def test_in_a_partition_a_new_clip_norm_is_no_new_participation() -> None:
     engine, model, optimizer, loader = private(poisson=False)
-    schedule = ExponentialGradClip(optimizer, gamma=0.9)
+    schedule = Schedule(optimizer, clip_norm=Exponential(0.9))
     for (x,) in loader:
         trained(model, optimizer, x)
         schedule.step()
@@ -333,7 +314,7 @@ def test_in_a_partition_a_new_clip_norm_is_no_new_participation() -> None:
 @pytest.mark.parametrize("what", ["noise", "clip_norm", "rate"])
 def test_a_number_out_of_range_stops_the_run_before_the_step(what: str, value: Any) -> None:
     engine, model, optimizer, loader = private()
-    schedule = Schedule(optimizer, **{what: Lambda(lambda t: value if t == 2 else 1.0 - 0.1 * t)})
+    schedule = Schedule(optimizer, **{what: lambda t: value if t == 2 else 1.0 - 0.1 * t})
     batches = iter(loader)
     trained(model, optimizer, next(batches)[0])
     schedule.step()
@@ -349,7 +330,7 @@ def test_a_number_out_of_range_stops_the_run_before_the_step(what: str, value: A
 @pytest.mark.parametrize("factor", [5e-324, 1.7e308])
 def test_a_factor_in_range_whose_number_is_not(factor: float) -> None:
     engine, _, optimizer, _ = private(sigma=0.2 if factor < 1 else 2.0)
-    schedule = ListNoise(optimizer, factors=[1.0, factor])
+    schedule = Schedule(optimizer, noise=Listed([1.0, factor]))
     before = engine.mechanisms
     with pytest.raises(ConfigurationError, match="the noise multiplier at schedule step 1"):
         schedule.step()
@@ -358,7 +339,7 @@ def test_a_factor_in_range_whose_number_is_not(factor: float) -> None:
 
 def test_an_overflow_is_out_of_range() -> None:
     _, _, optimizer, _ = private()
-    schedule = ExponentialNoise(optimizer, gamma=1e200)
+    schedule = Schedule(optimizer, noise=Exponential(1e200))
     schedule.step()
     with pytest.raises(ConfigurationError, match="schedule step 2"):
         schedule.step()
@@ -366,7 +347,7 @@ def test_an_overflow_is_out_of_range() -> None:
 
 def test_no_change_inside_a_logical_step() -> None:
     engine, model, optimizer, loader = private()
-    schedule = ExponentialNoise(optimizer, gamma=0.5)
+    schedule = Schedule(optimizer, noise=Exponential(0.5))
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
         for (x,) in parts:
             if not parts.last:
@@ -390,19 +371,19 @@ def test_no_change_inside_a_logical_step() -> None:
 
 def test_one_schedule_for_each_number() -> None:
     _, _, optimizer, _ = private()
-    ExponentialNoise(optimizer, gamma=0.5)
-    ExponentialGradClip(optimizer, gamma=0.5)
+    Schedule(optimizer, noise=Exponential(0.5))
+    Schedule(optimizer, clip_norm=Exponential(0.5))
     with pytest.raises(ConfigurationError, match="noise of this optimizer is scheduled already"):
-        StepNoise(optimizer, step_size=1, gamma=0.5)
+        Schedule(optimizer, noise=Stepwise(1, 0.5))
     with pytest.raises(ConfigurationError, match="without a course"):
         Schedule(optimizer)
     with pytest.raises(ConfigurationError, match="not the optimizer of a private module"):
-        ExponentialNoise(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), gamma=0.5)
+        Schedule(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), noise=Exponential(0.5))
 
 
 def test_two_schedules_go_side_by_side() -> None:
     engine, _, optimizer, _ = private()
-    noise, clip = ExponentialNoise(optimizer, gamma=0.5), ExponentialGradClip(optimizer, gamma=0.1)
+    noise, clip = Schedule(optimizer, noise=Exponential(0.5)), Schedule(optimizer, clip_norm=Exponential(0.1))
     for _ in range(2):
         noise.step()
         clip.step()
@@ -416,7 +397,7 @@ def test_two_schedules_go_side_by_side() -> None:
 
 def test_a_run_resumes_where_its_schedules_were(tmp_path: Any) -> None:
     engine, model, optimizer, loader = private()
-    schedules = [ExponentialNoise(optimizer, gamma=0.5), ListBatchSize(optimizer, factors=[1.0, 0.5, 2.0])]
+    schedules = [Schedule(optimizer, noise=Exponential(0.5)), Schedule(optimizer, rate=Listed([1.0, 0.5, 2.0]))]
     for (x,) in loader:
         trained(model, optimizer, x)
         for schedule in schedules:
@@ -427,15 +408,15 @@ def test_a_run_resumes_where_its_schedules_were(tmp_path: Any) -> None:
     with pytest.raises(ConfigurationError, match="has 2 schedules, and this run 0"):
         again.load_checkpoint(tmp_path / "run", module=twin, optimizer=other)
     assert again.ledger.steps == 0
-    resumed = [ExponentialNoise(other, gamma=0.5), ListBatchSize(other, factors=[1.0, 0.5, 2.0])]
+    resumed = [Schedule(other, noise=Exponential(0.5)), Schedule(other, rate=Listed([1.0, 0.5, 2.0]))]
     again.load_checkpoint(tmp_path / "run", module=twin, optimizer=other)
     assert again.mechanisms == engine.mechanisms
     assert [s.steps for s in resumed] == [5, 5]
     assert fresh.sampling == loader.sampling == Poisson(0.4)
 
     third, twin, other, _ = private()
-    ExponentialNoise(other, gamma=0.6)
-    ListBatchSize(other, factors=[1.0, 0.5, 2.0])
+    Schedule(other, noise=Exponential(0.6))
+    Schedule(other, rate=Listed([1.0, 0.5, 2.0]))
     with pytest.raises(ConfigurationError, match="of another schedule"):
         third.load_checkpoint(tmp_path / "run", module=twin, optimizer=other)
     assert third.ledger.steps == 0

@@ -267,6 +267,18 @@ def test_a_resumed_partition_begins_a_new_pass_and_pays_for_it(tmp_path: Path, s
     assert second.loader.passes_begun == 1
 
 
+def test_a_pass_that_goes_on_after_a_resume_in_one_process_is_billed_again(tmp_path: Path) -> None:
+    run = Run(poisson_sampling=False)
+    run.save(tmp_path / "c.pt")
+    batches = iter(run.loader)
+    run.step(next(batches)[0])
+    assert run.engine.ledger.steps == 1
+    run.load(tmp_path / "c.pt")
+    run.step(next(batches)[0])
+    run.step(next(batches)[0])
+    assert run.engine.ledger.steps == 2
+
+
 def test_the_explicit_door_saves_and_resumes(tmp_path: Path) -> None:
     def made() -> PrivateStep:
         net = nn.Linear(2, 1)

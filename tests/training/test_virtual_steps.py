@@ -20,6 +20,7 @@ from privet import (
     Gaussian,
     Mechanism,
     OutOfMemoryError,
+    Performance,
     Poisson,
     PrivacyEngine,
     PrivateStep,
@@ -29,7 +30,7 @@ from privet.accounting.event import GaussianEvent, PoissonEvent
 from privet.gradients.clipped_sum import ClippedSum
 from privet.noise import SecureNoise
 from privet.sampling import BatchTicket
-from privet.schedules import ExponentialBatchSize
+from privet.schedules import Exponential, Schedule
 from privet.training.logical_sum import LogicalSum
 from privet.training.update import update_of
 from tests.contracts.doors import Expected, assert_exact, reference, taken
@@ -451,7 +452,7 @@ def test_others_loaders_and_optimizers_are_refused(new: Callable[..., Run]) -> N
 
 def test_a_rate_schedule_with_workers_and_physical_batches_is_refused(new: Callable[..., Run]) -> None:
     run = new(num_workers=1)
-    ExponentialBatchSize(run.optimizer, gamma=0.5)
+    Schedule(run.optimizer, rate=Exponential(0.5))
     with run.manager(2) as parts, pytest.raises(ConfigurationError, match="which are secret"):
         iter(parts)
 
@@ -596,8 +597,7 @@ def explicit(
         mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(CLIP), noise=Gaussian(sigma)),
         loss_per_example=loss,
         expected_batch_size=20,
-        passes=passes,
-        physical_batch_size=size,
+        performance=Performance(passes=passes, physical_batch_size=size),
         noise_generator=torch.Generator().manual_seed(5),
     )
     seen, losses = taken(net, optimizer), []
@@ -674,7 +674,7 @@ def test_noise_of_a_split_step_is_bit_equal() -> None:
             mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(CLIP), noise=Gaussian(1.0)),
             loss_per_example=lambda m, b: m(b).sum(1),
             expected_batch_size=20,
-            physical_batch_size=size,
+            performance=Performance(physical_batch_size=size),
             noise_generator=torch.Generator().manual_seed(5),
         )
         seen = taken(net, optimizer)
@@ -706,7 +706,7 @@ def test_what_cannot_be_cut_is_refused(batch: Any) -> None:
         mechanism=Mechanism(sampling=Poisson(0.5), clipping=Flat(CLIP), noise=Gaussian(1.0)),
         loss_per_example=lambda m, b: m(b[0] if isinstance(b, tuple | list) else b["x"]).sum(1),
         expected_batch_size=4,
-        physical_batch_size=2,
+        performance=Performance(physical_batch_size=2),
     )
     with pytest.raises(ConfigurationError, match="cut into physical ones"):
         step(batch)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from privet.errors import ConfigurationError
+from privet.errors import ConfigurationError, UnsupportedModelError
 from privet.validation import find_mixing
 
 
@@ -95,5 +95,5 @@ def test_the_global_generator_and_the_gradients_are_left_alone():
 def test_one_example_cannot_be_compared():
     with pytest.raises(ConfigurationError, match="at least 2, got 1"):
         find_mixing(nn.Linear(4, 3), (torch.randn(1, 4),))
-    with pytest.raises(ConfigurationError, match="found none"):
+    with pytest.raises(UnsupportedModelError, match=r"the arguments\[0\] is an int"):
         find_mixing(nn.Linear(4, 3), (3,))

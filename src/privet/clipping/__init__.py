@@ -6,5 +6,6 @@ from privet.clipping.group_wise import GroupWise
 from privet.clipping.per_layer import PerLayer
 from privet.clipping.policy import ClippingPolicy
 from privet.clipping.psac import PSAC
+from privet.clipping.table import is_proven, policy_for
 
-__all__ = ["PSAC", "Automatic", "ClippingPolicy", "Flat", "GroupWise", "PerLayer"]
+__all__ = ["PSAC", "Automatic", "ClippingPolicy", "Flat", "GroupWise", "PerLayer", "is_proven", "policy_for"]

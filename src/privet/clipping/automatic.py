@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from privet._checks import check_positive
@@ -64,3 +64,7 @@ class Automatic(ClippingPolicy):
 
         slack = 1.0 + 8.0 * torch.finfo(squared_norms.dtype).eps
         return self.clip_norm / ((squared_norms.sqrt() + self.stability) * slack)
+
+    def scaled(self, factor: float) -> Automatic:
+        """Returns the policy with `factor` times the clip norm."""
+        return replace(self, clip_norm=self.clip_norm * factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from privet._checks import check_positive
@@ -39,6 +39,10 @@ class Flat(ClippingPolicy):
         NaN or infinite    dropped and counted by the caller
         C = 0, C = inf     refused at construction
         =================  ==========================================
+
+    Example:
+        >>> Flat(clip_norm=1.0).sensitivity
+        1.0
     """
 
     clip_norm: float
@@ -58,3 +62,7 @@ class Flat(ClippingPolicy):
     def weights(self, squared_norms: Tensor) -> Tensor:
         """Returns `min(1, C / norm)`."""
         return scaled_down(squared_norms, self.clip_norm)
+
+    def scaled(self, factor: float) -> Flat:
+        """Returns the policy with `factor` times the clip norm."""
+        return replace(self, clip_norm=self.clip_norm * factor)

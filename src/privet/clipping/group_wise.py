@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,10 @@ class GroupWise(ClippingPolicy):
         a name that is no parameter    refused
         an empty group, or none        refused at construction
         =============================  ==========================================
+
+    Example:
+        >>> GroupWise({"a": 0.3, "b": 0.4}, {"a": ["0.weight"], "b": ["0.bias", "1.weight"]}).sensitivity
+        0.5
     """
 
     clip_norms: Mapping[str, float]
@@ -78,3 +82,7 @@ class GroupWise(ClippingPolicy):
         import torch
 
         return torch.stack([scaled_down(n, c) for n, c in zip(squared_norms, self.clip_norms.values(), strict=True)])
+
+    def scaled(self, factor: float) -> GroupWise:
+        """Returns the policy with `factor` times every clip norm."""
+        return replace(self, clip_norms={k: c * factor for k, c in self.clip_norms.items()})

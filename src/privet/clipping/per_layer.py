@@ -32,6 +32,10 @@ class PerLayer(ClippingPolicy):
 
     Guarantees:
         One example moves the sum by at most `sqrt(sum_k C_k^2)`. Edge cases as in `Flat`.
+
+    Example:
+        >>> PerLayer({"body": 0.3, "head": 0.4}).sensitivity
+        0.5
     """
 
     clip_norm: float | Mapping[str, float]
@@ -78,3 +82,9 @@ class PerLayer(ClippingPolicy):
 
         rows = [scaled_down(n, c) for n, c in zip(squared_norms, self.clip_norm.values(), strict=True)]
         return torch.stack(rows)
+
+    def scaled(self, factor: float) -> PerLayer:
+        """Returns the policy with `factor` times every clip norm."""
+        if isinstance(self.clip_norm, Mapping):
+            return PerLayer({layer: c * factor for layer, c in self.clip_norm.items()})
+        return PerLayer(self.clip_norm * factor)

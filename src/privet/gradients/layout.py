@@ -16,7 +16,7 @@ from torch import Tensor
 
 from privet.errors import UnsupportedModelError
 
-__all__ = ["Layout", "Layouts", "Site"]
+__all__ = ["Layout", "Layouts", "Site", "Trace"]
 
 
 class Layout(Enum):
@@ -56,6 +56,10 @@ class Site(NamedTuple):
         return f"argument {self.argument} of {name} with parameter {', '.join(self.roots)}"
 
 
+Trace = list[tuple[Site, tuple[int, ...], Layout]]
+"""The sites that one forward met while layouts are learned, in order: their shapes, and how they were decided."""
+
+
 def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: int, large: int) -> Layout:
     """Returns the layout that explains both shapes, of the same site seen with `small` and `large` examples."""
     grew = [axis for axis, (n, m) in enumerate(zip(first, second, strict=True)) if n != m]
@@ -77,36 +81,45 @@ def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: in
 
 @dataclass
 class Layouts:
-    """What has been learned of every site, and the trace of the sites met while learning."""
+    """What has been learned of every site."""
 
     known: dict[Site, set[Layout]] = field(default_factory=dict)
-    trace: list[tuple[Site, tuple[int, ...], Layout]] | None = None
 
     @property
     def learned(self) -> int:
         """Returns how many facts are known."""
         return sum(len(layouts) for layouts in self.known.values())
 
-    def of(self, site: Site, t: Tensor, examples: int) -> Layout:
-        """Returns the layout of `t` at `site`, in a batch of `examples`.
+    def copy(self) -> Layouts:
+        """Returns the same knowledge, which what is learned later does not change."""
+        return Layouts({site: set(layouts) for site, layouts in self.known.items()})
+
+    def restore(self, earlier: Layouts) -> None:
+        """Forgets what was learned since a copy was taken."""
+        self.known = earlier.copy().known
+
+    def of(self, site: Site, t: Tensor, examples: int, *, trace: Trace | None = None) -> Layout:
+        """Returns the layout of `t` at `site`, in a batch of `examples`; adds it to the trace, if there is one.
+
+        With a trace, layouts are being learned: then a wrong guess is allowed, for it is found out and mended.
 
         Raises:
             UnsupportedModelError: if it cannot be told, or contradicts what was learned.
         """
-        layout = self._decided(site, t, examples)
-        if self.trace is not None:
-            self.trace.append((site, tuple(t.shape), layout))
+        layout = self._decided(site, t, examples, learning=trace is not None)
+        if trace is not None:
+            trace.append((site, tuple(t.shape), layout))
         return layout
 
-    def _decided(self, site: Site, t: Tensor, examples: int) -> Layout:
+    def _decided(self, site: Site, t: Tensor, examples: int, *, learning: bool) -> Layout:
         known = self.known.get(site, ())
         fits = [layout for layout in known if _fits(layout, t, examples)]
         if len(fits) == 1:
             return fits[0]
         if site not in self.known:
-            if self.known and self.trace is None and not t.requires_grad:  # in a batch of T, T positions look like rows
+            if self.known and not learning and not t.requires_grad:  # in a batch of T, T positions look like rows
                 raise self._untold(site, t, examples)
-            return self._guessed(site, t, examples)
+            return self._guessed(site, t, examples, learning=learning)
         if Layout.CONSTANT in fits and examples == 1 and len(fits) == 2:
             return next(layout for layout in fits if layout is not Layout.CONSTANT)  # one example owns all rows
         raise UnsupportedModelError(
@@ -115,13 +128,13 @@ class Layouts:
             f"{'leaves it open which rows are whose' if fits else 'does not fit'}; keep one layout of the batch."
         )
 
-    def _guessed(self, site: Site, t: Tensor, examples: int) -> Layout:
+    def _guessed(self, site: Site, t: Tensor, examples: int, *, learning: bool) -> Layout:
         """Returns what the shape alone says, of a site that was not met while learning."""
         if t.dim() and t.shape[0] == examples:
             return Layout.ROWS
         if t.dim() == 0 or (not t.requires_grad and t.shape[0] % examples):
             return Layout.CONSTANT
-        if self.trace is not None:  # while learning, a wrong guess is found out and mended
+        if learning:
             if t.dim() > 1 and t.shape[1] == examples:
                 return Layout.SECOND
             return Layout.CONSTANT if t.shape[0] % examples else Layout.MERGED

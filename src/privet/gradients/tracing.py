@@ -1,7 +1,8 @@
-"""Whether what runs now is being written down as a graph: then nothing in Python may depend on values.
+"""Whether the code that runs now is being traced into a graph. Then nothing in Python may depend on values.
 
-Every shortcut that looks at values asks here, and takes the way that is right for all of them instead: what it would
-skip for an ordinary batch is done for every batch. A graph serves batches that nobody has seen yet.
+A graph is traced once, with one batch, and is used for all batches after it. Some code looks at the values of a batch,
+and skips work that this batch does not need. Such code asks `tracing()` first. While a graph is traced, it does all of
+the work, which is right for every batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 __all__ = ["traced", "tracing"]
 
 _lock = threading.Lock()
-_depth = 0  # for all threads, as a backward may run in another: at worst a shortcut is not taken
+# One count for all threads, because a backward may run in another thread than its forward. A thread that traces nothing
+# may read it as well; at worst it does work that it could have skipped.
+_depth = 0
 
 
 def tracing() -> bool:
@@ -23,7 +26,7 @@ def tracing() -> bool:
 
 @contextmanager
 def traced() -> Iterator[None]:
-    """Says so while it lasts."""
+    """Makes `tracing()` true inside of this context."""
     global _depth  # noqa: PLW0603 - one fact for the whole process
     with _lock:
         _depth += 1

@@ -1,6 +1,6 @@
 """One use of a parameter: the operation in which it met data, what it met, and the gradient that came back.
 
-A use asks its operation for a rule, and a rule takes uses: these types need each other, so they are defined together.
+A use asks its operation for a rule, and a rule takes uses. These types need each other, so one file defines them.
 
 Axes: B units of privacy (examples, unless an owner says otherwise), R rows, T positions, I and O features.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Protocol, overload
 
 from torch import Tensor
 
 from privet.gradients.derived import Derivation
 from privet.gradients.rows import row_norms, weighted_rows
 
-__all__ = ["Allowance", "Operation", "Owner", "Recorded", "Rule", "Use", "Uses"]
+__all__ = ["Allowance", "Operation", "Owner", "Recorded", "Rule", "Use", "UseSink", "Uses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,8 @@ class Uses(Sequence[Use]):
     """The uses of one parameter that share one rule, and what their rule wants to remember between two calls.
 
     A rule that has to instantiate per-example gradients to know their norms keeps them in `rows_memo`, so that the
-    weighted sum does not form them again.
+    weighted sum does not form them again. It keeps them only as far as the allowance goes, which all parameters of one
+    step share.
     """
 
     items: tuple[Use, ...]
@@ -128,29 +129,63 @@ class Uses(Sequence[Use]):
         """Returns the parameter's shape."""
         return self.items[0].shape
 
-    def remembered(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Returns the per-row gradients, computed once."""
-        if self.rows_memo is None:
-            self.rows_memo = compute()
-            self.allowance.left -= self.rows_memo.numel() * self.rows_memo.element_size()
-        return self.rows_memo
+    def remembered(self, compute: Callable[[], Tensor]) -> Tensor:  # (R, *shape)
+        """Keeps the per-row gradients that `compute` forms, if the allowance permits, and returns them.
+
+        Gradients that were kept before are returned as they are. Where the allowance is too small, the weighted sum
+        forms them a second time: that costs time, and never a result.
+        """
+        if self.rows_memo is not None:
+            return self.rows_memo
+        rows = compute()
+        size = rows.numel() * rows.element_size()
+        if size <= self.allowance.left:
+            self.rows_memo = rows
+            self.allowance.left -= size
+        return rows
+
+    # Neither of the two below inherits the memo: it holds values of all rows, and those of a dropped row may be NaN,
+    # which no weight makes zero. Neither keeps rows of its own: no weighted sum comes after their norms.
 
     def narrowed(self, start: int, stop: int) -> Uses:
-        """Returns the uses of some rows alone."""
-        return Uses(tuple(use.narrowed(start, stop) for use in self.items))
+        """Returns the uses of some rows alone, for gradients that are formed and used at once: nothing is kept."""
+        return Uses(tuple(use.narrowed(start, stop) for use in self.items), allowance=Allowance(0))
 
-    def masked(self, dropped: Tensor) -> Uses:
-        """Returns the uses without the dropped rows' values; see `Use.masked`."""
-        return Uses(tuple(use.masked(dropped) for use in self.items))
+    def masked(self, dropped: Tensor) -> Uses:  # (R,) bool
+        """Returns the uses without the dropped rows' values, for a weighted sum: nothing is kept. See `Use.masked`."""
+        return Uses(tuple(use.masked(dropped) for use in self.items), allowance=Allowance(0))
+
+
+class UseSink(Protocol):
+    """Takes the uses of a forward, as its backward brings them."""
+
+    def put(self, target: str | Derivation, use: Use) -> None:
+        """Takes one use of a parameter, given by its name, or of a tensor derived from parameters."""
+
+    def done(self) -> None:
+        """Takes note that the backward is over: it brought all of its uses."""
 
 
 @dataclass(eq=False)
 class Recorded:
-    """What one backward brought: the uses by parameter name, and by derivation, and how many examples there were."""
+    """What one backward brought: the uses by parameter name, and by derivation, and how many examples there were.
+
+    It is the sink that keeps everything.
+    """
 
     examples: int | None = None
     direct: dict[str, list[Use]] = field(default_factory=dict)
     derived: dict[Derivation, list[Use]] = field(default_factory=dict)
+
+    def put(self, target: str | Derivation, use: Use) -> None:
+        """Keeps one use."""
+        if isinstance(target, str):
+            self.direct.setdefault(target, []).append(use)
+        else:
+            self.derived.setdefault(target, []).append(use)
+
+    def done(self) -> None:
+        """Does nothing: everything was kept as it came."""
 
 
 class Rule(ABC):
@@ -158,6 +193,9 @@ class Rule(ABC):
 
     Only `per_example` is needed. The other two say the same more cheaply, where there is a cheaper way. Uses of one
     call are of one parameter and share this rule; several uses add up to one gradient *before* any norm is taken.
+
+    Many calls share one rule, so it keeps no state of any of them. What it needs to know of a call is in the `Use`: its
+    data, its gradient, and `use.operation`.
     """
 
     @abstractmethod
@@ -170,7 +208,9 @@ class Rule(ABC):
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:  # (R,) -> shape
         """Returns the sum of the rows' gradients, each times its weight."""
-        return weighted_rows(uses.remembered(lambda: self.per_example(uses)), weights)
+        # Rows that the norms kept are used again. Fresh ones are not kept: this is the last time that they are needed.
+        rows = self.per_example(uses) if uses.rows_memo is None else uses.rows_memo
+        return weighted_rows(rows, weights)
 
     # A parameter with uses of two rules (a table that is also the last layer) has the sum of both gradients, whose norm
     # needs their inner product. One rule offers its gradients as products of two factors, the other takes them.
@@ -190,6 +230,11 @@ class Operation(ABC):
     `data` are what varies with the examples, rows first; `values` are the parameters' values by role. An operation is
     `positionwise` if it treats every index of the axes before the last the same, so that the batch may be any of them:
     its uses then come with the examples on axis 0 and all other axes as positions, `(B, ..., I)` and `(B, ..., O)`.
+
+    One object is one call. `forward` may leave on `self` what `saved`, `data_gradients` and the rules need later, such
+    as the statistics of a normalisation. So a handler makes a new operation for every call, and never shares one
+    between two calls: the second forward would overwrite what the first backward needs. Where an operation is run
+    again, as activation checkpointing does, the model calls again and a new object is made.
     """
 
     positionwise: ClassVar[bool] = False

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from privet._checks import check_positive
-from privet.clipping import PSAC, Automatic, Flat, GroupWise, PerLayer
+from privet.clipping.table import is_proven
 from privet.errors import ConfigurationError
 from privet.gradients.tracing import tracing
 
 __all__ = ["Policy", "groups_of", "sensitivity_of", "weights_of"]
 
-_PROVEN = frozenset({Flat, PerLayer, GroupWise, Automatic, PSAC})  # themselves: a subclass may do as it likes
 _ROUNDING = 1e-5  # of the sensitivity, for a formula evaluated in float32
 
 
@@ -93,7 +92,7 @@ def weights_of(
             f"{type(policy).__name__}.weights returned {found}. Expected one floating point number for each example "
             f"in each of {squared.shape[0]} groups, of shape {tuple(squared.shape)}. Nothing was released."
         )
-    if type(policy) not in _PROVEN:
+    if not is_proven(policy):
         none = torch.zeros(squared.shape[1:], dtype=torch.bool, device=squared.device)
         dropped = none if dropped is None else dropped
         dropped = dropped | _wrong(policy, kept, weights, dropped)

@@ -2,6 +2,7 @@
 
 from privet.noise.counter import CounterNoise
 from privet.noise.cut_tails import cut_tail_delta
+from privet.noise.description import Gaussian, Noise
 from privet.noise.device import DeviceNoise
 from privet.noise.gaussian import GaussianNoise, NoiseMechanism, PrivateGradient
 from privet.noise.key import NoiseKey, noise_key
@@ -12,8 +13,10 @@ from privet.noise.source import NoiseSource, noise_for
 __all__ = [
     "CounterNoise",
     "DeviceNoise",
+    "Gaussian",
     "GaussianNoise",
     "Keystream",
+    "Noise",
     "NoiseKey",
     "NoiseMechanism",
     "NoiseSource",

@@ -1,7 +1,9 @@
 """Sampling: how batches are formed, and loaders that form them so."""
 
-from privet.sampling.base import BatchTicket, Partition, Poisson, Sampling
+from privet.sampling.base import BatchTicket, Sampling
 from privet.sampling.build import loader_for, privatize_loader
 from privet.sampling.loader import PrivateLoader
+from privet.sampling.partition import Partition
+from privet.sampling.poisson import Poisson
 
 __all__ = ["BatchTicket", "Partition", "Poisson", "PrivateLoader", "Sampling", "loader_for", "privatize_loader"]

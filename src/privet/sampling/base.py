@@ -1,86 +1,93 @@
-"""How a batch is formed: frozen descriptions, and the accounting event that each one earns.
+"""The role of a sampling: how a batch is formed, and the accounting event that this earns.
 
-A description holds public numbers only. `event_for` is the bill: Poisson sampling amplifies privacy at every step; a
-fixed partition does not, and bounds how often an example takes part instead, once per pass begun.
+A sampling of your own is one class in one file (docs/extending/sampler.md). Nothing outside of this package asks which
+class a sampling has.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from privet._checks import check_probability
-from privet.accounting.event import Event, PartitionEvent, PoissonEvent, repeated
+from privet.accounting.event import Event
 from privet.errors import ConfigurationError
+from privet.noise.keystream import Keystream
 
-__all__ = ["BatchTicket", "Partition", "Poisson", "Sampling"]
+__all__ = ["BatchTicket", "Sampling", "refuse_change"]
 
 
-class Sampling(Protocol):
-    """A way of forming batches."""
+class Sampling(ABC):
+    """A way of forming batches: a frozen description that holds public numbers only.
+
+    Guarantees expected of an implementation: `draw` forms batches by the law that `event_for` is the bill of. It takes
+    all of its randomness from the words that it is given.
+    """
+
+    # -- what is billed ----------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def billed_per(self) -> Literal["step", "pass"]:
-        """Returns what is billed: every step taken, or every pass over the data begun."""
+        """Returns what is billed: every step that is taken, or every pass over the data that is begun."""
 
+    @abstractmethod
     def event_for(self, base_event: Event, count: int = 1) -> Event:
         """Returns the event of `count` steps (or passes begun), each step of which is `base_event` without sampling."""
 
+    # -- which examples are drawn ------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Poisson:
-    """Every example joins every batch independently with probability `rate`: batches of random size, maybe empty."""
+    @abstractmethod
+    def shared(self, words: Keystream, *, size: int, number: int) -> object:
+        """Returns what all batches of pass `number` have in common, such as its order, or None.
 
-    rate: float
+        It is computed once a pass, and handed to `draw`.
+        """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rate", check_probability("rate", self.rate))
+    @abstractmethod
+    def draw(self, words: Keystream, *, size: int, number: int, index: int, shared: Any) -> list[int]:
+        """Returns the examples of batch `index` of pass `number`, as indices from 0 to `size` - 1.
 
-    @classmethod
-    def of(cls, batch_size: int, dataset_size: int) -> Poisson:
-        """Returns the sampling whose expected batch size is `batch_size`: the rate is never rounded to some 1/k."""
-        if batch_size > dataset_size:
-            raise ConfigurationError(
-                f"A batch of {batch_size} from {dataset_size} examples needs a sampling rate above 1: "
-                f"choose a batch size of at most {dataset_size}."
-            )
-        return cls(rate=batch_size / dataset_size)
+        They must be a function of the arguments alone, so that prefetching changes nothing. No other batch uses the
+        step `address(number, index)` of the words (`privet.sampling.draw`).
+        """
 
-    @property
-    def billed_per(self) -> Literal["step", "pass"]:
-        """Returns "step"."""
-        return "step"
+    @abstractmethod
+    def steps_per_pass(self, size: int) -> int:
+        """Returns the number of batches in a pass over `size` examples."""
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Returns ceil(1 / rate): the steps in which an example is expected once or a little more."""
-        if self.rate == 0.0:
-            raise ConfigurationError("A sampling rate of 0 has no epochs: give the number of steps.")
-        # Of the rate that was meant: 49 steps at 1 / 49, not the 50 that its nearest float, a little below, would give.
-        meant = Fraction(self.rate).limit_denominator(1 << 32)
-        return math.ceil(1 / (meant or Fraction(self.rate)))
+    @abstractmethod
+    def expected_batch_size(self, size: int) -> float:
+        """Returns the expected number of examples in a batch drawn from `size`, which is what a sum is divided by."""
 
-    def event_for(self, base_event: Event, count: int = 1) -> Event:
-        """Returns `count` steps of the base event under Poisson sampling."""
-        return repeated(PoissonEvent(self.rate, base_event), count)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """The batches of a pass share no example: a sequential or shuffled loader. Order hides nothing: not amplified."""
-
-    shuffled: bool = False
+    # -- what a loader has to know of it -----------------------------------------------------------------------------
 
     @property
-    def billed_per(self) -> Literal["step", "pass"]:
-        """Returns "pass"."""
-        return "pass"
+    @abstractmethod
+    def random_size(self) -> bool:
+        """Returns whether the size of a batch is random, so that a batch may be empty and its size is secret."""
 
-    def event_for(self, base_event: Event, count: int = 1) -> Event:
-        """Returns `count` passes begun, in each of which an example meets the base event at most once."""
-        return repeated(PartitionEvent(1, base_event), count)
+    @property
+    @abstractmethod
+    def resumable(self) -> bool:
+        """Returns whether a pass may go on under a fresh key: no example of its first part may come again for it."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Sampling:
+        """Returns the same sampling with `factor` times the expected batch size, for a schedule.
+
+        Raises:
+            ConfigurationError: if there is no such sampling.
+        """
+
+
+def refuse_change(now: Sampling, then: Sampling) -> None:
+    """Raises ConfigurationError unless one sampling may take another's place in mid-run: only the rate may differ."""
+    if type(now) is not type(then) or not now.random_size or not then.random_size:
+        raise ConfigurationError(
+            f"{now} cannot become {then} in mid-run: a partition has a batch size and no rate. Expected Poisson "
+            "sampling, before and after."
+        )
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,20 @@ class BatchTicket:
 
     step: int  # logical batches handed over before this one, over the loader's whole life
     index: int  # its place in the pass
-    passes: int  # passes begun, this one included: the epoch, counted from 1; a new number is a pass to be billed
+    passes: int  # passes begun, this one included: the epoch, counted from 1
     size: int  # SECRET under Poisson sampling: the realised number of examples; never a divisor
     last: bool = True  # whether it ends its logical batch; False for all but the last of several physical ones
     first: bool = True  # whether it begins its logical batch
-    sampling: Poisson | Partition | None = None  # the law that it was drawn under, if that may differ from today's
+    sampling: Sampling | None = None  # the law that it was drawn under, if that may differ from today's
+    source: int = field(
+        default=0, compare=False
+    )  # which loader it is of; a loader that was set back has another number than before
+
+    @property
+    def pass_key(self) -> tuple[int, int]:
+        """Returns what tells its pass from every other pass of every loader: each is billed by itself."""
+        return self.source, self.passes
+
+    def of_same_batch(self, other: BatchTicket) -> bool:
+        """Returns whether both are of one logical batch."""
+        return self.pass_key == other.pass_key and self.index == other.index

@@ -15,7 +15,8 @@ in_order=False                          refused: batches would overtake the tick
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import (
@@ -30,20 +31,35 @@ from torch.utils.data import (
 from privet._checks import check_count
 from privet.errors import ConfigurationError
 from privet.noise.key import NoiseKey
-from privet.sampling.base import Partition, Poisson
+from privet.sampling.base import Sampling
 from privet.sampling.loader import PrivateLoader
+from privet.sampling.partition import Partition
+from privet.sampling.poisson import Poisson
 from privet.sampling.sampler import LogicalBatches
 
 __all__ = ["loader_for", "privatize_loader"]
 
 
 def privatize_loader(
-    loader: DataLoader[Any], *, poisson: bool = True, key: NoiseKey | None = None, dataset_size: int | None = None
+    loader: DataLoader[Any],
+    *,
+    poisson: bool = True,
+    sampling: Sampling | None = None,
+    key: NoiseKey | None = None,
+    dataset_size: int | None = None,
 ) -> PrivateLoader:
     """Returns a private loader with the options of the user's own.
 
-    `poisson=False` keeps its order, sequential or shuffled, without amplification. `dataset_size` declares the number
-    of examples instead of the dataset's length: then the length itself stays secret, and may differ by one.
+    Args:
+        loader: a sequential or shuffling loader of a map-style dataset.
+        poisson: whether batches are drawn afresh at rate batch_size / n. If not, the loader's own order is kept,
+            sequential or shuffled, without amplification.
+        sampling: a sampling in place of these two, such as one of the user's own.
+        key: what batches are drawn from; by default a fresh one.
+        dataset_size: a public number in place of the dataset's length, which then stays secret and may differ by one.
+
+    Raises:
+        ConfigurationError: for a loader whose batches have no known law, or for options that contradict each other.
     """
     if isinstance(loader, PrivateLoader):
         raise ConfigurationError("This loader is private already: pass the loader that it was made from.")
@@ -52,33 +68,58 @@ def privatize_loader(
     shuffled = _order(loader, poisson=poisson)
     if not getattr(loader, "in_order", True):  # torch 2.6 has no other order
         raise ConfigurationError("in_order=False lets batches overtake each other: use in_order=True, torch's default.")
-    return _built(
+    size = _length(loader.dataset)
+    if sampling is not None and not poisson:
+        raise ConfigurationError("sampling= and poisson_sampling=False both say how batches are formed: give one.")
+    if dataset_size is not None and not (poisson if sampling is None else sampling.random_size):
+        raise ConfigurationError(
+            "dataset_size= hides the number of examples by one, and in a partition one example more moves all those "
+            "after it to other batches, which the accounting does not cover. Expected Poisson sampling with it. Leave "
+            "dataset_size away, or sample with poisson_sampling=True."
+        )
+    declared = size if dataset_size is None else check_count("dataset_size", dataset_size, least=1)
+    batch_size = check_count("batch_size", loader.batch_size, least=1)
+    # A pass has as many batches as the public number says: -(-n // b) is exact where ceil(1 / rate) might round.
+    expected: float = batch_size
+    steps = -(-declared // batch_size)
+    if sampling is not None:
+        expected, steps = sampling.expected_batch_size(declared), sampling.steps_per_pass(declared)
+        if abs(expected - batch_size) > max(0.5, 0.01 * expected):
+            raise ConfigurationError(
+                f"the loader has batch_size={batch_size}, and {sampling} draws {expected:g} of {declared} examples on "
+                "average. Expected the same number, which the noisy sum is divided by. Change one of the two."
+            )
+    elif poisson:
+        sampling = Poisson.of(batch_size, declared)
+    else:
+        sampling = Partition(shuffled=shuffled, batch_size=batch_size, drop_last=loader.drop_last)
+        steps = sampling.steps_per_pass(size)
+    options = {
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
+        **({"pin_memory_device": loader.pin_memory_device} if loader.pin_memory_device else {}),
+    }
+    batches = LogicalBatches(sampling, key=key or NoiseKey.fresh(), size=size, steps=steps)
+    return PrivateLoader(
         loader.dataset,
-        batch_size=loader.batch_size,
-        poisson=poisson,
-        shuffled=shuffled,
-        drop_last=loader.drop_last,
-        key=key,
-        dataset_size=dataset_size,
+        batches=batches,
+        expected_batch_size=expected,
+        dataset_size=declared,
         collate_fn=loader.collate_fn,
-        options={
-            "num_workers": loader.num_workers,
-            "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "generator": loader.generator,
-            "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers,
-            **({"pin_memory_device": loader.pin_memory_device} if loader.pin_memory_device else {}),
-        },
+        options=options,
     )
 
 
 def loader_for(
     dataset: Any,
     *,
-    sampling: Poisson | Partition,
+    sampling: Sampling,
     key: NoiseKey | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
@@ -86,82 +127,45 @@ def loader_for(
     num_workers: int = 0,
     drop_last: bool = False,
 ) -> PrivateLoader:
-    """Returns a private loader of a dataset. A partition needs `batch_size`; Poisson sampling has its rate.
+    """Returns a private loader of a dataset.
 
-    `steps` is the number of batches in a pass, by default ceil(1 / rate) under Poisson sampling; a partition has as
-    many as it needs.
+    Args:
+        dataset: a map-style dataset.
+        sampling: how batches are formed.
+        key: what they are drawn from; by default a fresh one.
+        batch_size: of a partition that does not say its own. Poisson sampling has its rate.
+        steps: the number of batches in a pass where steps are billed one by one; by default ceil(1 / rate).
+        collate_fn: as in torch's DataLoader.
+        num_workers: as in torch's DataLoader.
+        drop_last: of a partition that does not say its own.
+
+    Raises:
+        ConfigurationError: for options that contradict the sampling.
     """
     size = _length(dataset)
-    options = {"num_workers": num_workers}
-    collate = collate_fn or default_collate
-    if isinstance(sampling, Partition):
-        if batch_size is None or steps is not None:
-            raise ConfigurationError(
-                "A partition is described by its batch_size, and its steps follow: give that alone."
-            )
-        return _built(
-            dataset,
-            batch_size=batch_size,
-            poisson=False,
-            shuffled=sampling.shuffled,
-            drop_last=drop_last,
-            key=key,
-            dataset_size=None,
-            collate_fn=collate,
-            options=options,
-        )
-    if batch_size is not None or drop_last:
+    if isinstance(sampling, Partition) and (batch_size is not None or drop_last):
+        if sampling.batch_size not in (None, batch_size):
+            raise ConfigurationError(f"batch_size is {batch_size}, and {sampling} has its own: give one of the two.")
+        sampling = replace(sampling, batch_size=batch_size, drop_last=drop_last or sampling.drop_last)
+    elif batch_size is not None or drop_last:
         raise ConfigurationError("Poisson sampling has a rate and no batch_size, nor a last batch to drop.")
+    if steps is not None and sampling.billed_per == "pass":
+        raise ConfigurationError(
+            f"{sampling} is billed by the pass, and its steps follow from its size. Leave steps= away."
+        )
     batches = LogicalBatches(
         sampling,
         key=key or NoiseKey.fresh(),
         size=size,
-        steps=sampling.steps_per_epoch if steps is None else check_count("steps", steps, least=1),
+        steps=sampling.steps_per_pass(size) if steps is None else check_count("steps", steps, least=1),
     )
     return PrivateLoader(
         dataset,
         batches=batches,
-        expected_batch_size=sampling.rate * size,
+        expected_batch_size=sampling.expected_batch_size(size),
         dataset_size=size,
-        collate_fn=collate,
-        options=options,
-    )
-
-
-def _built(
-    dataset: Any,
-    *,
-    batch_size: int | None,
-    poisson: bool,
-    shuffled: bool,
-    drop_last: bool,
-    key: NoiseKey | None,
-    dataset_size: int | None,
-    collate_fn: Callable[[list[Any]], Any],
-    options: Mapping[str, Any],
-) -> PrivateLoader:
-    """Returns the private loader of a batch size."""
-    size = _length(dataset)
-    declared = size if dataset_size is None else check_count("dataset_size", dataset_size, least=1)
-    batch_size = check_count("batch_size", batch_size, least=1)
-    if poisson:
-        sampling: Poisson | Partition = Poisson.of(batch_size, declared)
-        steps = -(-declared // batch_size)
-    else:
-        sampling = Partition(shuffled=shuffled)
-        steps = size // batch_size if drop_last else -(-size // batch_size)
-        if steps == 0:
-            raise ConfigurationError(
-                f"drop_last=True leaves no batch of {batch_size} from {size} examples: choose a smaller batch size."
-            )
-    batches = LogicalBatches(sampling, key=key or NoiseKey.fresh(), size=size, batch_size=batch_size, steps=steps)
-    return PrivateLoader(
-        dataset,
-        batches=batches,
-        expected_batch_size=batch_size,
-        dataset_size=declared,
-        collate_fn=collate_fn,
-        options=options,
+        collate_fn=collate_fn or default_collate,
+        options={"num_workers": num_workers},
     )
 
 

@@ -9,9 +9,16 @@ import numpy.typing as npt
 
 from privet.noise.keystream import Keystream
 
-__all__ = ["poisson_indices", "shuffled_indices"]
+__all__ = ["MOST_STEPS", "address", "poisson_indices", "shuffled_indices"]
+
+MOST_STEPS = 2**32  # batches in a pass
 
 _BELOW_ONE = 1.0 - 2.0**-53
+
+
+def address(number: int, index: int) -> int:
+    """Returns the step of the keystream for batch `index` of pass `number`: no two batches share one."""
+    return number << 32 | index
 
 
 def poisson_indices(

@@ -1,30 +1,19 @@
 """The batch of no examples, with the structure of any other: what a model and a loss need when nobody was sampled.
 
-It is found by collating one example, and the same example twice: an axis, a list or a count that doubles is the one
-that counts examples, wherever it stands, and is cut to nothing. What does not change keeps its shape, with the values
-of tensors set to zero. Contents of the example are never kept.
-
-    leaf                              becomes
-    tensor, array                     0 along each axis that doubles; zeros of the same shape if none does
-    list or tuple that doubles        the empty one
-    list, tuple, namedtuple, mapping  itself, each part treated alike
-    dataclass                         itself, each field treated alike
-    whole number that doubles         0
-    number, string, None otherwise    itself if it does not depend on the number of examples
-    anything else                     what `collate_fn([])` gives; an error if that fails
+It is found by collating one example, and the same example twice, and comparing the two (`privet.batches.empty`).
+Contents of the example are never kept. What the comparison cannot tell is asked of `collate_fn([])`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from privet.batches.structure import is_container, parts_of, places_in, rebuilt
+from privet.batches.empty import UnknownLeafError, emptied, hollow
 from privet.errors import ConfigurationError
 
 __all__ = ["EmptyBatch"]
@@ -42,8 +31,8 @@ class EmptyBatch:
         """Returns a new empty batch."""
         one, two = self.structures()
         try:
-            return _emptied(one, two, "the batch")
-        except _UnknownLeafError as unknown:
+            return emptied(one, two)
+        except UnknownLeafError as unknown:
             try:
                 return self._collate_fn([])
             except Exception as failure:
@@ -69,50 +58,5 @@ class EmptyBatch:
             finally:
                 np.random.set_state(numpy_state)  # noqa: NPY002
                 random.setstate(python_state)
-            self._pair = _hollow(pair[0]), _hollow(pair[1])
+            self._pair = hollow(pair[0]), hollow(pair[1])
         return self._pair
-
-
-class _UnknownLeafError(Exception):
-    """A leaf whose examples cannot be counted."""
-
-
-def _hollow(value: Any) -> Any:
-    """Returns the structure with every tensor and array replaced by zeros: no content of an example is kept."""
-    if isinstance(value, Tensor):
-        return torch.zeros_like(value, requires_grad=False)
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return np.zeros_like(value)
-    return rebuilt(value, [_hollow(part) for part in parts_of(value)]) if is_container(value) else value
-
-
-def _emptied(one: Any, two: Any, where: str) -> Any:
-    """Returns the empty batch of two structures, of one example and of two."""
-    if type(one) is not type(two):
-        raise _UnknownLeafError(f"{where}, a {type(one).__name__} that becomes a {type(two).__name__}")
-    if isinstance(one, Tensor):
-        shape = _emptied_shape(one.shape, two.shape, where)
-        return torch.zeros(shape, dtype=one.dtype, device=one.device)
-    if isinstance(one, np.ndarray) and one.dtype != object:
-        return np.zeros(_emptied_shape(one.shape, two.shape, where), dtype=one.dtype)
-    if is_container(one):
-        if len(parts_of(one)) != len(parts_of(two)):
-            if isinstance(one, list | tuple) and len(two) == 2 * len(one):
-                return type(one)()
-            raise _UnknownLeafError(f"{where}, a {type(one).__name__} of varying length")
-        parts = [
-            _emptied(first, second, f"{where}[{place!r}]")
-            for place, first, second in zip(places_in(one), parts_of(one), parts_of(two), strict=True)
-        ]
-        return rebuilt(one, parts)
-    if isinstance(one, int) and not isinstance(one, bool) and two == 2 * one:
-        return 0
-    if one is None or (isinstance(one, bool | int | float | complex | str | bytes) and one == two):
-        return one
-    raise _UnknownLeafError(f"{where}, a {type(one).__name__},")
-
-
-def _emptied_shape(one: Sequence[int], two: Sequence[int], where: str) -> list[int]:
-    if len(one) != len(two) or any(second not in (first, 2 * first) for first, second in zip(one, two, strict=False)):
-        raise _UnknownLeafError(f"{where}, of shape {tuple(one)} for one example and {tuple(two)} for two,")
-    return [first if first == second else 0 for first, second in zip(one, two, strict=True)]

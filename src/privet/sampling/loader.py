@@ -11,16 +11,15 @@ An empty batch never goes through the workers: it is made here, with the structu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
 
 from privet._checks import check_count
-from privet.errors import ConfigurationError, ProtocolError
-from privet.sampling.base import BatchTicket, Partition, Poisson
+from privet.errors import ProtocolError
+from privet.sampling.base import BatchTicket, Sampling, refuse_change
 from privet.sampling.empty import EmptyBatch
 from privet.sampling.sampler import Drawn, LogicalBatches
 
@@ -28,6 +27,7 @@ __all__ = ["PrivateLoader"]
 
 Listener = Callable[[BatchTicket], None]
 _END = object()
+_SOURCES = itertools.count(1)  # numbers of loaders: every loader counts its passes from 1, and each pass is billed
 
 
 class _Counted:
@@ -61,7 +61,8 @@ class PrivateLoader(DataLoader[Any]):
         self._handed_over = 0
         self.expected_batch_size = expected_batch_size
         self.dataset_size = dataset_size
-        if isinstance(batches.sampling, Poisson):
+        self._source = next(_SOURCES)
+        if batches.sampling.random_size:
             self._empty.make()  # fails here rather than at a rare batch
         super().__init__(dataset, batch_sampler=batches, collate_fn=_Counted(collate_fn), **options)
         if isinstance(expected_batch_size, int):
@@ -69,7 +70,7 @@ class PrivateLoader(DataLoader[Any]):
             self.__dict__["batch_size"] = expected_batch_size
 
     @property
-    def sampling(self) -> Poisson | Partition:
+    def sampling(self) -> Sampling:
         """Returns how the batches are formed."""
         return self._batches.sampling
 
@@ -132,6 +133,7 @@ class PrivateLoader(DataLoader[Any]):
             first=found.first,
             last=found.last,
             sampling=found.sampling,
+            source=self._source,
         )
 
     def announce(self, ticket: BatchTicket) -> None:
@@ -158,20 +160,18 @@ class PrivateLoader(DataLoader[Any]):
         """Makes how far ahead batches are drawn independent of which of them are empty. Call before a pass begins."""
         self._batches.evenly = True
 
-    def resample(self, sampling: Poisson) -> None:
+    def resample(self, sampling: Sampling) -> None:
         """Draws all batches from now on under another rate; a pass keeps its number of steps.
 
         Batches that the workers have prefetched keep the rate that they were drawn under, which their tickets tell.
+
+        Raises:
+            ConfigurationError: if more than the rate differs.
         """
-        if not isinstance(self._batches.sampling, Poisson) or not isinstance(sampling, Poisson):
-            raise ConfigurationError(
-                f"{self._batches.sampling} cannot become {sampling}: a partition has a batch size and no rate. "
-                "Expected "
-                "Poisson sampling, before and after."
-            )
+        refuse_change(self._batches.sampling, sampling)
         self.expect_resampling()
         self._batches.sampling = sampling
-        self.expected_batch_size = sampling.rate * self.dataset_size
+        self.expected_batch_size = sampling.expected_batch_size(self.dataset_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, without any key."""
@@ -181,9 +181,15 @@ class PrivateLoader(DataLoader[Any]):
         """Resumes: a reproducible run with its very next batch, any other with batches drawn afresh."""
         steps = check_count("steps", state["steps"])
         self._batches.load_state_dict(state["batches"])
+        # A pass that was set back has its old number, and its batches may come again: it is billed as a new one.
+        self._source = next(_SOURCES)
         self._steps_done = steps
         self._handed_over = state["batches"]["handed_over"]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own listeners and key (see NoiseKey), and no running workers.
         return {**self.__dict__, "_listeners": [], "_iterator": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["_source"] = next(_SOURCES)  # its passes are others than those of the loader it was copied from

@@ -12,12 +12,11 @@ from privet._checks import check_count
 from privet.errors import ConfigurationError
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import Keystream
-from privet.sampling.base import Partition, Poisson
-from privet.sampling.draw import poisson_indices, shuffled_indices
+from privet.sampling.base import Sampling
+from privet.sampling.draw import MOST_STEPS
 
 __all__ = ["Drawn", "LogicalBatches", "Pass"]
 
-_MOST_STEPS = 2**32  # a batch's address is pass * 2**32 + index
 Most = Callable[[], int | None]  # the examples that a physical batch may have now; None: all of its logical batch
 
 
@@ -28,7 +27,7 @@ class Drawn(NamedTuple):
     size: int
     first: bool  # whether it begins its logical batch
     last: bool  # whether it ends it
-    sampling: Poisson | Partition  # the law that it was drawn under
+    sampling: Sampling  # the law that it was drawn under
     loaded: bool = True  # whether the loader loads something for it: if it is empty, an example to be thrown away
 
 
@@ -73,20 +72,18 @@ class LogicalBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        sampling: Poisson | Partition,
+        sampling: Sampling,
         *,
         key: NoiseKey,
         size: int,  # examples to draw from
         steps: int,  # batches in a pass
-        batch_size: int | None = None,  # of a partition
     ) -> None:
         key.claim("sampling")
         self._key = key
         self._stream = Keystream(key, purpose="sampling")
         self._size = check_count("number of examples", size, least=1)
-        self._batch_size = check_count("batch_size", steps if batch_size is None else batch_size, least=1)
         self._steps = check_count("steps", steps, least=1)
-        if steps > _MOST_STEPS:
+        if steps > MOST_STEPS:
             raise ConfigurationError(f"A pass has at most 2**32 batches, got {steps}: give a number of steps.")
         self.sampling = sampling
         # How far ahead of the training batches are drawn must not depend on which are empty once the law may change: a
@@ -95,7 +92,7 @@ class LogicalBatches(Sampler[list[int]]):
         self.passes = 0  # begun
         self._pending: Pass | None = None
         self._resumed_at = 0
-        self._order: tuple[tuple[int, int], list[int]] | None = None
+        self._shared: tuple[tuple[int, int], object] | None = None  # of the pass that was drawn from last
 
     @property
     def predictable(self) -> bool:
@@ -122,21 +119,17 @@ class LogicalBatches(Sampler[list[int]]):
 
     def examples(self, number: int, index: int) -> list[int]:
         """Returns the examples of one batch of one pass."""
-        if isinstance(self.sampling, Poisson):
-            drawn = poisson_indices(
-                self._stream, rate=self.sampling.rate, size=self._size, step=number << 32 | index, name="poisson"
+        wanted = (self._key.generation, number)  # a fresh key has another order
+        if self._shared is None or self._shared[0] != wanted:
+            self._shared = (wanted, self.sampling.shared(self._stream, size=self._size, number=number))
+        drawn = self.sampling.draw(self._stream, size=self._size, number=number, index=index, shared=self._shared[1])
+        # An example that is in a batch twice would move its sum twice as far as the clip norm says.
+        if len(set(drawn)) != len(drawn) or (drawn and not 0 <= min(drawn) <= max(drawn) < self._size):
+            raise ConfigurationError(
+                f"{self.sampling} drew an example twice, or an index outside of the {self._size} examples. Expected "
+                "each example at most once, by an index from 0. Correct its draw method; nothing was handed over."
             )
-            return drawn.tolist()  # type: ignore[no-any-return]
-        start = index * self._batch_size
-        stop = min(start + self._batch_size, self._size)
-        return self._ordered(number)[start:stop] if self.sampling.shuffled else list(range(start, stop))
-
-    def _ordered(self, number: int) -> list[int]:
-        wanted = (self._key.generation, number)
-        if self._order is None or self._order[0] != wanted:
-            drawn = shuffled_indices(self._stream, size=self._size, step=number << 32, name="shuffle")
-            self._order = (wanted, drawn.tolist())
-        return self._order[1]
+        return drawn
 
     def state_dict(self, *, handed_over: int) -> dict[str, Any]:
         """Returns what a resumed run needs, never the key; `handed_over` batches of the current pass are done."""
@@ -145,7 +138,6 @@ class LogicalBatches(Sampler[list[int]]):
             "handed_over": handed_over,
             "fingerprint": self._key.fingerprint(),
             "size": self._size,
-            "batch_size": self._batch_size,
             "steps": self._steps,
             "sampling": repr(self.sampling),
         }
@@ -162,6 +154,6 @@ class LogicalBatches(Sampler[list[int]]):
         handed_over = check_count("handed_over", state["handed_over"])
         self._key.renew()
         # In a new order, examples of the first part of the pass could come again: only a new pass is billed for that.
-        order_lost = isinstance(self.sampling, Partition) and self.sampling.shuffled and not self._key.predictable
+        order_lost = not self.sampling.resumable and not self._key.predictable
         self._resumed_at = 0 if order_lost or handed_over >= self._steps else handed_over
         self._pending = None

@@ -1,11 +1,8 @@
-"""Schedules: objects that take a running mechanism along its plan, one `step()` after the other.
-
-Names follow Opacus' where it has one (`ExponentialNoise`, `StepNoise`, `LambdaNoise`, and the same of `...GradClip`).
-"""
+"""The schedule of a run: an object that takes a running mechanism along its plan, one `step()` after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -13,27 +10,14 @@ import torch
 from privet._checks import check_count
 from privet.errors import ConfigurationError
 from privet.mechanism import Mechanism
-from privet.schedules.course import Course, Exponential, Lambda, Listed, Stepwise
+from privet.schedules.course import Course
 from privet.schedules.plan import Plan
 from privet.training.update import update_of
 
-__all__ = [
-    "ExponentialBatchSize",
-    "ExponentialGradClip",
-    "ExponentialNoise",
-    "LambdaBatchSize",
-    "LambdaGradClip",
-    "LambdaNoise",
-    "ListBatchSize",
-    "ListGradClip",
-    "ListNoise",
-    "Schedule",
-    "StepBatchSize",
-    "StepGradClip",
-    "StepNoise",
-]
+__all__ = ["Schedule"]
 
 
+@final
 class Schedule:
     """Changes the mechanism of an optimizer's private steps over training.
 
@@ -45,6 +29,22 @@ class Schedule:
 
     Each number starts where it is now. Call `step()` between logical steps: after each optimizer's step, or once a
     pass. Several schedules of different numbers may go side by side.
+
+    Example:
+        >>> import torch
+        >>> from privet import Exponential, PrivacyEngine, Schedule
+        >>> engine, model = PrivacyEngine(), torch.nn.Linear(4, 2)
+        >>> model, optimizer, loader = engine.make_private(
+        ...     module=model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=torch.utils.data.DataLoader(torch.zeros(64, 4), batch_size=16),
+        ...     noise_multiplier=2.0,
+        ...     max_grad_norm=1.0,
+        ... )
+        >>> schedule = Schedule(optimizer, noise=Exponential(0.5))
+        >>> schedule.step()
+        >>> engine.mechanisms[0].noise
+        Gaussian(multiplier=1.0)
 
     Guarantees:
         What is billed is what is released: the mechanism that the ledger reads is the one that clips and adds noise,
@@ -92,25 +92,21 @@ class Schedule:
         return Schedule(optimizer, noise=plan.noise, clip_norm=plan.clip_norm, rate=plan.rate)
 
     @property
-    @final
     def courses(self) -> dict[str, Course]:
         """Returns the courses by what they change."""
         named = {"noise": self._plan.noise, "clip_norm": self._plan.clip_norm, "rate": self._plan.rate}
         return {name: course for name, course in named.items() if course is not None}
 
     @property
-    @final
     def steps(self) -> int:
         """Returns how many schedule steps were taken."""
         return self._t
 
     @property
-    @final
     def mechanism(self) -> Mechanism:
         """Returns what the next step of the optimizer releases."""
         return self._update.mechanism
 
-    @final
     def plan(self, steps: int, *, every: int = 1) -> Plan:
         """Returns the plan of a run of `steps` logical steps (or passes), a schedule step after each `every`.
 
@@ -126,7 +122,6 @@ class Schedule:
             mechanism, noise=self._plan.noise, clip_norm=self._plan.clip_norm, rate=self._plan.rate, every=every
         )
 
-    @final
     def step(self) -> None:
         """Goes one step along the courses.
 
@@ -142,15 +137,13 @@ class Schedule:
         if mechanism != self._update.mechanism:
             self._update.reschedule(mechanism)
 
-    @final
     def state_dict(self) -> dict[str, Any]:
         """Returns where the schedule is. Checkpoints hold it already. Courses are code, for the user to build again."""
         return {"steps": self._t, "factors": self._factors(self._t)}
 
     def _factors(self, t: int) -> dict[str, float]:
-        return {name: float(course.factor(t)) for name, course in self.courses.items()}
+        return {name: float(course(t)) for name, course in self.courses.items()}
 
-    @final
     def refuse_state(self, state: Mapping[str, Any]) -> None:
         """Raises if the state was saved by a schedule that had other factors at that step."""
         t = check_count("steps", state["steps"])
@@ -161,106 +154,9 @@ class Schedule:
                 f"{expected}. Expected the same courses. Build the schedules of the saved run, in the same order."
             )
 
-    @final
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where the saved schedule was."""
         self.refuse_state(state)
         t = int(state["steps"])
         self._set(t)
         self._t = t
-
-
-@final
-class ExponentialNoise(Schedule):
-    """The noise multiplier times `gamma` at each step."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, gamma: float) -> None:
-        super().__init__(optimizer, noise=Exponential(gamma))
-
-
-@final
-class StepNoise(Schedule):
-    """The noise multiplier times `gamma` every `step_size` steps."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, step_size: int, gamma: float) -> None:
-        super().__init__(optimizer, noise=Stepwise(step_size, gamma))
-
-
-@final
-class LambdaNoise(Schedule):
-    """The first noise multiplier times `noise_lambda(t)` at step t."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, noise_lambda: Callable[[int], float]) -> None:
-        super().__init__(optimizer, noise=Lambda(noise_lambda))
-
-
-@final
-class ListNoise(Schedule):
-    """The first noise multiplier times `factors[t]` at step t."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, factors: Iterable[float]) -> None:
-        super().__init__(optimizer, noise=Listed(tuple(factors)))
-
-
-@final
-class ExponentialGradClip(Schedule):
-    """The clip norm times `gamma` at each step."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, gamma: float) -> None:
-        super().__init__(optimizer, clip_norm=Exponential(gamma))
-
-
-@final
-class StepGradClip(Schedule):
-    """The clip norm times `gamma` every `step_size` steps."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, step_size: int, gamma: float) -> None:
-        super().__init__(optimizer, clip_norm=Stepwise(step_size, gamma))
-
-
-@final
-class LambdaGradClip(Schedule):
-    """The first clip norm times `scheduler_function(t)` at step t."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, scheduler_function: Callable[[int], float]) -> None:
-        super().__init__(optimizer, clip_norm=Lambda(scheduler_function))
-
-
-@final
-class ListGradClip(Schedule):
-    """The first clip norm times `factors[t]` at step t."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, factors: Iterable[float]) -> None:
-        super().__init__(optimizer, clip_norm=Listed(tuple(factors)))
-
-
-@final
-class ExponentialBatchSize(Schedule):
-    """The sampling rate, and with it the expected batch size, times `gamma` at each step."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, gamma: float) -> None:
-        super().__init__(optimizer, rate=Exponential(gamma))
-
-
-@final
-class StepBatchSize(Schedule):
-    """The sampling rate, and with it the expected batch size, times `gamma` every `step_size` steps."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, step_size: int, gamma: float) -> None:
-        super().__init__(optimizer, rate=Stepwise(step_size, gamma))
-
-
-@final
-class LambdaBatchSize(Schedule):
-    """The first sampling rate, and with it the expected batch size, times `rate_lambda(t)` at step t."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, rate_lambda: Callable[[int], float]) -> None:
-        super().__init__(optimizer, rate=Lambda(rate_lambda))
-
-
-@final
-class ListBatchSize(Schedule):
-    """The first sampling rate, and with it the expected batch size, times `factors[t]` at step t."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, factors: Iterable[float]) -> None:
-        super().__init__(optimizer, rate=Listed(tuple(factors)))

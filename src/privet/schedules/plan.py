@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from privet._checks import check_count
 from privet.accounting.event import Event, Relation
 from privet.accounting.phases import Phase, append, spent
-from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
-from privet.mechanism import Gaussian, Mechanism
-from privet.sampling import Poisson
-from privet.schedules.course import Course, value_at
+from privet.mechanism import Mechanism
+from privet.schedules.course import Course, factor_at
 
 if TYPE_CHECKING:
     from privet.accounting.accountant import Accountant
@@ -32,6 +29,12 @@ class Plan:
             relative to the sensitivity.
         rate: the course of the sampling rate, and with it of the expected batch size; under Poisson sampling only.
         every: the logical steps (passes, where the sampling is billed by the pass) between two schedule steps.
+
+    Example:
+        >>> from privet import Exponential, Flat, Gaussian, Mechanism, Poisson
+        >>> mechanism = Mechanism(sampling=Poisson(0.01), clipping=Flat(1.0), noise=Gaussian(1.0), steps=300)
+        >>> [phase.count for phase in Plan(mechanism, noise=Exponential(0.9), every=100).phases()]
+        [100, 100, 100]
     """
 
     mechanism: Mechanism
@@ -46,10 +49,10 @@ class Plan:
             raise ConfigurationError(f"mechanism of a Plan must be a privet.Mechanism, got {given!r}.")
         for name in ("noise", "clip_norm", "rate"):
             course: object = getattr(self, name)
-            if course is not None and not isinstance(course, Course):
+            if course is not None and not callable(course):
                 raise ConfigurationError(
-                    f"{name} of a Plan must be a course such as Exponential(0.99), Stepwise(10, 0.5), Lambda(f) or "
-                    f"Listed([1.0, 0.9]), got {course!r}."
+                    f"{name} of a Plan must be a course such as Exponential(0.99), Stepwise(10, 0.5), "
+                    f"Listed([1.0, 0.9]), or a function of the schedule step, got {course!r}."
                 )
         check_count("every", self.every, 1)
 
@@ -62,18 +65,15 @@ class Plan:
         first = self.mechanism
         found = first if current is None else current
         if self.noise is not None:
-            name = "the noise multiplier"
-            found = replace(found, noise=Gaussian(value_at(self.noise, t, start=first.noise.multiplier, name=name)))
+            multiplier = first.noise.multiplier
+            factor = factor_at(self.noise, t, start=multiplier, name="the noise multiplier")
+            found = replace(found, noise=first.noise.with_multiplier(multiplier * factor))
         if self.clip_norm is not None:
-            found = replace(found, clipping=_clipping_at(first.clipping, self.clip_norm, t))
+            factor = factor_at(self.clip_norm, t, start=first.clipping.sensitivity, name="the clip norm")
+            found = replace(found, clipping=first.clipping.scaled(factor))
         if self.rate is not None:
-            if not isinstance(first.sampling, Poisson):
-                raise ConfigurationError(
-                    f"{first.sampling} has no rate to schedule. Expected Poisson sampling. Leave the rate of a "
-                    "partition alone."
-                )
-            rate = value_at(self.rate, t, start=first.sampling.rate, name="the sampling rate")
-            found = replace(found, sampling=Poisson(rate))
+            factor = factor_at(self.rate, t, start=1.0, name="the sampling rate")
+            found = replace(found, sampling=first.sampling.scaled(factor))
         return found
 
     def phases(self) -> tuple[Phase, ...]:
@@ -110,7 +110,9 @@ class Plan:
         from privet.accounting import calibrate_noise_multiplier
 
         def scaled(multiplier: float) -> Plan:
-            return replace(self, mechanism=replace(self.mechanism, noise=Gaussian(multiplier)))
+            return replace(
+                self, mechanism=replace(self.mechanism, noise=self.mechanism.noise.with_multiplier(multiplier))
+            )
 
         certificate = calibrate_noise_multiplier(
             epsilon,
@@ -120,20 +122,3 @@ class Plan:
             relation=Relation.ZERO_OUT,
         )
         return scaled(certificate.value)
-
-
-def _clipping_at(policy: ClippingPolicy, course: Course, t: int) -> ClippingPolicy:
-    """Returns the policy with its clip norm, or each of them, at schedule step t."""
-    fields = getattr(policy, "__dataclass_fields__", {})
-    field = next((each for each in ("clip_norm", "clip_norms") if each in fields), None)
-    norm: object = None if field is None else getattr(policy, field)
-    if field is not None and isinstance(norm, Mapping):
-        bounds = {key: value_at(course, t, start=c, name=f"the clip norm of {key!r}") for key, c in norm.items()}
-        return replace(policy, **{field: bounds})  # type: ignore[type-var]
-    if field is not None and isinstance(norm, int | float):
-        scheduled = value_at(course, t, start=float(norm), name="the clip norm")
-        return replace(policy, **{field: scheduled})  # type: ignore[type-var]
-    raise ConfigurationError(
-        f"{type(policy).__name__} has no clip norm that a schedule could change. Expected a frozen dataclass with a "
-        "field clip_norm, such as Flat or PerLayer."
-    )

@@ -6,10 +6,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.leaves import described
+from privet.batches.structure import Arguments
+from privet.batches.tree import paths_in, taken_apart
 from privet.errors import ConfigurationError
 
 __all__ = ["PrivateCriterion"]
@@ -58,18 +62,14 @@ class PrivateCriterion(nn.Module):
         Raises:
             ConfigurationError: if an argument's axis 0 is not the batch, or the criterion refuses a batch of one.
         """
-        leaves, tree = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        size = self._batch(tensors)
+        inputs = Arguments(args, kwargs)
+        tensors, put = taken_apart(inputs, _has_examples, "the arguments")
+        size = self._batch(tensors, inputs)
         if size == 0:
             return torch.stack([t.flatten().sum() for t in tensors if t.is_floating_point()]).sum().expand(0)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
 
         def one(*rows: Tensor) -> Tensor:
-            filled = list(leaves)
-            for place, row in zip(places, rows, strict=True):
-                filled[place] = row.unsqueeze(0)
-            positional, keyword = tree_unflatten(filled, tree)
+            positional, keyword = put([row.unsqueeze(0) for row in rows])
             return self._scalar(self.criterion(*positional, **keyword))
 
         try:
@@ -87,15 +87,18 @@ class PrivateCriterion(nn.Module):
                     "of size 1."
                 ) from error
 
-    def _batch(self, tensors: list[Tensor]) -> int:
-        sizes = {t.shape[0] for t in tensors}
+    def _batch(self, tensors: list[Any], inputs: Arguments) -> int:
         expected = self._examples()
-        if len(sizes) != 1 or (expected is not None and sizes != {expected}):
-            found = ", ".join(str(tuple(t.shape)) for t in tensors)
+        sizes = {t.shape[0] for t in tensors if isinstance(t, Tensor)}
+        known = all(isinstance(t, Tensor) for t in tensors)
+        if not known or len(sizes) != 1 or (expected is not None and sizes != {expected}):
+            held = paths_in(inputs, "the arguments")
+            found = ", ".join(f"{described(leaf)} in {path}" for path, leaf in held if _has_examples(leaf))
             raise ConfigurationError(
-                f"criterion got tensors of shapes {found or 'none'} for a batch of {expected}. Expected the batch on "
+                f"criterion got {found or 'no tensor'} for a batch of {expected}. Expected tensors with the batch on "
                 "axis 0 of each, so that the loss can be split into its examples. Do not merge the batch with other "
-                "axes: for token losses pass logits as (B, V, T) and labels as (B, T)."
+                "axes: for token losses pass logits as (B, V, T) and labels as (B, T). Make arrays and packed sequences"
+                " tensors, and constants a part of the criterion."
             )
         return sizes.pop()
 
@@ -103,3 +106,7 @@ class PrivateCriterion(nn.Module):
     def _scalar(loss: Tensor) -> Tensor:
         """Returns one example's loss: the sum of what a criterion without reduction gives."""
         return loss if loss.dim() == 0 else loss.sum()
+
+
+def _has_examples(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, np.ndarray, PackedSequence)) and getattr(leaf, "ndim", 1) > 0

@@ -61,13 +61,14 @@ class StepHooks:
         """Releases the pending sum; with a closure, releases what the closure brings. An optimizer's step pre-hook."""
         self._refuse_other_gradients(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        # Where a subclass's step calls that of its base, torch runs the hooks of both: the inner ones find it all done.
+        # If the step of a subclass calls the step of its base, torch runs these hooks twice for one step. The second
+        # time there is nothing left to release, and that is no mistake of the user's.
         if closure is None:
             if self._ready() or not self._stepping:
                 self._release()
                 self._stepping = True
             return None
-        if closure is self._closure:
+        if closure is self._closure:  # wrapped by the hook of the outer step
             return None
         wrapped = self._closure = self._released_after(closure, optimizer)
         if "closure" in kwargs:
@@ -75,10 +76,11 @@ class StepHooks:
         return (args[0], wrapped, *args[2:]), kwargs
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-        """Takes note that the gradient was used. An optimizer's step post-hook."""
+        """Forgets the step that has ended: the next one needs a new sum. An optimizer's step post-hook."""
         self._stepping, self._closure = False, None
 
     def _refuse_other_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises if the step would use a gradient that nothing clipped, of a parameter that is not private."""
         private = {id(p) for p in self._parameters.values()}
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if p.grad is not None and id(p) not in private:
@@ -89,6 +91,7 @@ class StepHooks:
                 )
 
     def _released_after(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+        """Returns a closure that releases what the user's closure brings, between its backward and the update."""
         calls = 0
 
         def wrapped() -> Any:

@@ -5,16 +5,13 @@ Order matters, and is kept in one place: the ledger first, then noise, then `p.g
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from privet.accounting.event import Event
 from privet.accounting.role import LedgerLike
 from privet.errors import BudgetExceededError, ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
@@ -22,7 +19,10 @@ from privet.gradients.rows import of_type
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import NoiseMechanism
-from privet.sampling import BatchTicket, Partition, Poisson, PrivateLoader
+from privet.sampling.base import BatchTicket, refuse_change
+from privet.sampling.loader import PrivateLoader
+from privet.training.billing import Billing
+from privet.training.divisor import Divisor
 from privet.training.logical_sum import LogicalSum
 from privet.training.optimizers import StepHooks
 
@@ -57,14 +57,17 @@ class LateSum(Protocol):
 
 
 class PrivateUpdate:
-    """Holds a clipped sum until the optimizer steps; then bills it, adds noise, and hands over `p.grad`.
+    """Holds a clipped sum until the optimizer steps. Then bills the step, adds noise, and hands over `p.grad`.
+
+    What is due is decided by its `Billing`, and which sum is whole by its `LogicalSum`.
 
     Args:
         parameters: the private parameters by name.
         mechanism: what is released at each step. It may be replaced between logical steps, never inside of one.
         noise: turns clipped sums into private gradients.
         ledger: where every step is written before its noise is drawn.
-        divisor: a public constant: the expected batch size for a mean loss, 1 for a sum.
+        divisor: a public constant: the expected batch size for a mean loss, 1 for a sum. None if it is not known yet;
+            then no step may be taken.
         follows_rate: whether the divisor is an expected batch size, and so changes with the sampling rate.
     """
 
@@ -75,26 +78,21 @@ class PrivateUpdate:
         mechanism: Mechanism,
         noise: NoiseMechanism,
         ledger: LedgerLike,
-        divisor: float,
+        divisor: float | None,
         follows_rate: bool = True,
     ) -> None:
         self.parameters = dict(parameters)
         self.noise = noise
-        self.ledger = ledger
-        self.divisor = divisor
+        self.divisor = Divisor(divisor, sampling=mechanism.sampling if follows_rate else None)
         self.steps = 0
         self.schedules: list[Scheduled] = []
+        self.billing = Billing(ledger)
         self._mechanism = self.settled = mechanism
-        self._first_rate = getattr(mechanism.sampling, "rate", None) if follows_rate else None
         self._sum = LogicalSum()
         self._resampled = False
         self._loaders: list[weakref.ref[PrivateLoader]] = []
-        self._billed: tuple[int, Event | None] = (0, None)  # the last pass that was written, and what it cost
-        self._released: list[Callable[[], None]] = []
+        self._on_forget: list[Callable[[], None]] = []
         self._late: LateSum | None = None
-        self._warned: set[str] = set()
-        self._drawn: BatchTicket | None = None  # the batch that was handed over last, if no step was taken since
-        self._skipped: list[BatchTicket] = []  # batches of the same pass that came before it, and had no step either
         self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -102,11 +100,16 @@ class PrivateUpdate:
         self._hooks.attach(optimizer)
         _UPDATES[optimizer] = self
 
+    @property
+    def ledger(self) -> LedgerLike:
+        """Returns the ledger."""
+        return self.billing.ledger
+
     # -- what is released --------------------------------------------------------------------------------------------
 
     @property
     def mechanism(self) -> Mechanism:
-        """What the next step releases. Setting it opens a new phase; `settled` is the same without any schedules.
+        """Returns what the next step releases. Setting it opens a new phase; `settled` is the same without schedules.
 
         Raises:
             ProtocolError: if a logical step is under way.
@@ -131,24 +134,16 @@ class PrivateUpdate:
                 "physical batches, after that of the last one of its logical batch, or once a pass."
             )
         groups_of(mechanism.clipping, list(self.parameters))
-        sampling = mechanism.sampling
-        if sampling != self._mechanism.sampling:
-            if not isinstance(sampling, Poisson) or not isinstance(self._mechanism.sampling, Poisson):
-                raise ConfigurationError(
-                    f"{self._mechanism.sampling} cannot become {sampling} in mid-run. Expected Poisson sampling, "
-                    "before and after."
-                )
-            for loader in (reference() for reference in self._loaders):
-                if loader is not None:
-                    loader.resample(sampling)
+        if mechanism.noise != self._mechanism.noise.with_multiplier(mechanism.noise.multiplier):
+            raise ConfigurationError(
+                f"{self._mechanism.noise} cannot become {mechanism.noise} in mid-run: the noise that is drawn would "
+                "not be the one that is billed. Expected a change of its multiplier alone."
+            )
+        if mechanism.sampling != self._mechanism.sampling:
+            refuse_change(self._mechanism.sampling, mechanism.sampling)
+            for loader in self._followed():
+                loader.resample(mechanism.sampling)
         self._mechanism = mechanism
-
-    def expect_resampling(self) -> None:
-        """Prepares the loaders for a sampling rate that changes."""
-        self._resampled = True
-        for loader in (reference() for reference in self._loaders):
-            if loader is not None:
-                loader.expect_resampling()
 
     # -- where the batch came from -----------------------------------------------------------------------------------
 
@@ -161,59 +156,22 @@ class PrivateUpdate:
 
     def follows(self, loader: PrivateLoader) -> bool:
         """Returns whether the loader's batches are announced here."""
-        return any(kept() is loader for kept in self._loaders)
+        return any(kept is loader for kept in self._followed())
+
+    def _followed(self) -> list[PrivateLoader]:
+        return [loader for loader in (kept() for kept in self._loaders) if loader is not None]
+
+    def expect_resampling(self) -> None:
+        """Prepares the loaders for a sampling rate that changes."""
+        self._resampled = True
+        for loader in self._followed():
+            loader.expect_resampling()
 
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch that the private loader is about to hand over."""
-        self._sum.announce(ticket)
-        last, self._drawn = self._drawn, ticket
-        if last is None or last.passes != ticket.passes or last.index > ticket.index:
-            self._skipped = []  # another pass: one may be left early, and one that no step is taken on releases nothing
-        elif last.index < ticket.index:
-            self._skipped.append(last)
+        self.billing.announced(ticket, given_up=self._sum.announce(ticket))
 
-    def _as_drawn(self, sampling: Poisson | Partition | None) -> Mechanism:
-        """Returns the mechanism with the law that a batch was drawn under, maybe before a schedule changed it."""
-        if sampling is None or sampling == self._mechanism.sampling:
-            return self._mechanism
-        return replace(self._mechanism, sampling=sampling)
-
-    def _bill(self, ticket: BatchTicket | None) -> Event | None:
-        """Returns the event to be written for this step, or None if the pass that it is part of is written already."""
-        if ticket is None:
-            self._warn(
-                "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
-                "as a Gaussian release without amplification by sampling. Train on the loader that make_private "
-                "returned, one step for each of its batches."
-            )
-            return self._mechanism.noise.event
-        mechanism = self._as_drawn(ticket.sampling)
-        event = mechanism.event(1)
-        return None if mechanism.sampling.billed_per == "pass" and self._billed == (ticket.passes, event) else event
-
-    def _bill_skipped(self) -> None:
-        """Bills batches that were left out in the middle of a pass as if they had been trained on, and says so."""
-        if not self._skipped:
-            return
-        self._warn(
-            "batches of the private loader were left out, and a later one of the same pass was trained on. They are "
-            "billed as if they had been trained on; where the choice depended on their size, content or loss, epsilon "
-            "does not cover it. Take a step on every batch: one that is empty is a step like any other."
-        )
-        self.ledger.mark("batches left out")
-        while self._skipped:
-            mechanism = self._as_drawn(self._skipped[-1].sampling)
-            if mechanism.sampling.billed_per == "step":
-                self.ledger.begin(mechanism.event(1))
-            self._skipped.pop()
-
-    def _warn(self, message: str) -> None:
-        """Warns once of each thing."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
-
-    # -- the three moments of a step ---------------------------------------------------------------------------------
+    # -- the sum that waits for its step -----------------------------------------------------------------------------
 
     @property
     def pending(self) -> bool:
@@ -247,9 +205,23 @@ class PrivateUpdate:
         """Forgets the sum that waits; nothing of it was released."""
         self._sum.discard()
 
+    def retract(self) -> bool:
+        """Forgets the physical batch at hand. Returns whether it has left nothing, and may come again in parts."""
+        for listener in self._on_forget:
+            listener()
+        return self._sum.retract()
+
+    def forget(self) -> None:
+        """Gives up the logical batch at hand; nothing of it was released, and nothing of it is kept."""
+        for listener in self._on_forget:
+            listener()
+        given_up = self._sum.forget()
+        if given_up is not None:
+            self.billing.given_up(given_up)
+
     def on_forget(self, listener: Callable[[], None]) -> None:
         """Calls `listener()` whenever a batch is given up, so that nothing of its forward is kept either."""
-        self._released.append(listener)
+        self._on_forget.append(listener)
 
     def on_demand(self, late: LateSum) -> None:
         """Takes sums from `late` at each step, in place of those of `receive` after each backward."""
@@ -260,63 +232,46 @@ class PrivateUpdate:
             self._late.bring()
 
     def _ready(self) -> bool:
-        """Returns whether a sum waits, formed by now."""
+        """Forms the sum that waits, where it is formed late. Returns whether one waits."""
         self._bring()
         return self._sum.pending
 
-    def retract(self) -> bool:
-        """Returns whether the physical batch at hand has left nothing, and may be handed over again in parts."""
-        for listener in self._released:
-            listener()
-        return self._sum.retract()
-
-    def forget(self) -> None:
-        """Gives up the logical batch at hand; nothing of it was released, and nothing of it is kept."""
-        for listener in self._released:
-            listener()
-        self._sum.forget()
+    # -- the release -------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Bills the step, adds noise, and sets `p.grad` of every private parameter that is trainable now.
 
         Raises:
             ProtocolError: if there is no sum to release, or physical batches of its logical batch are still to come.
+            ConfigurationError: if the expected batch size is not known.
             BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum is
                 forgotten, so that everything is as it was before the batch.
         """
         self._bring()
         self._sum.require()
         ticket = self._sum.ticket()
-        event = self._bill(ticket)
+        drawn = self._mechanism.drawn_under(None if ticket is None else ticket.sampling)
+        divisor = self.divisor.under(drawn.sampling)
+        # The ledger comes first. If anything fails after it, the step is paid for and not taken; the other way round a
+        # gradient could reach the optimizer that nothing paid for.
         try:
-            self._bill_skipped()
-            if event is not None:
-                self.ledger.begin(event)
+            self.billing.begin(self._mechanism, ticket)
         except BudgetExceededError:
             self.discard()
             raise
-        self._drawn = None
-        if ticket is not None:
-            self._billed = (ticket.passes, event or self._billed[1])
         clipped = self._sum.take()
         if self._late is not None:
             self._late.summed(clipped)
+        # The number is used up before any noise is drawn: whatever fails, no other sum meets the noise of this step.
         step, self.steps = self.steps, self.steps + 1
         private = self.noise.release(clipped, multiplier=self._mechanism.noise.multiplier, step=step)
-        divisor = self._divisor(ticket)
         for name, value in private.values.items():
             parameter = self.parameters[name]
+            # A parameter that was frozen since its backward must not move. Its part of the noise was drawn anyway.
             if parameter.requires_grad:
                 divided = value if divisor == 1 else value.div_(divisor)
                 gradient = of_type(divided, parameter.dtype)
                 parameter.grad = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
-
-    def _divisor(self, ticket: BatchTicket | None) -> float:
-        """Returns the expected batch size at the rate that the batch was drawn with, or the constant of a sum."""
-        rate = getattr(self._as_drawn(None if ticket is None else ticket.sampling).sampling, "rate", None)
-        if self._first_rate is None or rate is None or rate == self._first_rate:
-            return self.divisor
-        return self.divisor * float(rate) / float(self._first_rate)
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""
@@ -350,7 +305,7 @@ class PrivateUpdate:
         self.forget()
         self.noise.load_state_dict(state["noise"])
         self.steps = max(self.steps, int(state["steps"]))
-        self._billed = (0, None)  # a pass that goes on after a resume is billed again
+        self.billing.resumed()
         for schedule, its_state in zip(self.schedules, state.get("schedules", []), strict=True):
             schedule.load_state_dict(its_state)
 

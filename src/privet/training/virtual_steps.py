@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from privet.batches.cut import cut_like
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError, ProtocolError
 from privet.sampling import BatchTicket, PrivateLoader
-from privet.sampling.physical import PhysicalSize, cut_like, tickets_of
+from privet.sampling.physical import PhysicalSize, tickets_of
 from privet.training.update import PrivateUpdate, update_of
 
 __all__ = ["BatchMemoryManager", "PhysicalLoader"]
@@ -85,10 +86,11 @@ class BatchMemoryManager:
         self._before: Any = None
 
     def __enter__(self) -> PhysicalLoader:
-        """Returns the loader of physical batches."""
+        """Replaces the optimizer's `step` until the context ends, and returns the loader of physical batches."""
         if self._optimizer in _ACTIVE:
             raise ProtocolError("this optimizer is in a BatchMemoryManager already. Expected one at a time.")
         _ACTIVE.add(self._optimizer)
+        # The method is replaced on the object: torch's step hooks run inside of `step`, too late to leave it out.
         self._before = vars(self._optimizer).get("step")
         self._step = MethodType(_virtual(self._optimizer.step, self._update), self._optimizer)
         self._optimizer.step = self._step  # type: ignore[method-assign]
@@ -97,9 +99,11 @@ class BatchMemoryManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leaves nothing behind: neither a sum that was not released, nor a changed optimizer."""
+        """Forgets a sum that was not released, and puts the optimizer's `step` back."""
         self._loader.end()
-        if vars(self._optimizer).get("step") is self._step:  # or else someone wrapped it again, and it stays: harmless
+        # If a scheduler wrapped `step` in the meantime, its wrapper stays. It calls ours, which does nothing special
+        # once no physical batch is to come.
+        if vars(self._optimizer).get("step") is self._step:
             if self._before is None:
                 del self._optimizer.step
             else:
@@ -126,7 +130,8 @@ def _virtual(step: Callable[..., Any], update: PrivateUpdate) -> Callable[..., A
             with torch.enable_grad():
                 result = closure()
         update.accumulate()
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001 - schedulers warn if nobody stepped
+        # A scheduler of torch warns if it is stepped before the optimizer, and looks for this mark.
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001
         return result
 
     return virtual
@@ -150,7 +155,8 @@ class PhysicalLoader:
         self._update = update
         self._optimizer = optimizer
         self._progress = progress
-        self._running: weakref.ref[Generator[Any, None, None]] | None = None  # not kept alive: leaving the loop ends it
+        # The pass is not kept alive here, so that Python ends it as soon as the user's loop is left.
+        self._running: weakref.ref[Generator[Any, None, None]] | None = None
         self._ticket: BatchTicket | None = None
         self._failed = False
 
@@ -198,6 +204,8 @@ class PhysicalLoader:
 
     def _batches(self) -> Generator[Any, None, None]:
         bar = iter(self._progress(range(len(self))) if self._progress else range(len(self)))
+        # A logical batch is handed over in parts. One that is too large for the size of now is cut again, and one for
+        # which memory ran out comes back to the front of the queue, to be cut by the halved size.
         held = _HeldSchedulers(self._optimizer)
         try:
             for drawn in self.loader.drawn(lambda: self._size.most):
@@ -251,11 +259,11 @@ class PhysicalLoader:
 
 
 class _HeldSchedulers:
-    """Learning rate schedulers, held where they are: a step that they take before the logical one is taken back."""
+    """Learning rate schedulers, held where they are: a step that they take before the logical one is undone."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        # Schedulers know their optimizer, and no optimizer its schedulers.
+        # A scheduler holds its optimizer, and an optimizer does not know its schedulers: all objects have to be asked.
         self._schedulers = [
             found
             for found in gc.get_objects()
@@ -268,7 +276,7 @@ class _HeldSchedulers:
         return [vars(scheduler).get("last_epoch") for scheduler in self._schedulers]
 
     def hold(self) -> None:
-        """Remembers where all of them are."""
+        """Remembers where all schedulers are, and what they set in the optimizer."""
         if self._schedulers:
             self._before = self._counts()
             self._states = [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
@@ -282,7 +290,7 @@ class _HeldSchedulers:
             ]
 
     def restore(self) -> None:
-        """Puts them, and what they set in the optimizer, back to where they were held, if any of them moved."""
+        """Puts the schedulers, and what they set in the optimizer, back to where they were, if one of them moved."""
         states, self._states = self._states, None
         if states is None or self._counts() == self._before:
             return

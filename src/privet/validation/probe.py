@@ -9,43 +9,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map
+from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.count import count_examples
+from privet.batches.grow import copies_of_first
+from privet.batches.leaves import cut, shows
+from privet.batches.structure import Arguments
+from privet.batches.tree import paths_in, tensors_in
 from privet.errors import ConfigurationError, UnsupportedModelError
 from privet.gradients.capture.undisturbed import undisturbed
 
 __all__ = ["find_mixing", "refuse_mixing"]
 
-T = TypeVar("T")
 
-
-def _first_rows_only(value: T, batch: int, axis: int) -> T:
-    """Returns the value with every tensor over the batch made of copies of its first row."""
-
-    def repeat(leaf: object) -> object:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == batch:
-            return leaf.narrow(axis, 0, 1).expand_as(leaf).clone()
-        return leaf
-
-    repeated: T = tree_map(repeat, value)
-    return repeated
-
-
-def _first_rows(value: object, batch: int, axis: int) -> Iterator[tuple[str, Tensor]]:
-    for path, leaf in _with_paths(value):
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == batch:
-            yield f"output{path}", leaf.select(axis, 0).detach()
-
-
-def _with_paths(value: object) -> list[tuple[str, object]]:
-    try:
-        return [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(value)[0]]
-    except ValueError:  # a container that is registered without names for its parts, as those of some libraries are
-        return [(f"[{place}]", leaf) for place, leaf in enumerate(tree_flatten(value)[0])]
+def _first_rows(output: object, batch: int, axis: int) -> Iterator[tuple[str, Tensor]]:
+    for path, leaf in paths_in(output, "output"):
+        if isinstance(leaf, Tensor | PackedSequence) and shows(leaf, batch, axis):
+            (row,) = tensors_in(cut(leaf, 0, 1, axis))
+            yield path, row.detach()
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -77,12 +61,7 @@ def find_mixing(
     than `tolerance` (relative; by default 1e-3 for half precision, 1e-4 otherwise), goes unseen.
     """
     kwargs = dict(kwargs or {})
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim() > batch_axis]
-    if not tensors:
-        raise ConfigurationError(
-            f"find_mixing needs a tensor argument with the batch on axis {batch_axis}, and found none."
-        )
-    batch = tensors[0].shape[batch_axis]
+    batch = count_examples(Arguments(args, kwargs), batch_axis, name="the arguments")
     if batch < 2:
         raise ConfigurationError(f"find_mixing compares examples and needs a batch of at least 2, got {batch}.")
     if tolerance is None:
@@ -91,7 +70,7 @@ def find_mixing(
 
     outputs: list[object] = []
     buffers: list[dict[str, Tensor]] = []
-    alone = (_first_rows_only(args, batch, batch_axis), _first_rows_only(kwargs, batch, batch_axis))
+    alone = copies_of_first(Arguments(args, kwargs), examples=batch, axis=batch_axis)
     with undisturbed(module) as restore, torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints
         for positional, named in ((args, kwargs), alone):

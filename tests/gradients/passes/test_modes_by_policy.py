@@ -51,8 +51,8 @@ class Watched:
     """A module in one mode, whose layouts are learned once, and whose batches are clipped by many policies."""
 
     def __init__(self, mode: str, module: nn.Module, batch: tuple[Tensor, ...]) -> None:
-        self.mode, self.module, self.found = mode, module, list[Recorded]()
-        self.capture = Capture(trainable(module), mapped=mode == "functorch", on_backward=self.found.append)
+        self.mode, self.module = mode, module
+        self.capture = Capture(trainable(module), mapped=mode == "functorch")
         learn_layouts(self.capture, lambda b: (loss(module, b),), batch, examples=SIZE)
         self.two_pass = TwoPass(self.capture)
 
@@ -68,12 +68,11 @@ class Watched:
                 )[0]
 
             return {name: run(policy) for name, policy in chosen.items()}
-        self.found.clear()
-        self.capture.begin(n)
+        recorded = Recorded(examples=n)
+        self.capture.begin(n, recorded)
         losses = loss(self.module, batch) * factors
         self.capture.end()
         losses.sum().backward()
-        recorded = self.found[0]
         if self.mode == "auto":
             return {name: clipped_sum(recorded, parameters, policy) for name, policy in chosen.items()}
         rows = per_example_gradients(recorded, parameters)
@@ -89,7 +88,7 @@ def allowed(mode: str, module: nn.Module, bound: float) -> dict[str, ClippingPol
     several = {name: policy for name, policy in found.items() if weights_an_example(policy, module) > 1}
     for policy in several.values():
         with pytest.raises(ConfigurationError, match="weighs each example once"):
-            TwoPass(Capture({}, on_backward=lambda recorded: None)).clipped_sum(
+            TwoPass(Capture({})).clipped_sum(
                 lambda _: torch.zeros(1), (), examples=1, parameters=trainable(module), policy=policy
             )
     return {name: policy for name, policy in found.items() if name not in several}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from privet import ConfigurationError, CoverageError, Flat, Gaussian, Mechanism, Poisson, PrivateStep
+from privet import ConfigurationError, CoverageError, Flat, Gaussian, Mechanism, Performance, Poisson, PrivateStep
 from privet.clipping import ClippingPolicy, PerLayer
 from privet.gradients.passes import two_pass
 from privet.gradients.rows import row_norms
@@ -42,7 +42,12 @@ def step_of(module, *, loss=case_loss, policy=None, passes=2, noise=0.0) -> Priv
     mechanism = Mechanism(sampling=Poisson(0.1), clipping=policy or Flat(0.1), noise=Gaussian(noise))
     optimizer = torch.optim.SGD(trainable(module), lr=0.0)
     return PrivateStep(
-        module, optimizer=optimizer, mechanism=mechanism, loss_per_example=loss, expected_batch_size=1, passes=passes
+        module,
+        optimizer=optimizer,
+        mechanism=mechanism,
+        loss_per_example=loss,
+        expected_batch_size=1,
+        performance=Performance(passes=passes),
     )
 
 
@@ -341,7 +346,7 @@ def test_nothing_is_left_in_the_parameters():
     step((torch.randn(4, 6),))
     assert all(p.grad is None and type(p) is nn.Parameter for p in model.parameters())
     assert not step._capture.watching
-    assert step._capture.on_use is None
+    assert step._capture.cycle is None
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -383,7 +388,7 @@ def test_a_gradient_that_was_not_captured_trips_the_wire():
     with pytest.raises(CoverageError, match="weight"):
         step(batch)
     assert all(p.grad is None for p in net.parameters())
-    assert step._capture.on_use is None
+    assert step._capture.cycle is None
     step._loss._loss = case_loss
     step(batch)
 
@@ -413,8 +418,7 @@ def test_physical_batches_sum_to_the_logical_one(size_of_parts):
         mechanism=mechanism,
         loss_per_example=case_loss,
         expected_batch_size=1,
-        passes=2,
-        physical_batch_size=size_of_parts,
+        performance=Performance(passes=2, physical_batch_size=size_of_parts),
     )
     seen = taken(net, step.optimizer)
     step(batch)

@@ -150,5 +150,5 @@ def test_nonsense_is_refused() -> None:
 
 
 def test_capture_has_no_hooks_for_modules_without_a_rule() -> None:
-    capture = Capture({}, on_backward=lambda recorded: None)
+    capture = Capture({})
     assert watch_custom_modules(Net(), capture) == []

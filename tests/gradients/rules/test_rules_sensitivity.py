@@ -14,6 +14,7 @@ from privet.clipping import Flat, PerLayer
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.summation import clipped_sum
+from privet.gradients.use import Recorded
 from tests.gradients.harness import trainable
 from tests.gradients.policies import policies
 from tests.gradients.rule_cases import CASES, Case, loss
@@ -41,18 +42,17 @@ class Watched:
     """A module whose layouts are learned once, and recorded many times."""
 
     def __init__(self, module, batch) -> None:
-        self.module, self.found = module, []
-        self.capture = Capture(trainable(module), on_backward=self.found.append)
+        self.module, self.capture = module, Capture(trainable(module))
         size = len(batch[0])
         learn_layouts(self.capture, lambda b: (loss(module, b),), batch, examples=size)
 
     def sums(self, batch, factors, policies=POLICIES):
-        self.found.clear()
-        self.capture.begin(len(factors))
+        recorded = Recorded(examples=len(factors))
+        self.capture.begin(len(factors), recorded)
         losses = loss(self.module, batch)
         self.capture.end()
         (losses * factors).sum().backward()
-        return [clipped_sum(self.found[0], trainable(self.module), policy) for policy in policies]
+        return [clipped_sum(recorded, trainable(self.module), policy) for policy in policies]
 
 
 def distance(first, second) -> float:

@@ -19,7 +19,7 @@ from privet.gradients.rules.convolution_strategy import ConvolutionStrategy, con
 from privet.gradients.rules.linear import Linear
 from privet.gradients.rules.patches import Pairing
 from privet.gradients.summation import clipped_sum
-from privet.gradients.use import Use, Uses
+from privet.gradients.use import Recorded, Use, Uses
 from tests.contracts.doors import reference, relative_error
 from tests.gradients.harness import captured_sum, recorded_of, trainable
 from tests.gradients.rule_cases import CASES, loss
@@ -321,12 +321,12 @@ class TimeMajor(nn.Module):
 
 
 def test_rows_merged_with_the_batch_inside_belong_to_their_examples():
-    module, batch, found = TimeMajor().double(), (torch.randn(4, 3, 2, 5, dtype=torch.float64),), []
-    capture = Capture(trainable(module), batch_first=False, on_backward=found.append)
+    module, batch = TimeMajor().double(), (torch.randn(4, 3, 2, 5, dtype=torch.float64),)
+    capture, recorded = Capture(trainable(module), batch_first=False), Recorded(examples=4)
     learn_layouts(capture, lambda b: (loss(module, b),), batch, examples=4)
-    capture.begin(4)
+    capture.begin(4, recorded)
     losses = loss(module, batch)
     capture.end()
     losses.sum().backward()
-    total = clipped_sum(found[0], trainable(module), Flat(1e-2)).values
+    total = clipped_sum(recorded, trainable(module), Flat(1e-2)).values
     assert relative_error(total, reference(module, batch, loss, Flat(1e-2))) < 1e-9

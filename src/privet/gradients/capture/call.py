@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.routing import Routed
 from privet.gradients.derived import Derivation
 from privet.gradients.layout import Layout
 from privet.gradients.tracing import tracing
-from privet.gradients.use import Operation
+from privet.gradients.use import Operation, Use
 
 __all__ = ["CapturedCall", "CapturedOperation", "Recorder", "tensors_among"]
 
@@ -31,7 +32,7 @@ def tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 class Recorder(Protocol):
-    """Whoever is told of each use when its gradient has come."""
+    """Takes the uses of a captured operation when its gradient has come (implemented by `Capture`)."""
 
     def record(
         self, call: CapturedCall, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]
@@ -44,25 +45,49 @@ class CapturedCall:
     """All of one captured operation that is not a tensor."""
 
     capture: Recorder
-    cycle: object  # the forwards it is part of: a token, for what they recorded would hold the graph that holds it
+    cycle: Cycle  # the forwards that it is part of
     operation: Operation
     layout: Layout
-    routed: Routed | None  # where the layout says so
-    examples: int
+    routed: Routed | None  # the owners of the rows, where the layout is ROUTED
+    batch_first: bool  # whether axes merged with the batch have the batch outside
     roles: tuple[str, ...]  # of the values, in order
-    targets: dict[str, str | Derivation]  # role -> what is to be given a gradient
+    targets: dict[str, str | Derivation]  # role -> the parameter, or derived tensor, whose use is recorded
     data_count: int
+
+    def examples_first(self, t: Tensor) -> Tensor:
+        """Returns data, or a gradient, with the examples on axis 0 as the operation's rules expect them."""
+        if self.routed is not None:
+            return self.routed.examples_first(t, self.cycle.examples)
+        if self.operation.positionwise:
+            return self.layout.examples_first(t, self.cycle.examples, batch_first=self.batch_first)
+        # Other operations keep their rows as rows. Several rows of one example have to lie together.
+        if self.layout is Layout.MERGED and not self.batch_first:
+            return t.reshape(-1, self.cycle.examples, *t.shape[1:]).movedim(1, 0).flatten(0, 1)
+        return t
+
+    def uses(
+        self, data: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> list[tuple[str | Derivation, Use]]:
+        """Returns each target of the operation with its use."""
+        operation = self.operation
+        kept = [None if t is None else self.examples_first(t) for t in operation.saved(data)]
+        gradient = self.examples_first(gradients[0].detach())
+        # An operation of several outputs has one gradient for each: the others follow the data.
+        kept.extend(self.examples_first(g.detach()) for g in gradients[1:])
+        met = tuple(kept)
+        shapes = {role: tuple(v.shape) for role, v in zip(self.roles, values, strict=True)}
+        return [(target, Use(operation, role, met, gradient, shapes[role])) for role, target in self.targets.items()]
 
 
 class CapturedOperation(torch.autograd.Function):
-    """Runs an operation without autograd, gives the data their gradients, and hands the rest to the capture.
+    """Runs an operation without autograd, gives the data their gradients, and hands the uses to the capture.
 
     The last argument is a parameter of the model. It gets no gradient; it makes the output a part of the graph.
     """
 
     @staticmethod
     def forward(ctx: Any, call: CapturedCall, *tensors: Tensor) -> Any:
-        """Returns the operation's output."""
+        """Runs the operation, and returns its output."""
         data, values = tensors[: call.data_count], tensors[call.data_count : -1]
         ctx.call = call
         ctx.save_for_backward(*data, *values)
@@ -76,7 +101,7 @@ class CapturedOperation(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a gradient of a gradient would miss the parameters, without a word
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Returns the data's gradients; those of the parameters are None."""
+        """Records the operation's uses, and returns the gradients of the data. Parameters get None."""
         call: CapturedCall = ctx.call
         saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001

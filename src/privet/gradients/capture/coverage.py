@@ -1,12 +1,13 @@
 """The check on the first batch: where the examples are, and that what was captured is all there is.
 
-It runs the model a few more times, once in a run: twice to learn the layouts (B and B + 1 examples), once under capture
-and once without, and three backwards. Two claims are tested on random output gradients, for a random half S of the
-batch and for the rest: the captured gradients of S add up to autograd's own gradient of the outputs of S. A use that
-was missed, rows given to the wrong example, and examples that meet in the backward all make the two differ.
+It runs the model four more times: twice to learn the layouts (with B and with B + 1 examples), once without capture,
+and once under capture. The last two are followed by three backwards, with random output gradients. Two claims are
+tested, one for a random half S of the batch and one for the rest: the captured gradients of S add up to autograd's own
+gradient of the outputs of S. Three mistakes make the two differ: a use that was missed, rows that were given to the
+wrong example, and examples that meet in the backward.
 
-Its gradients are compared and dropped: nothing is stored in `p.grad`, and nothing is released. All of it is done on the
-first examples of the batch alone, so that the check needs little time, and less memory than the step that follows.
+The gradients are compared and dropped. Nothing is stored in `p.grad`, and nothing is released. Only the first examples
+of the batch are looked at, so the check needs little time, and less memory than the step that follows.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from privet.batches.cut import first_examples
+from privet.batches.grow import detached, grown, left_out, refuse_read_once
+from privet.batches.structure import REGISTER
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
+from privet.gradients.layout import Trace
 from privet.gradients.rules.strategy import prefers_channels_last
 from privet.gradients.summation import weighted_sums
 from privet.gradients.use import Recorded
@@ -30,34 +34,8 @@ __all__ = ["check_coverage", "learn_layouts"]
 
 _ATTEMPTS = 8
 _EXAMPLES = 16
-"""As many are looked at: enough that parts which few examples reach, such as experts, are met."""
+"""How many examples are looked at. They are enough to reach parts that see few examples, such as experts."""
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _grown(inputs: Any, examples: int, axis: int) -> Any:
-    """Returns the inputs with one more example, a copy of the first, wherever the batch axis shows."""
-
-    def grow(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
-            return torch.cat([leaf, leaf.narrow(axis, 0, 1)], dim=axis)
-        return leaf
-
-    return tree_map(grow, inputs)
-
-
-def _fewer(inputs: Any, examples: int, axis: int) -> Any:
-    """Returns the first examples of the inputs, cut wherever the batch axis shows."""
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == examples:
-            return leaf.narrow(axis, 0, _EXAMPLES)
-        return leaf
-
-    return tree_map(cut, inputs)
-
-
-def _detached(inputs: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def check_coverage(
@@ -72,51 +50,55 @@ def check_coverage(
 ) -> bool:
     """Learns the layouts, checks that capture covers the model, and returns whether the check was conclusive.
 
-    It is not where gradients are not finite, as with one NaN example: then the next batch has to be checked.
+    The check is not conclusive if some gradients are not finite, as when one example is NaN. Then the next batch has to
+    be checked.
 
     Args:
-        module: the model, whose buffers and random numbers are put back after each run.
-        capture: learns the layouts; it must not be in use.
-        run: the model's differentiable outputs for some inputs, examples on `batch_axis`.
-        inputs: those of the first batch; no gradient reaches them.
-        tripwires: kept quiet while autograd's own gradients are formed.
-        examples: how many they are, at least 1.
-        batch_axis: where they are, 0 or 1.
+        module: the model. Its buffers and random numbers are put back after each run.
+        capture: learns the layouts. It must not be in use.
+        run: returns the model's differentiable outputs for some inputs, with the examples on `batch_axis`.
+        inputs: the inputs of the first batch. No gradient reaches them.
+        tripwires: are kept quiet while autograd's own gradients are formed.
+        examples: the number of examples in the inputs, at least 1.
+        batch_axis: the axis of the inputs that the examples are on, 0 or 1.
 
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
         CoverageError: if what was captured is not what autograd finds, with the parameters by name.
     """
-    inputs = _detached(inputs)
+    refuse_read_once(inputs)
+    inputs = detached(inputs)
     with undisturbed(module) as restore, torch.enable_grad():
 
         def check(some: Any, count: int) -> bool:
-            capture.channels_last = prefers_channels_last(module)
+            capture.prefer_channels_last(prefers_channels_last(module))
             try:
                 learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
             except RuntimeError:
                 if not capture.channels_last:
                     raise
-                capture.channels_last = False  # a `view` that needs the channels outside, say
+                # The model may use `view` where it needs the channels outside, for example.
+                capture.prefer_channels_last(False)
                 learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
             return _compare(
                 capture, run, some, examples=count, batch_axis=batch_axis, tripwires=tripwires, restore=restore
             )
 
         try:
-            known = {site: set(layouts) for site, layouts in capture.layouts.known.items()}
             if examples > _EXAMPLES:
+                known = capture.layouts.copy()
                 try:
-                    return check(_fewer(inputs, examples, batch_axis), _EXAMPLES)
+                    return check(first_examples(inputs, _EXAMPLES, examples=examples, axis=batch_axis), _EXAMPLES)
                 except PrivetError:
                     raise
-                except Exception:  # noqa: BLE001 - a model may want all of the batch, and then says what is wrong with it
+                except Exception:  # noqa: BLE001 - whatever a model says of a batch that was cut
+                    # Some models need the whole batch, and raise errors of their own on a part. What the part taught
+                    # is forgotten, and the whole batch is checked; a real mistake is raised again from there.
                     capture.release()
-                    capture.layouts.known = known
+                    capture.layouts.restore(known)
             return check(inputs, examples)
         finally:
             capture.release()
-            capture.layouts.trace = None
 
 
 def learn_layouts(
@@ -130,51 +112,59 @@ def learn_layouts(
 ) -> None:
     """Runs the model on B and on B + 1 examples until the capture knows the batch axis of every operation.
 
+    A wrong guess at one operation changes what is met after it. So both sizes are run until no guess was wrong.
+
     Args:
         capture: keeps the layouts; it must not be in use.
-        run: the model's differentiable outputs for some inputs.
-        inputs: of B examples.
+        run: returns the model's differentiable outputs for some inputs.
+        inputs: B examples.
         examples: B, at least 1.
-        batch_axis: where they are, 0 or 1.
+        batch_axis: the axis of the inputs that the examples are on, 0 or 1.
         restore: called before each run, to put buffers and random numbers back.
 
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
     """
-    grown = _grown(inputs, examples, batch_axis)
+    larger = grown(inputs, examples=examples, axis=batch_axis)
     for _ in range(_ATTEMPTS):
         before = capture.layouts.learned
-        traces, failures = [], []
-        for some, count in ((inputs, examples), (grown, examples + 1)):
-            capture.layouts.trace = []
+        traces: list[Trace] = []
+        failures = []
+        for some, count in ((inputs, examples), (larger, examples + 1)):
+            trace: Trace = []
+            traces.append(trace)
             restore()
-            capture.begin(count)
+            capture.begin(count, Recorded(examples=count), trace=trace)
             try:
                 run(some)
             except Exception as error:  # noqa: BLE001 - a wrong guess may be the cause: what was met before it mends the guess
                 failures.append((count, error))
             finally:
                 capture.release()
-            traces.append(capture.layouts.trace)
-        capture.layouts.trace = None
         settled = capture.layouts.learn(traces[0], traces[1], examples, examples + 1)
         if settled and not failures:
             return
-        if failures and capture.layouts.learned == before:
-            raise _explained(*failures[0], examples=examples, axis=batch_axis)
+        if failures and capture.layouts.learned == before:  # nothing new was learned: the failure is not a guess's
+            raise _explained(*failures[0], inputs=inputs, examples=examples, axis=batch_axis)
     raise UnsupportedModelError(
         f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "
         "axis cannot be told. Expected the same operations whatever the size of the batch."
     )
 
 
-def _explained(count: int, error: Exception, *, examples: int, axis: int) -> Exception:
+def _explained(count: int, error: Exception, *, inputs: Any, examples: int, axis: int) -> Exception:
     if count == examples or isinstance(error, PrivetError):
         return error
+    closed = left_out(inputs, examples)
+    hint = (
+        f" Left as they were: {'; '.join(closed)}. A tuple of numbers is taken for a shape. {REGISTER}"
+        if closed
+        else ""
+    )
     explained = UnsupportedModelError(
         f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
         f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
-        "axis is there, and no other input of that size there."
+        f"axis is there, and no other input of that size there.{hint}"
     )
     explained.__cause__ = error  # memory may have run out: a smaller batch is the cure then
     return explained
@@ -190,6 +180,7 @@ def _compare(
     tripwires: Tripwires,
     restore: Callable[[], None],
 ) -> bool:
+    """Compares captured gradients with autograd's own, for two halves of the batch; see `_report` for the result."""
     generator = torch.Generator().manual_seed(0)  # no secret: which rows are checked against which
     restore()
     half = torch.zeros(examples)
@@ -206,7 +197,7 @@ def _compare(
             found.append([p.grad for p in parameters.values()])
             for p in parameters.values():
                 p.grad = None
-    del outputs
+    del outputs  # and the graph, before the captured forward needs as much memory
 
     recorded = _captured(capture, run, inputs, draws, examples=examples, restore=restore)
     device = next(iter(parameters.values())).device
@@ -225,17 +216,14 @@ def _captured(
     examples: int,
     restore: Callable[[], None],
 ) -> Recorded:
-    kept: list[Recorded] = []
-    listener, capture.on_backward = capture.on_backward, kept.append
+    """Runs forward and backward under capture, and returns what was recorded."""
+    recorded = Recorded(examples=examples)
     restore()
-    try:
-        capture.begin(examples)
-        outputs = _differentiable(run(inputs))
-        capture.end(outputs)
-        torch.autograd.backward(outputs, list(draws))
-    finally:
-        capture.on_backward = listener
-    return kept[0] if kept else Recorded(examples=examples)
+    capture.begin(examples, recorded)
+    outputs = _differentiable(run(inputs))
+    capture.end(outputs)
+    torch.autograd.backward(outputs, list(draws))
+    return recorded
 
 
 def _differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -267,7 +255,7 @@ def _report(
     *,
     tolerance: float,
 ) -> bool:
-    """Returns whether the comparison says anything: gradients that are not finite cannot be compared."""
+    """Raises if gradients differ, and returns whether all could be compared: those that are not finite cannot."""
     finite = True
     overall = max(sizes.values(), default=0.0)
     wrong = []
@@ -276,6 +264,7 @@ def _report(
             expected, got = gradients[place], captured.get(name)
             expected = torch.zeros_like(p) if expected is None else expected
             got = torch.zeros_like(p) if got is None else got.view(p.shape)
+            # Terms that cancel leave a small sum with a large rounding error: so errors are measured by the terms.
             scale = max(sizes.get(name, 0.0), float(expected.float().norm()), 1e-5 * overall)
             error = float((expected.to(got.dtype) - got).float().norm())
             if not bool(expected.isfinite().all()):

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.hook import Hook, nothing
 from privet.gradients.rules.custom import ModuleUse, module_rule
 
@@ -16,24 +17,27 @@ __all__ = ["watch_custom_modules"]
 
 
 class _Watch:
-    """The two hooks of one module."""
+    """The two hooks of one module, which hide its parameters while it runs and take it as one operation."""
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._entered: list[bool] = []
+        self._entered: list[Cycle | None] = []  # by call that has not returned: None for one that is not watched
+
+    # A call of the module is one entry of the list, so that a module may be called from inside of itself.
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered.append(self._capture.enter_module(module))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._entered or not self._entered.pop():
+        cycle = self._entered.pop() if self._entered else None
+        if cycle is None:
             return None
         rule = module_rule(module)
         if output is None or rule is None:  # the module raised
-            self._capture.show_module()
+            self._capture.show_module(cycle)
             return None
         if kwargs or not isinstance(output, Tensor):
-            self._capture.show_module()
+            self._capture.show_module(cycle)
             raise UnsupportedModelError(
                 f"the rule registered for {type(module).__name__} met a call with keyword arguments {sorted(kwargs)} "
                 f"and a result of type {type(output).__name__}. Expected positional arguments, and one tensor as the "
@@ -42,7 +46,7 @@ class _Watch:
         roots = {name: p for name, p in module.named_parameters() if p.requires_grad}
         operation = ModuleUse(module, rule, args, tuple(roots))
         data = [*(a for a in args if isinstance(a, Tensor)), output]
-        return self._capture.leave_module(module, operation, data, roots)
+        return self._capture.leave_module(cycle, module, operation, data, roots)
 
 
 def watch_custom_modules(module: nn.Module, capture: Capture) -> list[RemovableHandle]:

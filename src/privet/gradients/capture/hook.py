@@ -1,4 +1,4 @@
-"""A hook on a module: called as it is on the module itself, and refusing to train on a copy of it."""
+"""A hook on a module, and what becomes of it when the module is copied: a copy refuses to train."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Hook:
         self._in_copy = in_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Do the instrument's work."""
+        """Does the instrument's work."""
         return self._function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        # A copy has the user's hooks too, but nobody would gather its uses: it would train without privacy.
         return Hook(self._in_copy, self._in_copy)
 
     def __reduce__(self) -> Any:
@@ -41,4 +42,4 @@ def refuse_copy(module: nn.Module, *rest: Any) -> None:
 
 
 def nothing(*arguments: Any) -> None:
-    """The forward hook of a copy."""
+    """Does nothing: the forward hook of a copy."""

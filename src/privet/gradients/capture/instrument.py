@@ -1,55 +1,67 @@
 """A module under watch: hooks that begin and end a capture with each training forward, and the tripwires.
 
 The module stays the user's own object, with the same class, attributes and `state_dict`. It carries two hooks, and each
-trainable parameter one: a gradient that reaches a parameter came by a way that was not captured, and raises.
+trainable parameter carries one: a gradient that reaches a parameter came by a way that was not captured, and raises.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from privet.errors import UnsupportedModelError
+from privet.batches.count import count_examples
+from privet.batches.cut import without_examples
+from privet.batches.grow import one_of_zeros
+from privet.batches.structure import Arguments
+from privet.batches.tree import tensors_in
+from privet.errors import ProtocolError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import check_coverage
 from privet.gradients.capture.custom_modules import watch_custom_modules
+from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.hook import Hook, nothing, refuse_copy
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
-from privet.gradients.use import Recorded
+from privet.gradients.derived import Derivation
+from privet.gradients.use import Recorded, Use
 
-__all__ = ["Instrument", "examples_in", "tensors_in"]
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Returns the tensors in nested containers, dataclasses included."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found.extend(tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]))
-    return found
+__all__ = ["Instrument"]
 
 
-def examples_in(inputs: Any, batch_axis: int = 0) -> int:
-    """Returns the number of examples: the size of the first tensor along the batch axis.
+class _Delivery:
+    """The sink of a forward that the user's own backward follows: records everything, and hands it over at the end.
 
-    Raises:
-        UnsupportedModelError: if there is no tensor that has that axis.
+    Args:
+        members: the examples that take part. If there are none, the uses are those of a made-up example: none is kept.
+        receive: gets what was recorded.
     """
-    for t in tensors_in(inputs):
-        if t.dim() > batch_axis:
-            return t.shape[batch_axis]
-    raise UnsupportedModelError(
-        f"no input of the model is a tensor with an axis {batch_axis}, so that the examples cannot be counted. "
-        "Expected tensors as arguments, or in tuples, lists and dicts."
-    )
+
+    def __init__(self, members: int, receive: Callable[[Recorded], None]) -> None:
+        self._recorded = Recorded(examples=members)
+        self._receive = receive
+
+    def put(self, target: str | Derivation, use: Use) -> None:
+        """Keeps one use of examples that take part."""
+        if self._recorded.examples:
+            self._recorded.put(target, use)
+
+    def done(self) -> None:
+        """Hands over what the backward brought."""
+        self._receive(self._recorded)
+
+
+def _calls_now(module: nn.Module) -> int:
+    """Returns how many calls of a module have begun and not returned, in all threads."""
+    found = 0
+    for frame in sys._current_frames().values():  # noqa: SLF001 - there is no public way to see other threads
+        at: FrameType | None = frame
+        while at is not None:
+            found += at.f_code.co_name == "_call_impl" and at.f_locals.get("self") is module
+            at = at.f_back
+    return found
 
 
 class Instrument:
@@ -60,7 +72,7 @@ class Instrument:
         parameters: its trainable parameters by canonical name.
         batch_first: whether the inputs have the batch on axis 0, else on axis 1.
         mapped: whether vmap takes the place of every rule.
-        on_backward: gets what each backward recorded.
+        on_backward: gets what each backward recorded: no use, and 0 examples, of a batch without examples.
         on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
     """
 
@@ -74,16 +86,21 @@ class Instrument:
         on_backward: Callable[[Recorded], None],
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
-        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, on_backward=on_backward)
+        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped)
         self._module = module
         self._axis = 0 if batch_first else 1
-        self._on_check = on_check
-        self._checked = 0  # the most examples that a check has seen, up to 2
-        self._trainable: frozenset[str] = frozenset()
-        self._suspended = False
-        self._begun = False
-        self._empty = False
+        self._on_backward = on_backward
+        self._suspended = False  # while the check runs the model
+        self._nested = 0  # calls of the module from inside of its own forward
         self._tripwires = Tripwires(parameters, self.capture.release)
+        self._first = FirstBatch(
+            module,
+            self.capture,
+            self._tripwires,
+            self._checked_outputs,
+            batch_axis=self._axis,
+            also=None if on_check is None else lambda inputs: on_check(*inputs),
+        )
         self._handles = [
             module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True),
             module.register_forward_hook(Hook(self._after, nothing), always_call=True),
@@ -93,13 +110,8 @@ class Instrument:
     @property
     def examples(self) -> int | None:
         """Returns the number of examples of the forward that is being trained on, or None."""
-        examples = self.capture.examples
-        return 0 if self._empty and examples is not None else examples
-
-    @property
-    def empty(self) -> bool:
-        """Returns whether the last training forward had no examples."""
-        return self._empty
+        cycle = self.capture.cycle
+        return None if cycle is None else cycle.members
 
     def remove(self) -> None:
         """Makes the module an ordinary one again."""
@@ -111,70 +123,87 @@ class Instrument:
     # -- the two hooks -----------------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._suspended or not module.training or not torch.is_grad_enabled() or self.capture.watching:
+        """Begins a capture if this forward is trained on; returns other arguments if the batch has no examples."""
+        if self._suspended or self._inside_forward():
+            return None
+        if not module.training or not torch.is_grad_enabled() or self.capture.watching:
             return None
         trainable = refuse_thawed(self._module, self.capture.parameters)
         if not trainable:  # gradients pass through to the inputs, as for a discriminator held fixed
             return None
-        if trainable != self._trainable:  # what uses the others was not looked at
-            self._trainable, self._checked = trainable, 0
-        examples = examples_in((args, kwargs), self._axis)
-        replaced = None
-        self._empty = examples == 0
-        if self._empty:
+        self._first.trains(trainable)
+        inputs = Arguments(args, kwargs)
+        members = count_examples(inputs, self._axis, name="the inputs")
+        examples, replaced = members, None
+        if members == 0:
             examples = 1
-            args, kwargs = replaced = tree_map(self._one_zero, args), tree_map(self._one_zero, kwargs)
-        if self._checked < min(examples, 2):  # an empty batch too needs to know the axis of its one zero example
-            self._check(args, kwargs, examples)
-        self.capture.begin(examples, made_up=self._empty)
-        self._begun = True
+            inputs = replaced = one_of_zeros(inputs, axis=self._axis)
+        if self._first.due(examples):  # an empty batch too needs to know the axis of its one zero example
+            self._check(inputs, examples)
+        self._begin(members, examples)
         return replaced
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self._begun:
+        """Ends the forward that `_before` began; returns another output if the batch has no examples."""
+        cycle = self.capture.cycle
+        if self._suspended or cycle is None or not cycle.running:
             return None
-        self._begun = False
+        if self._nested:
+            self._nested -= 1
+            return None
+        if output is None:  # the forward raised
+            self.capture.release()
+            return None
         outputs = self._outputs(output)
-        if output is None:
-            self._fail(None)
         self.capture.end(outputs)
-        if not self._empty:
-            self._check_outputs(outputs, self.capture.examples)
+        if not cycle.made_up:
+            self._check_outputs(outputs, cycle.examples)
             return None
-        return tree_map(self._without_rows, output)
+        return without_examples(output, self._axis)
 
-    def _fail(self, error: Exception | None) -> None:
-        """Leaves nothing of a forward that broke off."""
+    def _inside_forward(self) -> bool:
+        """Counts a call from inside of the module's own forward, and returns whether this is one.
+
+        A forward that was interrupted (KeyboardInterrupt) never came to `_after`, and looks as if it still ran. Its
+        call is not on any stack any more; then it is dropped.
+        """
+        cycle = self.capture.cycle
+        if cycle is not None and cycle.running:
+            if _calls_now(self._module) > 1:  # the call at hand is one of them
+                self._nested += 1
+                return True
+            self.capture.release()
+        self._nested = 0
+        return False
+
+    def _begin(self, members: int, examples: int) -> None:
+        """Begins a cycle, or goes on with one whose backward is still to come and that has the same examples."""
+        cycle = self.capture.cycle
+        if cycle is None or cycle.queued:  # a queued one has a backward that broke off
+            sink = _Delivery(members, self._on_backward)
+            self.capture.begin(examples, sink, made_up=members == 0)
+        elif cycle.members == members:
+            self.capture.resume()
+        else:
+            self.capture.release()
+            raise ProtocolError(
+                f"a forward of {members} examples follows one of {cycle.members} that had no backward. "
+                "Expected forwards that share a backward to be of the same examples. Run backward after each forward; "
+                "use eval() or no_grad() for a forward that is not trained on."
+            )
+
+    def _fail(self, error: Exception) -> None:
+        """Drops the forward, and raises."""
         self.capture.release()
-        if error is not None:
-            raise error
+        raise error
 
     # -- what is asked of the model ----------------------------------------------------------------------------------
-
-    def _one_zero(self, leaf: Any) -> Any:
-        """Returns one all-zero example in place of none."""
-        if not isinstance(leaf, Tensor) or leaf.dim() <= self._axis or leaf.shape[self._axis] != 0:
-            return leaf
-        shape = list(leaf.shape)
-        shape[self._axis] = 1
-        return leaf.new_zeros(shape)
-
-    def _without_rows(self, leaf: Any) -> Any:
-        """Returns no row of what the made-up example brought."""
-        if isinstance(leaf, Tensor):
-            one_row = leaf.dim() > self._axis and leaf.shape[self._axis] == 1
-            return leaf.narrow(self._axis, 0, 0) if one_row else leaf
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            empty = copy.copy(leaf)
-            for f in dataclasses.fields(leaf):
-                object.__setattr__(empty, f.name, tree_map(self._without_rows, getattr(leaf, f.name)))
-            return empty
-        return leaf
 
     def _outputs(self, output: Any) -> list[Tensor]:
         return [t for t in tensors_in(output) if t.requires_grad]
 
-    def _check_outputs(self, outputs: list[Tensor], examples: int | None) -> None:
+    def _check_outputs(self, outputs: list[Tensor], examples: int) -> None:
+        """Raises if an output hides how the examples were put together."""
         for o in outputs:
             if o.dim() == 0:
                 self._fail(UnsupportedModelError(
@@ -189,26 +218,16 @@ class Instrument:
                     f"batch on axis {self._axis}. Return one row for each example."
                 ))  # fmt: skip
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any], examples: int) -> None:
-        def run(inputs: Any) -> list[Tensor]:
-            positional, keyword = inputs
-            outputs = self._outputs(self._module(*positional, **keyword))
-            self._check_outputs(outputs, examples_in(inputs, self._axis))
-            return outputs
+    def _checked_outputs(self, inputs: Arguments) -> list[Tensor]:
+        """Runs the module, and returns its differentiable outputs if every one has a row for each example."""
+        outputs = self._outputs(self._module(*inputs.args, **inputs.kwargs))
+        self._check_outputs(outputs, count_examples(inputs, self._axis, name="the inputs"))
+        return outputs
 
+    def _check(self, inputs: Arguments, examples: int) -> None:
+        """Checks the first batch, with the hooks suspended while the check calls the module."""
         self._suspended = True
         try:
-            conclusive = check_coverage(
-                self._module,
-                self.capture,
-                run,
-                (args, kwargs),
-                tripwires=self._tripwires,
-                examples=examples,
-                batch_axis=self._axis,
-            )
-            if self._on_check is not None and examples > 1:
-                self._on_check(args, kwargs)
+            self._first.run(inputs, examples)
         finally:
             self._suspended = False
-        self._checked = min(examples, 2) if conclusive else 0

@@ -100,7 +100,7 @@ class Routed:
 
 @contextmanager
 def rows_of(owner: Tensor) -> Iterator[None]:  # (R,) whole numbers
-    """Says that row i of every tensor of R rows belongs to example `owner[i]` of the batch, while it lasts.
+    """Says that row i of every tensor of R rows belongs to example `owner[i]` of the batch, inside of this context.
 
     For parts of a model that see rows in another order, or not all of them, such as the experts of a mixture:
 
@@ -108,8 +108,8 @@ def rows_of(owner: Tensor) -> Iterator[None]:  # (R,) whole numbers
         with privet.rows_of(chosen // T):
             out[chosen] = experts[e](tokens[chosen])
 
-    The numbers come from the model, and are believed: the check on the first batch compares what they lead to with
-    autograd's own gradients of some of the examples, and refuses wrong ones.
+    The numbers come from the model, and are believed. The check on the first batch refuses wrong ones: it compares what
+    they lead to with autograd's own gradients of some of the examples.
 
     Raises:
         ConfigurationError: if they are not whole numbers of shape (R,), or of no example.

@@ -50,8 +50,10 @@ class Tripwires:
         ]
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
+        """Discards all gradients, and raises, if one has arrived at a parameter."""
         if self._quiet or parameter.grad is None:  # an undefined gradient is none
             return
+        # Some of the gradient may have arrived at other parameters already. No optimizer may find it there.
         for p in self._parameters.values():
             p.grad = None
         self._on_gradient()
@@ -65,7 +67,7 @@ class Tripwires:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Lets gradients arrive for a while, for a check that compares and drops them; what was there is put back."""
+        """Lets gradients arrive inside of this context, for a check that compares them, and drops them after it."""
         before = [(p, p.grad) for p in self._parameters.values()]
         for p, _ in before:
             p.grad = None

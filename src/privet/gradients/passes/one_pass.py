@@ -42,23 +42,14 @@ class OnePass:
         absent: Tensor | None = None,  # (B,) bool
     ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
         """Returns the clipped sum and the losses; see `SumOfBatch`."""
-        capture = self._capture
-        sums: list[ClippedSum] = []
-
-        def received(recorded: Recorded) -> None:
-            sums.append(clipped_sum(recorded, parameters, policy, absent=absent))
-
-        before, capture.on_backward = capture.on_backward, received
+        capture, recorded = self._capture, Recorded(examples=examples)
         try:
             with torch.enable_grad():
-                capture.begin(examples)
+                capture.begin(examples, recorded)
                 found = losses(batch)
                 capture.end([found])
                 found.sum().backward()  # type: ignore[no-untyped-call]
         except BaseException:
             capture.release()
             raise
-        finally:
-            capture.on_backward = before
-        (total,) = sums
-        return total, found.detach()
+        return clipped_sum(recorded, parameters, policy, absent=absent), found.detach()

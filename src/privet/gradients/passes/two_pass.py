@@ -71,39 +71,38 @@ class TwoPass:
         capture = self._capture
         try:
             with torch.enable_grad():
-                capture.begin(examples)
+                norms = _Norms(parameters, examples, self._uses)
+                capture.begin(examples, norms, last=False)
                 found = losses(batch)
                 capture.end([found])
                 total = found.sum()
-            squared = self._squared_norms(total, examples=examples, parameters=parameters)
+            squared = self._squared_norms(total, norms)
             weights, left_out = weights_of(policy, squared, absent)
             sums = _Sums(parameters, examples, weights[0], left_out)
-            capture.on_use = sums.put
+            capture.turn_to(sums, last=True)
             total.backward()  # type: ignore[no-untyped-call]
         finally:
-            capture.on_use = None
             capture.release()
         return ClippedSum(sums.values(), sensitivity, statistics_of(squared, left_out, absent)), found.detach()
 
-    def _squared_norms(
-        self, total: Tensor, *, examples: int, parameters: Mapping[str, nn.Parameter]
-    ) -> Tensor:  # (1, B)
+    def _squared_norms(self, total: Tensor, norms: _Norms) -> Tensor:  # (1, B)
+        """Goes through backwards for the norms until none brings a late use, and returns the squared norms."""
         for _ in range(_ATTEMPTS):
-            norms = _Norms(parameters, examples, self._uses)
-            self._capture.on_use = norms.put
             total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
             for name, count in norms.counts.items():
                 self._uses[name] = max(count, self._uses.get(name, 1))
             if not norms.late:
                 return norms.total()
+            late, norms = norms.late, norms.anew()
+            self._capture.turn_to(norms, last=False)
         raise ProtocolError(
-            f"two backwards of one forward used {', '.join(sorted(norms.late))} a different number of times. Expected "
+            f"two backwards of one forward used {', '.join(sorted(late))} a different number of times. Expected "
             "the same each time: a checkpointed part has to recompute what it computed. Use passes=1."
         )
 
 
 class _Norms:
-    """Turns the uses of each parameter into squared norms when as many have come as are expected."""
+    """The sink of the first backward: takes the squared norms of a parameter when as many uses came as are expected."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int, expected: Mapping[str, int]) -> None:
         self.counts: dict[str, int] = {}
@@ -114,6 +113,10 @@ class _Norms:
         self._held: dict[str, Recorded] = {}
         self._norms: dict[str, Tensor] = {}
 
+    def anew(self) -> _Norms:
+        """Returns the same before any use has come."""
+        return _Norms(self._parameters, self._examples, self._expected)
+
     @torch.no_grad()
     def put(self, target: str | Derivation, use: Use) -> None:
         """Takes one use of a parameter, or of what was derived from some."""
@@ -122,8 +125,7 @@ class _Norms:
             if name in self._norms:
                 self.late.add(name)
                 continue
-            held = self._held.setdefault(name, Recorded(examples=self._examples))
-            _add(held, target, use, name)
+            self._held.setdefault(name, Recorded(examples=self._examples)).put(target, use)
             if self.counts[name] >= self._expected.get(name, 1):
                 self._reduce(name)
 
@@ -131,17 +133,19 @@ class _Norms:
         recorded = self._held.pop(name)
         self._norms[name] = squared_norms(recorded, {name: self._parameters[name]})[name]
 
-    @torch.no_grad()
-    def total(self) -> Tensor:  # (1, B)
-        """Returns the squared norms over all parameters, those included of which fewer uses came than expected."""
+    def done(self) -> None:
+        """Takes the norms of the parameters of which fewer uses came than were expected."""
         for name in list(self._held):
             self._reduce(name)
+
+    def total(self) -> Tensor:  # (1, B)
+        """Returns the squared norms over all parameters."""
         norms = [(norm, self._parameters[name]) for name, norm in self._norms.items()]
         return total_norms([norms], self._examples, self._parameters)
 
 
 class _Sums:
-    """Turns every use into its part of the weighted sum as it comes."""
+    """The sink of the second backward: turns every use into its part of the weighted sum as it comes."""
 
     def __init__(
         self,
@@ -162,9 +166,12 @@ class _Sums:
         for name in _sources(target, self._parameters):
             parameter = self._parameters[name]
             single = Recorded(examples=self._examples)
-            _add(single, target, use, name)
+            single.put(target, use)
             value = masked_sums(single, {name: parameter}, self._weights, self._dropped)[name].view(parameter.shape)
             self._values[name] = self._values[name] + value if name in self._values else value
+
+    def done(self) -> None:
+        """Does nothing: every use was summed as it came."""
 
     def values(self) -> dict[str, Tensor]:
         """Returns the sums, zero for a parameter without a use."""
@@ -178,10 +185,3 @@ class _Sums:
 def _sources(target: str | Derivation, parameters: Mapping[str, nn.Parameter]) -> list[str]:
     names = (target,) if isinstance(target, str) else target.sources
     return [name for name in names if name in parameters]
-
-
-def _add(recorded: Recorded, target: str | Derivation, use: Use, name: str) -> None:
-    if isinstance(target, str):
-        recorded.direct.setdefault(name, []).append(use)
-    else:
-        recorded.derived.setdefault(target, []).append(use)

@@ -1,9 +1,14 @@
 """Recurrent cells run over a whole sequence in plain tensor code, forward and back, without any weight gradient.
 
-Axes: T steps, B examples, H hidden features, P projected features (P = H without a projection), K gates. The backward
-of a cell gives what the rules need: the gradient at the gates as the input enters them and as the state enters them.
-In the LSTM and the plain cell these are equal; in the GRU the reset gate lies between. All formulas are those of the
-documentation of torch.nn.LSTM, GRU and RNN.
+The backward of a cell gives what the rules need: two gradients at the gates, one where the input enters them and one
+where the state enters them. In the LSTM and the plain cell the two are equal. In the GRU they differ, because the reset
+gate lies between the state and the candidate. All formulas are those of the documentation of torch.nn.LSTM, GRU and
+RNN.
+
+A sequence is a loop over its steps, and small tensors make most of its time the calls themselves. So every step writes
+into memory that was taken for the whole sequence, and the number of calls in a step is kept small.
+
+Axes: T steps, B examples, H hidden features, P projected features (P = H without a projection), K gates.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What the state meets: values only."""
+    """The parameters that the state meets, as plain values."""
 
     hidden: Tensor  # (K H, P)
     bias: Tensor | None  # (K H,)
@@ -34,7 +39,11 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One pass over a sequence and what its backward needs. The states are one buffer with the first one in it."""
+    """One run over a sequence, and what its backward needs.
+
+    All states lie in one buffer, the first state included. The states before and after each step are then two views of
+    it, and no copies.
+    """
 
     states: Tensor  # (T + 1, B, P), in the order of time
     kept: tuple[Tensor, ...]
@@ -52,7 +61,7 @@ class Run:
 
     @property
     def last(self) -> int:
-        """Returns the place of the last step."""
+        """Returns the index of the step that comes last in time order."""
         return 0 if self.reverse else len(self.states) - 2
 
 
@@ -71,6 +80,7 @@ def _steps(count: int, *, reverse: bool) -> range:
 
 
 def _states(inputs: Tensor, first: Tensor, *, reverse: bool) -> Tensor:  # (T, B, K H), (B, P) -> (T + 1, B, P)
+    """Returns memory for all states with the first state in it: at the start, or at the end if time runs backward."""
     states = scratch((inputs.shape[0] + 1, *first.shape), inputs)
     states[-1 if reverse else 0].copy_(first)
     return states
@@ -84,7 +94,10 @@ class Cell(ABC):
 
     @abstractmethod
     def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, *, reverse: bool) -> Run:
-        """Returns the run over inputs (T, B, K H) that already went through their own matrix and bias."""
+        """Runs the cell, and returns the run.
+
+        The inputs (T, B, K H) already went through their own matrix and bias, for all steps at once.
+        """
 
     @abstractmethod
     def backward(self, run: Run, weights: Weights, outputs: Tensor, last: tuple[Tensor, ...]) -> Gradients:
@@ -98,7 +111,7 @@ class _Plain(Cell):
 
     def __init__(self, activation: Any) -> None:
         self._activate = activation
-        self._bounded = activation is torch.tanh_
+        self._bounded = activation is torch.tanh_  # its slope is that of tanh, else that of ReLU
 
     def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, *, reverse: bool) -> Run:
         run = Run(_states(inputs, first[0], reverse=reverse), (), reverse)
@@ -124,7 +137,17 @@ class _Plain(Cell):
 
 
 class _LSTM(Cell):
-    """Gates i, f, g, o. As tanh(a) = 2 sigmoid(2 a) - 1, one sigmoid serves all four if the input of g is doubled."""
+    """The gates are i, f, g and o, in this order; g is the candidate.
+
+        i, f, o = sigmoid(a_i), sigmoid(a_f), sigmoid(a_o);  g = tanh(a_g);  c' = f c + i g;  h' = o tanh(c')
+
+    One call for all four gates is faster than two calls. It is possible because tanh(a) = 2 sigmoid(2 a) - 1. So the
+    code doubles a_g, takes one sigmoid of all gates, and keeps s = sigmoid(2 a_g) in the place of g. Whatever uses g
+    then uses 2 s - 1:
+
+        i g  = 2 i s - i            (forward)
+        dg/da_g = 1 - g^2 = 4 s (1 - s), which is four times the slope of the sigmoid at 2 a_g   (backward)
+    """
 
     gates = 4
     memory = True
@@ -138,7 +161,7 @@ class _LSTM(Cell):
         else:
             torch.add(inputs, weights.bias, out=z)
         by_gate = z.view(steps, examples, 4, size)
-        by_gate[:, :, 2].mul_(2)
+        by_gate[:, :, 2].mul_(2)  # a_g has two parts, one of the input and one of the state: both are doubled
         matrix = weights.hidden.view(4, size, -1) * inputs.new_tensor([1, 1, 2, 1]).view(4, 1, 1)
         matrix = matrix.view(width, -1).t().contiguous()
         memory = _states(z, first[1], reverse=reverse)
@@ -152,7 +175,7 @@ class _LSTM(Cell):
         for t in _steps(steps, reverse=reverse):
             zs[t].addmm_(states[t], matrix).sigmoid_()
             new = torch.mul(gates[1][t], olds[t], out=news[t])
-            new.addcmul_(gates[0][t], gates[2][t], value=2).sub_(gates[0][t])
+            new.addcmul_(gates[0][t], gates[2][t], value=2).sub_(gates[0][t])  # + i (2 s - 1)
             torch.mul(torch.tanh(new, out=tanhs[t]), gates[3][t], out=results[t])
             if weights.projection is not None:
                 torch.mm(results[t], weights.projection.t(), out=run.outputs[t])
@@ -164,15 +187,18 @@ class _LSTM(Cell):
         size = width // 4
         by_gate, d = z.view(steps, examples, 4, size), scratch(z.shape, z)
         d_by_gate = d.view(steps, examples, 4, size)
+        # g = 2 s - 1, from what the forward kept.
         signed = torch.mul(by_gate[:, :, 2], 2, out=scratch(squashed.shape, z)).sub_(1)
-        # d holds a quarter of the gradient at g until the end: the sigmoid's slope is a quarter of the tanh's here.
+        # One call of the sigmoid's backward serves all four gates. At g it gives s (1 - s) times what comes in: that
+        # is a quarter of the gradient. The loop leaves it so. The matrix makes up for it where the gradient goes on
+        # to the state before, and the last line does so for all steps at once.
         matrix = (weights.hidden.view(4, size, -1) * z.new_tensor([1, 1, 4, 1]).view(4, 1, 1)).view(width, -1)
         inp, forget, _, out = (g.unbind(0) for g in by_gate.unbind(2))
         d_inp, d_forget, d_cand, d_out = (g.unbind(0) for g in d_by_gate.unbind(2))
         lists = (t.unbind(0) for t in (z, d, squashed, signed, Run(memory, (), run.reverse).before))
         zs, ds, tanhs, signs, olds = lists
         at_outputs = scratch(outputs.shape, z)
-        d_state, d_memory = last[0], last[1].clone()
+        d_state, d_memory = last[0], last[1].clone()  # a clone: the loop writes into it
         part = torch.empty_like(d_memory)
         for t in _steps(steps, reverse=not run.reverse):
             d_shown = torch.add(outputs[t], d_state, out=at_outputs[t])
@@ -180,7 +206,7 @@ class _LSTM(Cell):
                 d_shown = d_shown @ weights.projection
             torch.mul(d_shown, out[t], out=part)
             _tanh_backward(part, tanhs[t], grad_input=part)
-            d_memory.add_(part)
+            d_memory.add_(part)  # the memory reaches the output at once, and the steps after through `forget`
             torch.mul(d_shown, tanhs[t], out=d_out[t])
             torch.mul(d_memory, signs[t], out=d_inp[t])
             torch.mul(d_memory, olds[t], out=d_forget[t])
@@ -193,7 +219,13 @@ class _LSTM(Cell):
 
 
 class _GRU(Cell):
-    """Gates r, z and candidate n; the state's part of n passes through r."""
+    """The gates are r and z, and the candidate is n, in this order.
+
+        r, z = sigmoid(x_r + s_r), sigmoid(x_z + s_z);  n = tanh(x_n + r s_n);  h' = (1 - z) n + z h
+
+    x is the input's part and s is the state's part of each sum. Because r stands before s_n, the gradients of the two
+    parts of n differ.
+    """
 
     gates = 3
 
@@ -208,7 +240,7 @@ class _GRU(Cell):
         for t in _steps(steps, reverse=reverse):
             met = before[t] @ matrix if weights.bias is None else torch.addmm(weights.bias, before[t], matrix)
             opened = gates[t, :, : 2 * size].add_(met[:, : 2 * size]).sigmoid_()
-            candidates[t].copy_(met[:, 2 * size :])
+            candidates[t].copy_(met[:, 2 * size :])  # s_n, which the gradient of r needs
             new = gates[t, :, 2 * size :].addcmul_(opened[:, :size], candidates[t]).tanh_()
             torch.lerp(new, before[t], opened[:, size:], out=outputs[t])
         return Run(run.states, (gates, candidates), reverse)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from privet import Flat, Gaussian, Mechanism, Poisson, PrivateStep
+from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivateStep
 from tests.contracts.doors import copied, taken, trainable
 from tests.gradients.rule_cases import loss as case_loss
 
@@ -31,8 +31,7 @@ def step_of(
         mechanism=mechanism,
         loss_per_example=loss,
         expected_batch_size=1,
-        compile=graph,
-        physical_batch_size=size,
+        performance=Performance(compile=graph, physical_batch_size=size),
         **options,
     )
 

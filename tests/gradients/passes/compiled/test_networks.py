@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.networks import NETWORKS, Network, Transformer, texts
-from privet import Flat, Gaussian, Mechanism, Poisson, PrivateStep
+from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivateStep
 from privet.gradients.passes.compiled import step_graph
 from tests.contracts.doors import Expected, assert_exact, distance, size, taken
 
@@ -35,7 +35,7 @@ def run(net: nn.Module, batches: list[Any], *, noise: float, **options: Any) -> 
         loss_per_example=loss,
         expected_batch_size=1,
         noise_generator=torch.Generator().manual_seed(3),
-        **options,
+        performance=Performance(**options),
     )
     seen = taken(net, step.optimizer)
     for batch in batches:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from privet import Flat, UnsupportedModelError
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
-from privet.gradients import summation
+from privet.gradients import gathered
 from privet.gradients.passes.compiled import CompiledSum
 from privet.gradients.rules.pool import free_idle, scratch
 from privet.gradients.tracing import traced, tracing
@@ -96,7 +96,7 @@ def _sum_of(step, batch):
 
 def test_the_bound_above_would_catch_a_graph_that_lets_values_through(graphs, monkeypatch):
     net, batch = nn.Linear(2, 1), (torch.tensor([[1.0, 2.0], [math.nan, 1.0]]),)
-    monkeypatch.setattr(summation._Gathered, "masked", lambda self, dropped: self)
+    monkeypatch.setattr(gathered.Gathered, "masked", lambda self, dropped: self)
     monkeypatch.setattr(CompiledSum, "_try", lambda *rest: True)  # which finds it too
     (found,) = sums_of(net, batch, loss=lambda m, b: m(b[0]).sum(1))
     assert not bool(found["weight"].isfinite().all())

@@ -6,16 +6,17 @@ a part of the situation. Tensors are told by identity: a graph reads the tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from privet.batches.structure import is_container, parts_of, places_in, rebuilt
+from privet.batches.structure import context_of, is_container, parts_of, steps_to
+from privet.batches.tree import is_plain
 from privet.errors import ConfigurationError
 
-__all__ = ["Place", "kinds", "plain_attributes", "surroundings", "taken_apart", "tensor_attributes"]
+__all__ = ["Place", "form_of", "kinds", "plain_attributes", "surroundings", "tensor_attributes"]
 
 Place = tuple[str, str]
 """A module, by its name, and an attribute of it."""
@@ -55,33 +56,37 @@ def tensor_attributes(module: nn.Module, *, but: Collection[Place] = ()) -> dict
     }
 
 
-def taken_apart(batch: Any) -> tuple[list[Tensor], Any, Callable[[Sequence[Tensor]], Any]]:
-    """Returns the tensors of a batch, all else that there is of it, and how to put it together of other tensors.
+def form_of(batch: Any, path: str = "the batch") -> Any:
+    """Returns all that there is of a batch but its tensors, to be compared with that of another batch.
 
     Raises:
-        ConfigurationError: if there is something in it that cannot be compared.
+        ConfigurationError: if there is something in it that cannot be compared, with its path.
     """
-    tensors: list[Tensor] = []
+    if isinstance(batch, Tensor):
+        return Tensor
+    if is_plain(batch):
+        return type(batch), repr(batch)
+    if is_container(batch):
+        steps = tuple(steps_to(batch))
+        inner = (form_of(part, path + step) for step, part in zip(steps, parts_of(batch), strict=True))
+        return type(batch), steps, tuple(inner), _form_of_context(context_of(batch), path)
+    raise _unfit(batch, path)
 
-    def form_of(part: Any, where: str) -> Any:
-        if isinstance(part, Tensor):
-            tensors.append(part)
-            return Tensor
-        if isinstance(part, _PLAIN):
-            return type(part), repr(part)
-        if is_container(part):
-            places = places_in(part)
-            inner = (form_of(p, f"{where}[{k!r}]") for k, p in zip(places, parts_of(part), strict=True))
-            return type(part), tuple(places), tuple(inner)
-        raise ConfigurationError(
-            f"{where} is of type {type(part).__name__}, which cannot be an input of a graph. Expected tensors, plain "
-            "values, and containers of them. Make arrays tensors in collate_fn, or train with compile=False."
-        )
 
-    def put(part: Any, left: Iterator[Tensor]) -> Any:
-        if isinstance(part, Tensor):
-            return next(left)
-        return rebuilt(part, [put(p, left) for p in parts_of(part)]) if is_container(part) else part
+def _form_of_context(context: Any, path: str) -> Any:
+    """Returns what a registered class keeps besides its parts, as values that nobody can change any more."""
+    if is_plain(context):
+        return type(context), repr(context)
+    if isinstance(context, list | tuple):
+        return type(context), tuple(_form_of_context(part, path) for part in context)
+    if isinstance(context, type) or callable(context):
+        return context
+    raise _unfit(context, f"the context of {path}")
 
-    form = form_of(batch, "the batch")
-    return tensors, form, lambda others: put(batch, iter(others))
+
+def _unfit(value: Any, path: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} is of type {type(value).__name__}, which cannot be an input of a graph. Expected tensors, plain "
+        "values, and containers of them. Make arrays and packed sequences tensors in collate_fn, or train with "
+        "compile=False."
+    )

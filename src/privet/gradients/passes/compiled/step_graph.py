@@ -8,7 +8,7 @@ A graph holds for the situation that it was traced in. What is known to shape a 
 a new graph is traced where anything differs; what would make a graph wrong later is refused when it is traced:
 
     what the model or loss does                         what happens
-    a branch on values of tensors, `.item()`            refused: a graph takes no turns
+    a branch on values of tensors, `.item()`            refused: a graph has no branches
     writes to a buffer, or a number to an attribute     refused: a graph would not
     leaves a tensor on a module                         refused if the next forward reads it
     Python's or NumPy's random numbers                  refused: they would be the same for ever
@@ -30,16 +30,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from privet.batches.tree import taken_apart
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.undisturbed import undisturbed
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.compiled.refusals import Written, explained, watched_forward
 from privet.gradients.passes.compiled.situation import (
+    form_of,
     kinds,
     plain_attributes,
     surroundings,
-    taken_apart,
     tensor_attributes,
 )
 from privet.gradients.passes.one_pass import OnePass
@@ -101,7 +102,8 @@ class CompiledSum:
         Raises:
             UnsupportedModelError: if the model or the loss cannot be a graph, with the reason.
         """
-        tensors, form, rebuild = taken_apart(batch)
+        form = form_of(batch)
+        tensors, rebuild = taken_apart(batch, lambda leaf: isinstance(leaf, Tensor))
         if absent is None:
             absent = torch.zeros(examples, dtype=torch.bool, device=next(iter(parameters.values())).device)
         inputs = [absent, *(t.detach().contiguous() for t in tensors)]

@@ -1,0 +1,69 @@
+"""What one forward and its backward share, as one value.
+
+A cycle begins with a forward, is over with its backward, and is closed then. Forwards that share a backward share the
+cycle. Every captured operation holds the cycle of its forward, so a backward that comes too late finds a closed one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from privet.errors import ProtocolError
+from privet.gradients.layout import Trace
+from privet.gradients.use import UseSink
+
+__all__ = ["Cycle"]
+
+
+@dataclass(eq=False)
+class Cycle:
+    """One forward, or several of the same examples, and the backward that they share.
+
+    What happens to it, in order:
+
+        step                          running   queued   sink
+        a forward begins              1         False    given
+        the forward ends              0         False    given
+        the backward begins           0         True     given
+        the backward is over          0         True     None: closed
+
+    A forward or a backward that breaks off leaves the cycle as it was then. The next forward finds it running or
+    queued, and closes it.
+    """
+
+    examples: int
+    sink: UseSink | None  # None once the cycle is closed
+    made_up: bool = False  # whether the examples stand in for none, and have no part in the sum
+    last: bool = True  # whether the next backward is the last one of these forwards
+    trace: Trace | None = None  # where examples were found, while layouts are learned
+    running: int = 1  # forwards that have begun and not ended
+    queued: bool = False  # whether autograd will call back at the end of the backward that runs now
+    opaque: list[frozenset[int]] = field(default_factory=list)
+    """The parameters of the modules that are one operation each, by their ids, while these modules run."""
+
+    @property
+    def members(self) -> int:
+        """Returns how many examples of the batch take part: none if the only one was made up."""
+        return 0 if self.made_up else self.examples
+
+    def close(self) -> None:
+        """Forgets the sink, after which no use is accepted.
+
+        What a sink recorded holds the autograd graph, and the graph holds this cycle. Python cannot collect a ring that
+        runs through autograd, so it is broken here.
+        """
+        self.sink = None
+
+    def require_backward(self) -> UseSink:
+        """Returns the sink, and raises if no backward of this cycle is expected now."""
+        if self.sink is None:
+            raise ProtocolError(
+                "backward ran again, or late, through a forward whose gradient was taken, or given up, before. "
+                "Expected one backward for each forward: add the losses and call backward once, without retain_graph."
+            )
+        if self.running:
+            raise ProtocolError(
+                "a backward came before the private model's forward had ended: from inside of the forward, or after a "
+                "forward that was interrupted. Expected the forward to end first. Run the model anew, then backward."
+            )
+        return self.sink

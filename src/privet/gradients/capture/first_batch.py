@@ -1,0 +1,84 @@
+"""The check of the first batch as one object: when it is due, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.coverage import check_coverage
+from privet.gradients.capture.tripwire import Tripwires
+
+__all__ = ["FirstBatch"]
+
+_ENOUGH = 2
+"""How many examples a check needs to be final: whether examples meet in the backward does not show with one."""
+
+
+class FirstBatch:
+    """Checks the first batch of a run, and again whenever the last check does not hold any more.
+
+        first.trains(names)                 # before every batch
+        if first.due(examples):
+            first.run(inputs, examples)     # raises, or the batch may be trained on
+
+    Args:
+        module: the model whose buffers and random numbers are put back.
+        capture: learns where the examples are.
+        tripwires: are kept quiet during the check.
+        outputs: runs the model on some inputs, and returns its differentiable outputs.
+        batch_axis: the axis that the examples are on.
+        also: a second check, run with the inputs after the first, on a batch of at least two examples.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        capture: Capture,
+        tripwires: Tripwires,
+        outputs: Callable[[Any], Sequence[Tensor]],
+        *,
+        batch_axis: int = 0,
+        also: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._module = module
+        self._capture = capture
+        self._tripwires = tripwires
+        self._outputs = outputs
+        self._axis = batch_axis
+        self._also = also
+        self._seen = 0  # the most examples that a conclusive check has seen, up to `_ENOUGH`
+        self._trainable: frozenset[str] = frozenset()
+
+    def trains(self, trainable: frozenset[str]) -> None:
+        """Makes the check due again if other parameters train than before: their uses were not looked at."""
+        if trainable != self._trainable:
+            self._seen = 0
+            self._trainable = trainable
+
+    def due(self, examples: int) -> bool:
+        """Returns whether a batch of so many examples has to be checked before it is trained on."""
+        return self._seen < min(examples, _ENOUGH)
+
+    def run(self, inputs: Any, examples: int) -> None:
+        """Checks one batch, and remembers if the check was conclusive. Nothing is released.
+
+        Raises:
+            UnsupportedModelError, CoverageError: see `check_coverage`; and whatever the second check raises.
+        """
+        self._seen = 0
+        conclusive = check_coverage(
+            self._module,
+            self._capture,
+            self._outputs,
+            inputs,
+            tripwires=self._tripwires,
+            examples=examples,
+            batch_axis=self._axis,
+        )
+        if self._also is not None and examples > 1:
+            self._also(inputs)
+        if conclusive:
+            self._seen = min(examples, _ENOUGH)

@@ -1,0 +1,209 @@
+"""All uses of one parameter: the norms of its per-example gradients, and their weighted sum.
+
+A parameter may be used more than once in a forward (tied weights, recurrences), by operations with different rules, as
+itself or through tensors derived from it. The gradient of an example is the sum over all of that, and the norm is the
+norm of the sum. So norms of single uses must not simply be added. `squared_norms` asks, in order, for the first way
+that knows the norm of the sum; the last way always does.
+
+Axes: B units of privacy (examples, or their owners), R rows of a use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
+from privet.gradients.rows import row_norms, summed
+from privet.gradients.rules.gram import NARROW, gram_padding
+from privet.gradients.rules.strategy import row_chunks
+from privet.gradients.tracing import tracing
+from privet.gradients.use import Allowance, Owner, Recorded, Use, Uses
+
+__all__ = ["Gathered", "gathered"]
+
+
+@dataclass(eq=False)
+class Gathered:
+    """All that one backward recorded of one parameter."""
+
+    parameter: Tensor
+    direct: list[Uses]
+    derived: list[tuple[Derivation, list[Uses]]]
+    owner: Owner
+
+    def rows_are_units(self, uses: Uses) -> bool:
+        """Returns whether row i of each use is the only row of unit i."""
+        return self.owner.index is None and all(use.rows == self.owner.units for use in uses)
+
+    def squared_norms(self) -> Tensor:  # (B,)
+        """Returns the squared norm of each unit's gradient."""
+        for way in _WAYS:
+            norms = way(self)
+            if norms is not None:
+                return norms
+        raise AssertionError("the last way knows all norms")
+
+    def per_unit(self, units: slice) -> Tensor:  # (B', *shape)
+        """Returns the gradients of some units, instantiated. With a given owner, of all."""
+        terms = [self._unit_rows(uses, units) for uses in self.direct]
+        terms += [
+            pull_back_rows(derivation, self.parameter, self._unit_rows(uses, units))
+            for derivation, groups in self.derived
+            for uses in groups
+        ]
+        return summed(terms)
+
+    def _unit_rows(self, uses: Uses, units: slice) -> Tensor:
+        if self.owner.index is not None:
+            rows = uses.rule.per_example(uses)
+            return self.owner_of(uses).scatter_sum(rows)
+        repeat = uses.rows // self.owner.units
+        part = uses.narrowed(units.start * repeat, units.stop * repeat)
+        rows = uses.rule.per_example(part)
+        return rows if repeat == 1 else rows.view(-1, repeat, *rows.shape[1:]).sum(1)
+
+    def owner_of(self, uses: Uses) -> Owner:
+        """Returns the owner of each row of the uses: several rows of one example lie together."""
+        examples = self.owner.units if self.owner.index is None else len(self.owner.index)
+        repeat = uses.rows // examples if examples else 1
+        if repeat == 1:
+            return self.owner
+        index = torch.arange(examples, device=uses[0].gradient.device) if self.owner.index is None else self.owner.index
+        return Owner(self.owner.units, index.repeat_interleave(repeat))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # (B,) -> shape
+        """Returns the weighted sum of the units' gradients."""
+        total: Tensor | None = None
+        for uses in self.direct:
+            value = uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights))
+            total = value if total is None else total + value
+        for derivation, groups in self.derived:
+            for uses in groups:
+                # The way back is linear: the sum is pulled back once, and not each unit's gradient.
+                value = uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights))
+                value = pull_back(derivation, self.parameter, value)
+                total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def masked(self, dropped: Tensor) -> Gathered:  # (B,) bool
+        """Returns the same without any value of the dropped units."""
+
+        def without(uses: Uses) -> Uses:
+            return uses.masked(self.owner_of(uses).gather(dropped))
+
+        derived = [(d, [without(uses) for uses in groups]) for d, groups in self.derived]
+        return Gathered(self.parameter, [without(uses) for uses in self.direct], derived, self.owner)
+
+
+# -- ways to the norms -----------------------------------------------------------------------------------------------
+
+
+def _of_the_rule(mine: Gathered) -> Tensor | None:
+    """One rule knows all uses, and each row is a unit: the rule's own formula is the cheapest there is."""
+    if len(mine.direct) != 1 or mine.derived or not mine.rows_are_units(mine.direct[0]):
+        return None
+    return mine.direct[0].rule.squared_norms(mine.direct[0])
+
+
+def _of_the_parts(mine: Gathered) -> Tensor | None:
+    """The uses are of parts of the parameter that never overlap, moved but not changed: their squared norms add up."""
+    if mine.direct or any(len(groups) != 1 for _, groups in mine.derived):
+        return None
+    derivations = [derivation for derivation, _ in mine.derived]
+    if not all(derivation.isometric for derivation in derivations) or not disjoint(derivations):
+        return None
+    parts = [groups[0] for _, groups in mine.derived]
+    if not all(map(mine.rows_are_units, parts)):
+        return None
+    return torch.stack([uses.rule.squared_norms(uses) for uses in parts]).sum(0)
+
+
+def _of_owners(mine: Gathered) -> Tensor | None:
+    """Rows of one unit lie anywhere in the batch: they have to be added up before any norm is taken."""
+    if mine.owner.index is None:
+        return None
+    return row_norms(mine.per_unit(slice(0, mine.owner.units)))
+
+
+def _of_a_pair(mine: Gathered) -> Tensor | None:
+    """Two rules know a part each, and their inner product: `|a + b|^2 = |a|^2 + 2 a.b + |b|^2`.
+
+    Where the two nearly cancel, this formula loses its digits. There the gradient is formed, for those units alone.
+    """
+    # A traced graph cannot decide by values which units those are.
+    if tracing() or mine.derived or len(mine.direct) != 2 or not all(map(mine.rows_are_units, mine.direct)):
+        return None
+    # The weighted sum is taken of `mine.direct`, so rows kept in these two would never be used.
+    first, second = (Uses(uses.items, allowance=Allowance(0)) for uses in mine.direct)
+    found = _inner_products(first, second) or _inner_products(second, first)
+    if found is None:
+        return None
+    inner, size = found
+    apart = first.rule.squared_norms(first) + second.rule.squared_norms(second)
+    padding = (apart + 2.0 * size) * gram_padding(mine.parameter.shape[-1], inner.dtype)
+    norms = (apart + 2.0 * inner + padding).clamp(min=0.0)
+    close = (padding > NARROW * norms) | (apart > 4.0 * norms)
+    for unit in (close & apart.isfinite() & inner.isfinite() & (apart > 0.0)).nonzero()[:, 0].tolist():
+        norms[unit] = row_norms(mine.per_unit(slice(unit, unit + 1)))[0]
+    return norms
+
+
+def _of_the_gradients(mine: Gathered) -> Tensor:
+    """Every gradient can be formed, a few units at a time: slow, and always right."""
+    size = 4 * mine.parameter.numel()
+    return torch.cat([row_norms(mine.per_unit(chunk)) for chunk in row_chunks(mine.owner.units, size)])
+
+
+_WAYS: tuple[Callable[[Gathered], Tensor | None], ...] = (
+    _of_the_rule,
+    _of_the_parts,
+    _of_owners,
+    _of_a_pair,
+    _of_the_gradients,
+)
+
+
+def _inner_products(uses: Uses, others: Uses) -> tuple[Tensor, Tensor] | None:  # (B,), (B,)
+    """Returns the inner products of two groups' gradients and the sizes of their terms, if their rules know them."""
+    factors = others.rule.factors(others)
+    return None if factors is None else uses.rule.inner_products(uses, *factors)
+
+
+# -- from uses to parameters -----------------------------------------------------------------------------------------
+
+
+def gathered(
+    recorded: Recorded, parameters: Mapping[str, nn.Parameter], owner: Owner, *, allowance: Allowance | None = None
+) -> dict[str, Gathered]:
+    """Returns what was recorded of each parameter that has a use.
+
+    Args:
+        recorded: the uses.
+        parameters: by name.
+        owner: the unit of privacy of each example.
+        allowance: what all parameters together may keep from their norms to their sums; by default a fresh one.
+    """
+    allowance = allowance or Allowance()
+    found: dict[str, Gathered] = {}
+    derived: dict[str, list[tuple[Derivation, list[Uses]]]] = {}
+    for derivation, uses in recorded.derived.items():
+        for source in derivation.sources:
+            derived.setdefault(source, []).append((derivation, _by_rule(uses, allowance)))
+    for name, parameter in parameters.items():
+        direct = _by_rule(recorded.direct.get(name, ()), allowance)
+        if direct or name in derived:
+            found[name] = Gathered(parameter, direct, derived.get(name, []), owner)
+    return found
+
+
+def _by_rule(uses: Sequence[Use], allowance: Allowance) -> list[Uses]:
+    """Returns the uses in groups that one rule takes at once: of the same rule, with equally many rows."""
+    groups: dict[tuple[int, int], list[Use]] = {}
+    for use in uses:
+        groups.setdefault((id(use.rule), use.rows), []).append(use)
+    return [Uses(tuple(group), allowance=allowance) for group in groups.values()]

@@ -1,0 +1,197 @@
+"""What both doors offer in the same words: the ledger, its questions, the state of a run, and how they look."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from html import escape
+from typing import Any, NoReturn, TypeVar, final
+
+from privet.accounting.accountant import Accountant
+from privet.accounting.budget import Budget
+from privet.accounting.event import Relation, Unit
+from privet.accounting.ledger import Ledger
+from privet.accounting.role import LedgerLike, check_door_ledger
+from privet.errors import ConfigurationError, PrivetError
+from privet.mechanism import Mechanism
+from privet.training.checkpoint import load_state, state_of
+from privet.training.update import PrivateUpdate
+
+__all__ = ["Door", "door_ledger"]
+
+_E = TypeVar("_E", bound=Enum)
+_DELTA = 1e-5  # of the ε that is shown where no budget says a δ
+
+
+def door_ledger(
+    ledger: LedgerLike | None,
+    *,
+    accountant: str | Accountant | None,
+    budget: Budget | None,
+    relation: Relation | str | None,
+    unit: Unit | str | None,
+) -> LedgerLike:
+    """Returns the ledger that was given, or a new one in memory with these settings.
+
+    Raises:
+        ConfigurationError: if a ledger was given beside a setting that it has itself, if it lacks a part of the role,
+            or if its relation does not hold in training.
+    """
+    settings = {"accountant": accountant, "budget": budget, "relation": relation, "unit": unit}
+    twice = [name for name, value in settings.items() if value is not None]
+    if ledger is not None and twice:
+        raise ConfigurationError(
+            f"ledger and {', '.join(twice)} were both given, and a ledger has these settings itself. Expected one of "
+            "the two. Make the ledger with them, and give it alone."
+        )
+    if ledger is not None:
+        return check_door_ledger(ledger)
+    return check_door_ledger(
+        Ledger(
+            relation=_member(Relation, "relation", Relation.ZERO_OUT if relation is None else relation),
+            unit=_member(Unit, "unit", Unit.EXAMPLE if unit is None else unit),
+            accountant="pld" if accountant is None else accountant,
+            budget=budget,
+        )
+    )
+
+
+def _member(kind: type[_E], name: str, value: object) -> _E:
+    """Returns the member of an enumeration that is meant."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigurationError(
+            f"{name} must be one of {', '.join(repr(each.value) for each in kind)}, got {value!r}."
+        ) from None
+
+
+class Door(ABC):
+    """A way into private training. It has one ledger, to which everything that it releases is written.
+
+    Args:
+        ledger: the ledger.
+    """
+
+    def __init__(self, ledger: LedgerLike) -> None:
+        self._ledger = ledger
+
+    @abstractmethod
+    def _updates(self) -> Sequence[PrivateUpdate]:
+        """Returns the updates of all that is trained through this door."""
+
+    @abstractmethod
+    def _trained(self) -> Sequence[str]:
+        """Returns what is trained, in words, one for each update."""
+
+    # -- the ledger --------------------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> LedgerLike:
+        """Returns the ledger. It is given as `ledger=` when the door is made, and cannot be replaced."""
+        return self._ledger
+
+    @ledger.setter
+    def ledger(self, ledger: LedgerLike) -> NoReturn:
+        raise AttributeError(
+            f"the ledger of a {type(self).__name__} cannot be replaced: steps would go on being written to the one "
+            f"before. Expected it when the {type(self).__name__} is made. Pass ledger= there."
+        )
+
+    @final
+    @property
+    def accountant(self) -> Accountant:
+        """Returns the accountant of `epsilon` and of the budget."""
+        return self._ledger.accountant
+
+    @final
+    @property
+    def budget(self) -> Budget | None:
+        """Returns the most that may be spent, or None."""
+        return self._ledger.budget
+
+    @final
+    def set_budget(self, *, epsilon: float, delta: float) -> None:
+        """Makes the step that would exceed the budget raise BudgetExceededError before it is taken."""
+        self._ledger.budget = Budget(epsilon, delta)
+
+    @final
+    def epsilon(self, delta: float, *, accountant: str | Accountant | None = None) -> float:
+        """Returns ε at `delta` of everything on the ledger, by its accountant or another one.
+
+        Example:
+            >>> from privet import PrivacyEngine
+            >>> PrivacyEngine().epsilon(delta=1e-5)  # nothing was released yet
+            0.0
+        """
+        return self._ledger.epsilon(delta, accountant=accountant)
+
+    @final
+    def get_epsilon(self, delta: float) -> float:
+        """Returns ε at `delta` of everything on the ledger: the name that the paper gives to `epsilon`."""
+        return self._ledger.epsilon(delta)
+
+    @final
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """Returns what the next step of each private module releases."""
+        return tuple(update.mechanism for update in self._updates())
+
+    # -- the state of the run ----------------------------------------------------------------------------------------
+
+    @final
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the ledger and the counters of the run, without any key, for a checkpoint of your own.
+
+        Save it beside the states of the model and the optimizer: without it, a resumed run forgets what was spent.
+        """
+        return state_of(self._ledger, self._updates())
+
+    @final
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes from a saved state: adds what its ledger holds, and goes on with a fresh noise key.
+
+        Steps that were taken here since are still billed.
+
+        Raises:
+            ConfigurationError: if the settings differ from those of the saved run. Nothing is changed then.
+            LedgerError: if the saved ledger does not fit. Nothing is changed then.
+        """
+        load_state("the state", state, ledger=self._ledger, updates=self._updates())
+
+    # -- how it looks ------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Returns what runs, as pairs of words."""
+        ledger, budget = self._ledger, self._ledger.budget
+        delta = _DELTA if budget is None else budget.delta
+        try:
+            spent = f"{ledger.epsilon(delta):.4g} at δ = {delta:g}"
+        except PrivetError as error:
+            spent = f"unknown ({type(error).__name__})"
+        rows = [
+            ("ε", spent),
+            ("budget", "none" if budget is None else f"ε = {budget.epsilon:g} at δ = {budget.delta:g}"),
+            ("accountant", ledger.accountant.name),
+            (
+                "ledger",
+                f"{type(ledger).__name__}, {ledger.steps} begun, {ledger.relation.value}, one {ledger.unit.value}",
+            ),
+        ]
+        rows += [("mark", mark) for mark in ledger.marks]
+        for name, update in zip(self._trained(), self._updates(), strict=True):
+            now = update.mechanism
+            rows.append((name, f"{now.sampling}, {now.clipping}, {now.noise}, divided by {update.divisor.value}"))
+        return rows
+
+    @final
+    def __repr__(self) -> str:
+        lines = "\n".join(f"  {name}: {value}" for name, value in self._rows())
+        return f"<{type(self).__name__}\n{lines}>"
+
+    @final
+    def _repr_html_(self) -> str:
+        """Returns the same as a table, for notebooks."""
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._rows())
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"

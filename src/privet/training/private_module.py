@@ -1,0 +1,88 @@
+"""One module made private at the paper's door: its instrument, its update, and the loss that they expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from privet.gradients.capture.instrument import Instrument
+from privet.gradients.summation import clipped_sum
+from privet.gradients.use import Recorded
+from privet.training.materialised import Materialised, clear_with_zero_grad
+from privet.training.update import PrivateUpdate
+from privet.validation import refuse_mixing
+
+__all__ = ["GradSampleMode", "PrivateModule", "modes"]
+
+GradSampleMode = Literal["auto", "hooks", "functorch"]
+_MODES: dict[GradSampleMode, tuple[bool, bool]] = {
+    "auto": (False, False),
+    "hooks": (True, False),
+    "functorch": (True, True),
+}
+"""By name: whether per-example gradients are shown on the parameters, and whether all of them come from vmap."""
+
+
+def modes() -> tuple[str, ...]:
+    """Returns the names of all modes."""
+    return get_args(GradSampleMode)
+
+
+class PrivateModule:
+    """Turns the backwards of one module into sums for its update.
+
+    Args:
+        module: the user's module, which is watched from now on.
+        update: takes the sums.
+        batch_first: whether inputs have the batch on axis 0, else on axis 1.
+        mean: whether the loss is a mean over the rows of the batch, else a sum.
+        mode: how per-example gradients are computed, and whether they are shown.
+    """
+
+    def __init__(
+        self, module: nn.Module, update: PrivateUpdate, *, batch_first: bool, mean: bool, mode: GradSampleMode
+    ) -> None:
+        shown, mapped = _MODES[mode]
+        self.module = module
+        self.update = update
+        self.materialised = Materialised(update) if shown else None
+        self._mean = mean
+        self.instrument = Instrument(
+            module,
+            update.parameters,
+            batch_first=batch_first,
+            mapped=mapped,
+            on_backward=self._received,
+            on_check=lambda args, kwargs: refuse_mixing(module, args, kwargs, batch_axis=0 if batch_first else 1),
+        )
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the optimizer's steps release, and guards `zero_grad`: no gradient is lost in silence."""
+        self.update.attach(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad = self._guarded(optimizer.zero_grad)  # type: ignore[method-assign]
+        if self.materialised is not None:
+            clear_with_zero_grad(self.module)
+        self.update.on_forget(self.instrument.capture.release)
+
+    def _guarded(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        def guarded(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's own signature
+            self.update.refuse_zero_grad()
+            zero_grad(set_to_none=set_to_none)
+            if self.materialised is not None:
+                self.materialised.clear()
+
+        return guarded
+
+    def _received(self, recorded: Recorded) -> None:
+        examples = recorded.examples or 0
+        scale = float(max(examples, 1)) if self._mean else 1.0
+        if self.materialised is not None:
+            self.materialised.keep(recorded, scale=scale)
+            return
+        trainable = {name: p for name, p in self.update.parameters.items() if p.requires_grad}
+        clipped = clipped_sum(recorded, trainable, self.update.mechanism.clipping, scale=scale)
+        self.update.receive(clipped, examples=examples)
