@@ -31,7 +31,7 @@ help:
 	@echo '     bench-modes       every mode beside non-private PyTorch, time and memory'
 	@echo '     bench-layers      single layers beside torch.nn and Opacus, time and memory (a quarter of an hour)'
 	@echo '     bench-compiled    compiled steps, compile time included, beside compiled non-private PyTorch'
-	@echo '     bench-accounting  how near an ε is and how long it takes, beside three other libraries (ten minutes)'
+	@echo '     bench-accounting  how near an ε is and how long it takes, beside three other libraries (a quarter of an hour)'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
 

@@ -159,6 +159,12 @@ print(json.dumps(found))"""
     return found
 
 
+def revision() -> str:
+    """Returns the commit of the sources, if they are in a repository."""
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
 def measured(peers: str, seed: int) -> Row:
     """Returns everything, measured now."""
     begun, load = time.perf_counter(), os.getloadavg()[0]
@@ -175,6 +181,7 @@ def measured(peers: str, seed: int) -> Row:
     return {
         "machine": machine(),
         "versions": {"privet": versions(sys.executable), "peers": versions(peers)},
+        "revision": revision(),
         "seed": seed,
         "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
         "seconds": round(time.perf_counter() - begun),

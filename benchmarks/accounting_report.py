@@ -198,7 +198,7 @@ def machine_line(held: Row) -> str:
         f"{machine['date']}; {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; one thread "
         f"a library; load average {held['load_average'][0]} at the start and {held['load_average'][1]} at the end; "
         f"seed {held['seed']}; {held['seconds']} s in all. privet: Python {mine['python']}, numpy {mine['numpy']}, "
-        f"scipy {mine['scipy']}. The others: Python {peers['python']}, {versions}."
+        f"scipy {mine['scipy']}, revision {held['revision']}. The others: Python {peers['python']}, {versions}."
     )
 
 
