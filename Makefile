@@ -23,7 +23,7 @@ help:
 	@echo 'make demo        train on the digits with differential privacy, and show what it costs (about two minutes)'
 	@echo 'make test        install what the tests need and run them all'
 	@echo 'make test-cpus   the tests that touch numbers, as other processors run them (many minutes)'
-	@echo 'make explore     the tests again, on other random examples than the ones of every other run'
+	@echo 'make explore     the tests again, on other random examples than the ones of every other run, and the deep ones (hours)'
 	@echo 'make check       format, lint, types, documentation, tests'
 	@echo 'make crosscheck  the accountants beside two public ones (installs those in .venv-crosscheck)'
 	@echo 'make bench       all of the following, into benchmarks/results (hours; installs peers in environments of their own):'
@@ -31,7 +31,7 @@ help:
 	@echo '     bench-modes       every mode beside non-private PyTorch, time and memory'
 	@echo '     bench-layers      single layers beside torch.nn and Opacus, time and memory (a quarter of an hour)'
 	@echo '     bench-compiled    compiled steps, compile time included, beside compiled non-private PyTorch'
-	@echo '     bench-accounting  how long an ε takes, beside the two public accountants'
+	@echo '     bench-accounting  how near an ε is and how long it takes, beside three other libraries (a quarter of an hour)'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
 
@@ -58,7 +58,7 @@ test-cpus: $(STAMP)
 
 explore: $(STAMP)
 	@echo '==> Running every test on fresh random examples'
-	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'deep or not deep' $(PYTEST_ARGS)
 
 check: $(STAMP)
 	scripts/check
@@ -95,8 +95,9 @@ bench-compiled: $(BENCH_STAMP)
 	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.compiled --out benchmarks/results --again
 
 bench-accounting: $(STAMP) crosscheck
-	@echo '==> Timing the accountants beside the peers in .venv-crosscheck (benchmarks/accounting.py)'
-	$(BIN)/python benchmarks/accounting.py --out benchmarks/results/accounting.json --peers .venv-crosscheck/bin/python
+	@echo '==> Asking the accountants for ε beside three others, in .venv-crosscheck (benchmarks/accounting.py)'
+	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt opacus
+	$(BIN)/python -m benchmarks.accounting --out benchmarks/results --peers .venv-crosscheck/bin/python
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) .venv-crosscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output

@@ -1,228 +1,210 @@
-"""How long does an honest ε take, beside the peers, and how near is it?
+"""How near is ε, and how long does it take, beside dp_accounting, Opacus and prv_accountant?
 
-    python benchmarks/accounting.py --out benchmarks/results/accounting.json [--peers /path/to/venv/bin/python]
+    python -m benchmarks.accounting --out benchmarks/results [--peers /path/to/venv/bin/python]
+    python -m benchmarks.accounting --out benchmarks/results --report       only table and figure again
 
-Every case of every library runs in a fresh process on one thread; the peers' may be in an environment of their own.
-Times are the least and the median of several runs, in seconds; memory is the peak of the process above what it held
-before the case, in MB. Where there is no answer within the limit, or none at these settings, the result says so.
+The points are those of `benchmarks.accounting_points`. Each library runs in a process of its own on one thread
+(`benchmarks.accounting_cell`), and all are asked about one point before the next, so that they share the load of the
+machine. Times are seconds of the processor: medians of three answers, or one where it takes above 0.3 s. The reference
+of a point is the greatest number that the true ε is proven to be at least; the oracle of the tests finds it at the same
+time, on another core. Where a library has no answer within the limit, the result says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import platform
-import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.accounting_points import CALIBRATIONS, SINGLE, Point, points
+from benchmarks.accounting_report import report
+from benchmarks.spine import machine
+
+Row = dict[str, object]
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 90.0
-# name: (sigma, rate, steps, delta), the question that is asked of it, and the value where one is known
-CASES: dict[str, tuple[str, tuple[float, float, int, float], str]] = {
-    "epsilon": ("ε at σ=1, q=0.01, T=10,000, δ=1e-5", (1.0, 0.01, 10_000, 1e-5), "epsilon"),
-    "calibrate": ("σ for ε=8 at q=0.01, T=10,000, δ=1e-5", (1.0, 0.01, 10_000, 1e-5), "calibrate"),
-    "large": ("ε at σ=0.3, q=0.2, T=1000, δ=1e-5", (0.3, 0.2, 1000, 1e-5), "epsilon"),
-    "tiny_rate": ("ε at σ=1, q=1e-5, T=1e6, δ=1e-5", (1.0, 1e-5, 10**6, 1e-5), "epsilon"),
-    "phases": ("ε of 200 different phases of 50 steps", (1.0, 0.01, 50, 1e-5), "phases"),
-    "one_more": ("one more step on a running ledger, and ε", (1.0, 0.01, 10_000, 1e-5), "one_more"),
-}
-REPEATS = {"epsilon": 15, "calibrate": 7, "large": 7, "tiny_rate": 7, "phases": 5, "one_more": 60}
+PACKAGES = ("numpy", "scipy", "dp-accounting", "prv-accountant", "opacus", "torch", "mpmath")
 
 
-def privet(question: str, sigma: float, rate: float, steps: int, delta: float) -> Callable[[], float]:
-    """Returns the question as privet answers it; every call answers it afresh, but for a running ledger."""
-    from privet.accounting import (
-        ComposedEvent,
-        GaussianEvent,
-        Ledger,
-        PldAccountant,
-        PoissonEvent,
-        SelfComposedEvent,
-        calibrate_noise_multiplier,
-    )
+class Library:
+    """A process that answers for one library, one question at a time."""
 
-    def event(noise: float, q: float, count: int) -> SelfComposedEvent:
-        return SelfComposedEvent(PoissonEvent(q, GaussianEvent(noise)), count)
-
-    if question == "calibrate":
-        return lambda: calibrate_noise_multiplier(8.0, delta, lambda noise: event(noise, rate, steps)).value
-    if question == "phases":
-        many = ComposedEvent(tuple(event(1 + 0.005 * i, 0.005 + 1e-4 * i, steps) for i in range(200)))
-        return lambda: PldAccountant().epsilon(many, delta)
-    if question == "one_more":
-        ledger = Ledger()
-        step = PoissonEvent(rate, GaussianEvent(sigma))
-        ledger.begin(step, steps)
-
-        def one_more() -> float:
-            ledger.begin(step)
-            return ledger.epsilon(delta)
-
-        return one_more
-    return lambda: PldAccountant().epsilon(event(sigma, rate, steps), delta)
-
-
-def dp_accounting(question: str, sigma: float, rate: float, steps: int, delta: float) -> Callable[[], float]:
-    """Returns the question as dp_accounting's PLD accountant answers it."""
-    from dp_accounting import dp_event, mechanism_calibration, pld
-
-    def event(noise: float, q: float, count: int) -> object:
-        step = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(noise))
-        return dp_event.SelfComposedDpEvent(step, count)
-
-    def epsilon(*events: object) -> float:
-        accountant = pld.PLDAccountant()
-        for each in events:
-            accountant.compose(each)
-        return float(accountant.get_epsilon(delta))
-
-    if question == "calibrate":
-        return lambda: float(
-            mechanism_calibration.calibrate_dp_mechanism(
-                pld.PLDAccountant, lambda noise: event(noise, rate, steps), 8.0, delta
-            )
+    def __init__(self, python: str, name: str) -> None:
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT / "src"), "PYTHONWARNINGS": "ignore"}
+        command = [python, "-m", "benchmarks.accounting_cell", name]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-    if question == "phases":
-        many = [event(1 + 0.005 * i, 0.005 + 1e-4 * i, steps) for i in range(200)]
-        return lambda: epsilon(*many)
-    if question == "one_more":
-        running = pld.PLDAccountant()
-        running.compose(event(sigma, rate, steps))
 
-        def one_more() -> float:
-            running.compose(event(sigma, rate, 1))
-            return float(running.get_epsilon(delta))
+    def ask(self, method: str, question: Row, limit: int, repeats: int = 3) -> Row:
+        """Returns the answer, its time and memory, or why there is none."""
+        if self.process.poll() is not None:
+            return {"no_answer": "the library cannot be imported"}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        asked = {"method": method, "question": question, "limit": limit, "repeats": repeats}
+        try:
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+            found: Row = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            return {"no_answer": "the library cannot be imported"}
+        return found
 
-        return one_more
-    return lambda: epsilon(event(sigma, rate, steps))
-
-
-def prv_accountant(question: str, sigma: float, rate: float, steps: int, delta: float) -> Callable[[], float]:
-    """Returns the question as prv_accountant answers it: the upper end of its interval, with an error of 0.01."""
-    import prv_accountant as prv
-
-    def upper(noises: list[float], rates: list[float], counts: list[int]) -> float:
-        mechanisms = [
-            prv.PoissonSubsampledGaussianMechanism(noise_multiplier=noise, sampling_probability=q)
-            for noise, q in zip(noises, rates, strict=True)
-        ]
-        accountant = prv.PRVAccountant(
-            prvs=mechanisms, max_self_compositions=counts, eps_error=0.01, delta_error=delta / 1e3
-        )
-        return float(accountant.compute_epsilon(delta=delta, num_self_compositions=counts)[2])
-
-    if question == "phases":
-        noises, rates = [1 + 0.005 * i for i in range(200)], [0.005 + 1e-4 * i for i in range(200)]
-        return lambda: upper(noises, rates, [steps] * 200)
-    if question == "epsilon":
-        return lambda: upper([sigma], [rate], [steps])
-    raise NotImplementedError(question)
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
-LIBRARIES = {"privet": privet, "dp_accounting": dp_accounting, "prv_accountant": prv_accountant}
+def answers(libraries: dict[str, Library], point: Point, index: int) -> Row:
+    """Returns what every library answers at one point. The slowest methods are asked at some points only."""
+    question = point.row()
+    few = point.group == "readme" or (point.group in {"rare", "of use"} and index % 3 == 0)
+    found: Row = {}
 
+    def ask(library: str, method: str, limit: int, repeats: int = 3) -> Row:
+        answer = libraries[library].ask(method, question, limit, repeats)
+        found[f"{library} {method}"] = answer
+        return answer
 
-def measured(library: str, case: str) -> dict[str, object]:
-    """Returns value, times and memory of one case, measured in this process."""
-    _, arguments, question = CASES[case]
-    ask = LIBRARIES[library](question, *arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times, started, value = [], time.perf_counter(), 0.0
-    for _ in range(REPEATS[case]):
-        start = time.perf_counter()
-        value = ask()
-        times.append(time.perf_counter() - start)
-        if time.perf_counter() - started > LIMIT / 3:
-            break
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {
-        "value": value if math.isfinite(value) else str(value),
-        "least_s": min(times),
-        "median_s": statistics.median(times),
-        "runs": len(times),
-        "memory_mb": round(memory, 1),
-    }
-
-
-def in_its_own_process(python: str, library: str, case: str) -> dict[str, object]:
-    """Returns what a fresh process on one thread measured, or why it did not."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT / "src"), "PYTHONWARNINGS": "ignore"}
-    command = [python, str(Path(__file__).resolve()), "--one", library, case]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        return {"no_answer": f"within {LIMIT:.0f} s"}
-    if run.returncode:
-        return {"no_answer": "not at these settings"}
-    found: dict[str, object] = json.loads(run.stdout.strip().splitlines()[-1])
+    for method in ("pld", "bounds", "rdp", *(["gdp"] if few else [])):
+        ask("privet", method, 10)
+    usual = ask("dp_accounting", "1e-4", 3)
+    seconds = usual.get("seconds")
+    if isinstance(seconds, float) and seconds < 0.6:
+        ask("dp_accounting", "lower", 3, 1)
+    if isinstance(seconds, float) and seconds < 0.1:
+        ask("dp_accounting", "1e-5", 3, 1)
+    ask("opacus", "rdp", 3)
+    ask("opacus", "prv", 3)
+    if few:
+        ask("prv_accountant", "interval", 5, 1)
     return found
 
 
-def versions(python: str) -> dict[str, str]:
+def on_the_grid(libraries: dict[str, Library], seed: int) -> list[Row]:
+    """Returns a row for each point: what was asked, what each library answered, and what the oracle proved."""
+    rows: list[Row] = []
+    waiting: list[tuple[Row, Future[Row]]] = []
+    with ThreadPoolExecutor(1) as beside:
+        for index, point in enumerate(points(seed)):
+            found = answers(libraries, point, index)
+            row: Row = {**point.row(), "answers": found}
+            rows.append(row)
+            mine = found["privet pld"]
+            assert isinstance(mine, dict)
+            near = mine.get("epsilon")
+            if isinstance(near, float | int):
+                asked = beside.submit(libraries["oracle"].ask, repr(float(near)), point.row(), 30, 1)
+                waiting.append((row, asked))
+            print(index, json.dumps(row), flush=True)
+        for row, asked in waiting:
+            row["oracle"] = asked.result()
+    return rows
+
+
+def calibrations(libraries: dict[str, Library]) -> list[Row]:
+    """Returns a row for each target: σ, time and how often each library asked its accountant."""
+    rows: list[Row] = []
+    for index, (target, rate, steps, delta) in enumerate(CALIBRATIONS):
+        question: Row = {"target": target, "rate": rate, "steps": steps, "delta": delta}
+        found = {
+            "privet pld": libraries["privet"].ask("calibrate", question, 20),
+            "opacus rdp": libraries["opacus"].ask("calibrate rdp", question, 5, 1),
+        }
+        if index % 2 == 0:
+            found["dp_accounting 1e-4"] = libraries["dp_accounting"].ask("calibrate", question, 10, 1)
+        if index in {0, 6}:
+            found["opacus prv"] = libraries["opacus"].ask("calibrate prv", question, 10, 1)
+        rows.append({**question, "answers": found})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def single(libraries: dict[str, Library]) -> dict[str, Row]:
+    """Returns the answers to the single questions."""
+    readme: Row = {"sigma": 1.0, "rate": 0.01, "steps": 10**4, "delta": 1e-5}
+    ask: dict[str, Callable[[], Row]] = {
+        "gdp": lambda: {"privet": libraries["privet"].ask("gdp", readme, 10)},
+        "gdp_long": lambda: {"privet": libraries["privet"].ask("gdp", {**readme, "steps": 10**7}, 10)},
+        "schedule": lambda: both("schedule", {**readme, "steps": 300}),
+        "one_more": lambda: both("one_more", readme),
+    }
+
+    def both(method: str, question: Row) -> Row:
+        return {name: libraries[name].ask(method, question, 10) for name in ("privet", "dp_accounting")}
+
+    return {name: {"question": SINGLE[name], **each()} for name, each in ask.items()}
+
+
+def versions(python: str) -> Row:
     """Returns the versions that an interpreter has installed of what matters here."""
-    names = ["numpy", "scipy", "dp-accounting", "prv-accountant"]
     code = f"""
 import importlib.metadata as m, json, platform
 found = {{"python": platform.python_version()}}
-for name in {names!r}:
+for name in {PACKAGES!r}:
     try: found[name] = m.version(name)
     except m.PackageNotFoundError: pass
 print(json.dumps(found))"""
     run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(run.stdout)
+    found: Row = json.loads(run.stdout)
     return found
 
 
-def processor() -> str:
-    """Returns the name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def revision() -> str:
+    """Returns the commit of the sources, if they are in a repository."""
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def measured(peers: str, seed: int) -> Row:
+    """Returns everything, measured now."""
+    begun, load = time.perf_counter(), os.getloadavg()[0]
+    names = {"privet": sys.executable, "oracle": sys.executable}
+    names |= dict.fromkeys(("dp_accounting", "opacus", "prv_accountant"), peers)
+    libraries = {name: Library(python, name) for name, python in names.items()}
+    try:
+        grid = on_the_grid(libraries, seed)
+        calibrated = calibrations(libraries)
+        alone = single(libraries)
+    finally:
+        for library in libraries.values():
+            library.close()
+    return {
+        "machine": machine(),
+        "versions": {"privet": versions(sys.executable), "peers": versions(peers)},
+        "revision": revision(),
+        "seed": seed,
+        "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "seconds": round(time.perf_counter() - begun),
+        "grid": grid,
+        "calibrations": calibrated,
+        "single": alone,
+    }
 
 
 def main() -> None:
-    """Measures everything, prints a table, and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
+    """Measures, and writes result, table and figure."""
+    parser = argparse.ArgumentParser(description="How near ε is, and how long it takes, beside the peers.")
+    parser.add_argument("--out", type=Path, required=True, help="the directory of the results")
     parser.add_argument("--peers", default=sys.executable, help="the interpreter that has the peers")
-    parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "CASE"), help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=20261128)
+    parser.add_argument("--report", action="store_true", help="only write table and figure again")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measured(*options.one)))
-        return
-    results: dict[str, dict[str, object]] = {}
-    for case, (title, _, _) in CASES.items():
-        rows: dict[str, object] = {"question": title}
-        print(title)
-        for library in LIBRARIES:
-            if library == "prv_accountant" and case in {"calibrate", "one_more"}:
-                continue
-            found = in_its_own_process(sys.executable if library == "privet" else options.peers, library, case)
-            rows[library] = found
-            print(f"  {library:15} {json.dumps(found)}")
-        results[case] = rows
-    report = {
-        "date": options.date,
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads_used": 1},
-        "load_average_at_the_end": os.getloadavg()[0],
-        "versions": {"privet": versions(sys.executable), "peers": versions(options.peers)},
-        "results": results,
-    }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    path = options.out / "accounting.json"
+    if not options.report:
+        options.out.mkdir(parents=True, exist_ok=True)
+        held = measured(options.peers, options.seed)
+        path.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    report(path)
 
 
 if __name__ == "__main__":

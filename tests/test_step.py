@@ -111,7 +111,7 @@ def test_a_description_of_another_kind_is_refused() -> None:
 
 def test_a_target_that_no_noise_reaches_is_refused() -> None:
     with pytest.raises(AccountingError, match="No noise reaches"):
-        MECHANISM.calibrated(epsilon=0.0, delta=1e-5, accountant="rdp")
+        MECHANISM.calibrated(epsilon=1.0, delta=0.0, accountant="rdp")
     fitted = MECHANISM.calibrated(epsilon=2.0, delta=1e-5, accountant="rdp")
     assert 1.99 < fitted.epsilon(1e-5, accountant="rdp") <= 2.0
 

@@ -97,7 +97,7 @@ def test_poisson(sigma, rate, steps, delta):
     record(check_claim(SelfComposedEvent(PoissonEvent(rate, GaussianEvent(sigma)), steps), delta, within=0.01))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @examples(4)
 @given(powers(0.3, 0.8), powers(1e-7, 1e-4), STEPS, DELTAS)
 def test_rare_heavy_losses(sigma, rate, steps, delta):
@@ -116,6 +116,7 @@ def test_groups(mechanism, delta, relation, size):
     record(check_claim(mechanism, delta, relation, size))
 
 
+@pytest.mark.deep
 @examples(4)
 @given(st.lists(repeated(SAMPLED, 3000), min_size=2, max_size=4), DELTAS, RELATIONS)
 def test_compositions_of_several_samplers(parts, delta, relation):

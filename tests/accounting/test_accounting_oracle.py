@@ -37,7 +37,7 @@ def contour_at_many_digits(rate, sigma, steps, epsilon, *, c, reach, digits=25):
         return float(mp.quad(integrand, mp.linspace(0, reach, 5), maxdegree=5) / mp.pi)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("rate", "sigma", "steps", "epsilon", "c", "reach"),
     [(0.3, 1.0, 10, 2.0, 4.0, 14.0), (0.05, 2.0, 400, 1.0, 9.0, 30.0)],
@@ -49,7 +49,7 @@ def test_the_same_formula_at_many_digits(rate, sigma, steps, epsilon, c, reach):
     assert high <= low * (1 + 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @settings(max_examples=6, deadline=None)
 @given(st.floats(0.7, 5.0), st.floats(-1.5, -0.05), st.floats(0.2, 0.9))
 def test_one_step_by_contour_is_the_closed_form(sigma, log_rate, share):
@@ -78,7 +78,7 @@ def test_steps_at_rate_one_are_a_gaussian(squared_mu):
             assert exact == pytest.approx(high, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("first", "second"), [((0.3, 0.7), (0.1, 0.7)), ((0.9, 2.0), (0.01, 2.0))])
 def test_two_different_steps_by_integrating_over_the_outcome_of_one(first, second):
     laws = [(((1 - q, q), (0.0, 1.0)), ((1.0,), (0.0,)), sigma) for q, sigma in (first, second)]
@@ -104,7 +104,7 @@ def test_published_tables(row):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("row", [row for row in TABLE if "Truncated" in str(row[0])], ids=lambda row: str(row[3]))
 def test_published_tables_of_cut_batches(row):
     event, delta, _, value, _ = row

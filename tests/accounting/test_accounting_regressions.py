@@ -100,7 +100,7 @@ class TestRareHeavyLosses:
         sigma, rate, steps, delta, valid = row
         assert get_epsilon(poisson(sigma, rate, steps), delta) <= valid * 1.01
 
-    @pytest.mark.slow
+    @pytest.mark.deep
     @pytest.mark.parametrize("row", RARE, ids=str)
     def test_are_not_below_the_truth(self, row):
         sigma, rate, steps, delta, _ = row
