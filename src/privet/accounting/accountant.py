@@ -17,6 +17,7 @@ from typing import final
 from privet._checks import check_at_least, check_probability
 from privet.accounting.event import Event, Relation
 from privet.accounting.gaussian import smallest_mu
+from privet.accounting.terms import reduce_event
 from privet.errors import ConfigurationError
 
 __all__ = [
@@ -122,7 +123,7 @@ class Accountant(ABC):
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         group_size: int = 1,
     ) -> float:
-        """Returns the smallest μ whose Gaussian covers the curve for every δ of at least `smallest_delta`.
+        """Returns the smallest μ whose Gaussian covers the curve for every δ from `smallest_delta` to 1 - 1e-6.
 
         Gomez et al., arXiv 2503.10945: μ is the greatest of the μ that the points (ε, δ(ε)), ε >= 0, need. Below some
         δ every amplified mechanism behaves as if it were not sampled, hence the limit, which is part of the claim.
@@ -131,7 +132,10 @@ class Accountant(ABC):
         highest = self.epsilon(event, floor, relation=relation, group_size=group_size)
         if highest == math.inf:
             return math.inf
-        return smallest_mu(lambda each: self.delta(event, each, relation=relation, group_size=group_size), highest)
+        # Without its sampling the event is one Gaussian, which lies above the whole curve.
+        plain = math.sqrt(reduce_event(event, relation=relation, group_size=group_size).unamplified)
+        found = smallest_mu(lambda each: self.delta(event, each, relation=relation, group_size=group_size), highest)
+        return min(found, plain)
 
     @final
     def true_positive_rate(

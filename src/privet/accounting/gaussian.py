@@ -23,6 +23,7 @@ __all__ = [
     "smallest_mu",
 ]
 
+_MOST_DELTA = 1.0 - 1e-6
 _SLACK = 1e-12  # relative; every result is rounded toward less privacy by this much
 
 
@@ -105,23 +106,27 @@ def smallest_mu(delta: Callable[[float], float], highest: float, *, tolerance: f
 
     Between two points of the curve δ lies below their chord in e^ε, since it is convex there. A stretch is split
     until the Gaussian lies above its chord, checked piece by piece with the chord's left and the Gaussian's right end.
+    Nearer to 1 than 1e-6 δ may be known as 1 only, and no finite μ covers that: there the claim ends.
     """
     ends = [highest * index / 16.0 for index in range(17)]
     points = [(end, delta(end)) for end in ends]
-    reached = max(gaussian_mu(*point) for point in points)
-    waiting = list(itertools.pairwise(points))
+    reached = max(gaussian_mu(at, min(value, _MOST_DELTA)) for at, value in points)
+    waiting, closed = list(itertools.pairwise(points)), []
     for _ in range(5_000):
         if not waiting or math.isinf(reached):
             break
         (a, at_a), (b, at_b) = waiting.pop()
         if _covers(reached * (1.0 + tolerance), a, at_a, b, at_b):
             continue
+        if b - a <= 1e-6 * highest:
+            closed.append(((a, at_a), (b, at_b)))
+            continue
         middle = (a + b) / 2.0
         point = (middle, delta(middle))
-        reached = max(reached, gaussian_mu(*point))
+        reached = max(reached, gaussian_mu(middle, min(point[1], _MOST_DELTA)))
         waiting += [((a, at_a), point), (point, (b, at_b))]
     # A stretch that would not close in time is covered by its own two ends.
-    left = [gaussian_mu(b, at_a) for (_, at_a), (b, _) in waiting]
+    left = [gaussian_mu(b, min(at_a, _MOST_DELTA)) for (_, at_a), (b, _) in waiting + closed]
     return max([reached * (1.0 + tolerance), *left])
 
 
@@ -131,7 +136,7 @@ def _covers(mu: float, a: float, at_a: float, b: float, at_b: float) -> bool:
         return True
     edges = np.linspace(a, b, 65)
     share = np.expm1(edges[:-1] - a) / np.expm1(b - a) if b - a < 700.0 else np.zeros(64)
-    chord = at_a + (at_b - at_a) * share
+    chord = np.minimum(at_a + (at_b - at_a) * share, _MOST_DELTA)
     above = special.log_ndtr(mu / 2.0 - edges[1:] / mu)
     taken = edges[1:] + special.log_ndtr(-mu / 2.0 - edges[1:] / mu) - above
     return bool(np.all(above + np.log(np.maximum(-np.expm1(taken), 1e-300)) >= np.log(chord)))

@@ -51,4 +51,6 @@ class GdpAccountant(Accountant):
             floor = self.smallest_delta if reduced.terms else 0.0
             mu = self._curve.mu(event, smallest_delta=self.smallest_delta, relation=relation, group_size=group_size)
             value = max(gaussian_delta(mu, epsilon), floor)
+            # The covering ends 1e-6 below 1.
+            value = 1.0 if value > 1.0 - 2e-6 else value
         return Bound(upper=value, lower=low, method=self.name, notes=reduced.notes)
