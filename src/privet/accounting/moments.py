@@ -317,7 +317,7 @@ def rarest_epsilon_below(counts: Mapping[Term, int], delta: float) -> float:
 
         p = -np.expm1(count * np.log1p(-np.minimum(weight * above(pair.p_weights, pair.p_shifts), 1.0 - 1e-16)))
         q = -np.expm1(count * np.log1p(-np.minimum(weight * above(pair.q_weights, pair.q_shifts), 1.0 - 1e-16)))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             needed = np.log((p * (1.0 - 1e-9) - delta) / q) - 1e-9
         needed = needed[np.isfinite(needed)]
         best = max(best, float(needed.max(initial=0.0)))

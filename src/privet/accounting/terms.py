@@ -178,6 +178,10 @@ class _Reduction:
         if not found or math.isinf(multiplier):
             return
         if len(found) == 1 and found[0][0] == 1.0 and found[0][1].rate == 1.0:
+            part = found[0][1]
+            # A mixture at rate 1 is the Gaussian of its own noise, which knows its shift.
+            if part.pair is Pair.MIXTURE:
+                multiplier, shift = part.noise_multiplier, 1
             self.gaussian(multiplier, count, shift=shift)
             return
         self.unamplified += _squared_mu(multiplier) * shift**2 * count
