@@ -237,6 +237,8 @@ def lumps(part: Part, step: float, tail: float, *, forward: bool, centred: bool 
         if centred and math.isfinite(apart) and (attempt == 0 or (attempt == 3 and apart < 0.0)):
             offset += sign * min(max(apart, -step), step)
         above = merged - sign * (losses + offset)
+        # Where the second law leaves the range of float64, the lump's own lower end is what is known of its loss.
+        above = np.where((q < 1e-290) & (mass > 0.0), -0.6 * step, above)
         if attempt == 3:
             break
         short = np.where(np.isfinite(above), np.clip(-above, -step / 4.0, step / 4.0), 0.0)
