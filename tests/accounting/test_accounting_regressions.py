@@ -192,3 +192,29 @@ def test_delta_at_the_claimed_epsilon_agrees_with_the_oracle():
         (fixed(2.0, 500, 50_000, 1000), 2.1989, REPLACE),
     ]:
         check_delta(event, epsilon, relation)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp", "gdp"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        PoissonEvent(0.01, GaussianEvent(1e-100)),
+        PoissonEvent(0.01, GaussianEvent(1e300)),
+        PoissonEvent(1e-300, GaussianEvent(1.0)),
+        GaussianEvent(1e-100),
+        GaussianEvent(1e300),
+    ],
+    ids=str,
+)
+def test_extreme_numbers_have_an_answer_by_every_accountant(accountant, event):
+    """No bare OverflowError: a number that falls with δ, 0 where δ is above the total variation."""
+    found = [get_epsilon(event, delta, accountant=accountant) for delta in (1e-12, 1e-5, 0.6)]
+    assert found == sorted(found, reverse=True)
+    assert all(0.0 <= each < math.inf for each in found)
+    assert 0.0 <= get_delta(event, 1.0, accountant=accountant) <= 1.0
+
+
+def test_what_is_drawn_with_a_small_probability_discloses_with_that_probability():
+    event = PoissonEvent(0.01, GaussianEvent(1e-100))
+    assert get_delta(event, 1.0) == pytest.approx(0.01)
+    assert get_epsilon(event, 0.6) == 0.0

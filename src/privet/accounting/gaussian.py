@@ -36,6 +36,8 @@ def gaussian_log_delta(mu: float, epsilon: float) -> float:
     if math.isinf(epsilon):
         return -math.inf
     upper, lower = epsilon / mu - mu / 2.0, epsilon / mu + mu / 2.0
+    if upper > 1e100:
+        return -math.inf  # its square is beyond float64, and δ far below the least of it
     if upper > 1.0:
         # Both terms are φ(upper) times a Mills ratio, since e^ε φ(lower) = φ(upper): no underflow, less cancellation.
         left, right = upper / math.sqrt(2.0), lower / math.sqrt(2.0)
@@ -108,6 +110,8 @@ def smallest_mu(delta: Callable[[float], float], highest: float, *, tolerance: f
     until the Gaussian lies above its chord, checked piece by piece with the chord's left and the Gaussian's right end.
     Nearer to 1 than 1e-6 δ may be known as 1 only, and no finite μ covers that: there the claim ends.
     """
+    if highest <= 0.0:
+        return gaussian_mu(0.0, min(delta(0.0), _MOST_DELTA)) * (1.0 + tolerance)
     ends = [highest * index / 16.0 for index in range(17)]
     points = [(end, delta(end)) for end in ends]
     reached = max(gaussian_mu(at, min(value, _MOST_DELTA)) for at, value in points)

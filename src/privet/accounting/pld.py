@@ -104,6 +104,7 @@ class PldAccountant(Accountant):
             return Bound(value, value * (1.0 - 1e-9) if reduced.tight else 0.0, self.name, reduced.notes)
         counts = _counts(reduced)
         both, log_delta = _about_delta(counts, epsilon)
+        log_delta = max(log_delta, _log_disclosed(counts))
         tilt = max(law.log_delta(epsilon) for law in both)[1]
         claims: list[Claim] = []
         places: tuple[Place, ...] = ()
@@ -322,6 +323,17 @@ def _about_delta(counts: dict[Term, int], epsilon: float) -> tuple[tuple[Law, ..
         both = laws(counts, _tail(math.exp(log_delta), counts))
         log_delta = max(_log_delta_of(law, epsilon) for law in both)
     return laws(counts, _tail(math.exp(log_delta), counts)), log_delta
+
+
+def _log_disclosed(counts: dict[Term, int]) -> float:
+    """Returns log of about the probability that a record is drawn by a sampling that counts as full disclosure."""
+    chance = math.fsum(
+        count * weight * part.rate
+        for term, count in counts.items()
+        for weight, part in term.parts
+        if part.pair is Pair.RARE
+    )
+    return math.log(min(chance, 1.0)) if chance > 0.0 else -math.inf
 
 
 def _log_delta_of(law: Law, epsilon: float) -> float:

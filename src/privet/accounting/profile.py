@@ -89,8 +89,8 @@ class Profile:
     ) -> None:
         self._frame, self._losses = frame, frame.losses
         self._log_scale = log_scale - frame.tilt * frame.reference
-        self._infinity, self._offset, self._below = infinity, offset, below
-        self._rounding, self._rest = rounding, rest
+        self._infinity, self._offset, self._below = float(infinity), offset, below
+        self._rounding, self._rest = float(rounding), rest
         self._mass = mass[frame.skip :]
         kept = np.maximum(self._mass - rounding, 0.0) if below else np.maximum(self._mass, 0.0) + rounding
         self._weighted = frame.weights * kept
