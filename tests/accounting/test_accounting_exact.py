@@ -21,6 +21,7 @@ from privet.accounting import (
     TruncatedPoissonEvent,
 )
 from privet.accounting.blocks import block_lattice, refinement
+from privet.accounting.composition import Composition
 from privet.accounting.gaussian import gaussian_delta, gaussian_epsilon, gaussian_mu
 from privet.accounting.lattice import lattice_above, lattice_below, rare_lattice, usual_lattice
 from privet.accounting.terms import Pair, Part, Term
@@ -92,6 +93,41 @@ def test_the_two_factors_of_a_step_bound_it(split, forward):
         assert exact * (1 - 1e-12) - 1e-15 <= found
         if epsilon > 0.0 and forward:
             assert found <= exact * 1.02 + 1e-6
+
+
+@pytest.mark.parametrize("pair", [Pair.MIXTURE, Pair.SYMMETRIC, Pair.REPLACE])
+def test_nothing_is_lost_between_the_end_of_a_range_and_the_split(pair):
+    """A term whose own losses end below the split, as beside a term with larger ones: its tail has to be kept."""
+    term, step, tail, split = Term(((1.0, Part(pair, 0.3, 2.0)),)), 0.05, 1e-2, 8.0
+    usual = usual_lattice(term, step, tail, split, forward=True)
+    whole = lattice_above(term, step, 1e-12, forward=True)
+    top = step * (usual.first + len(usual.mass) - 1)
+    assert top == pytest.approx(split)
+    assert usual.mass[-1] > 1e-4
+    for epsilon in (0.5, 1.0, 1.5):
+        # The rest of the whole lies above the split, and is less than 1e-12 here.
+        assert delta_of(usual, step, epsilon) >= delta_of(whole, step, epsilon) * (1.0 - 1e-9)
+
+
+def test_a_composition_that_is_interrupted_is_formed_anew(monkeypatch):
+    """An exception in the middle of composing must not leave some terms in the sums and others not."""
+    accountant, other = PldAccountant(), PoissonEvent(0.02, GaussianEvent(1.5))
+    accountant.epsilon(poisson(1.0, 0.01, 2000), 1e-5)
+    mixed = ComposedEvent((poisson(1.0, 0.01, 2010), other))
+    whole, calls = Composition.add, []
+
+    def add(self, spectrum, count):
+        calls.append(count)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        whole(self, spectrum, count)
+
+    monkeypatch.setattr(Composition, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        accountant.epsilon(mixed, 1e-5)
+    monkeypatch.undo()
+    for event in (mixed, poisson(1.0, 0.01, 2000)):
+        assert accountant.epsilon(event, 1e-5) == pytest.approx(PldAccountant().epsilon(event, 1e-5), rel=3e-4)
 
 
 @pytest.mark.parametrize("step", [0.1, 0.01])

@@ -19,7 +19,6 @@ __all__ = [
     "gaussian_epsilon",
     "gaussian_log_delta",
     "gaussian_mu",
-    "gaussian_power",
     "smallest_mu",
 ]
 
@@ -84,13 +83,6 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     while gaussian_log_delta(high, epsilon) < target:
         high *= 2.0
     return bisected(lambda mu: gaussian_log_delta(mu, epsilon) >= target, 0.0, high)
-
-
-def gaussian_power(mu: float, false_positive_rate: float) -> float:
-    """Returns the greatest true positive rate of a test at this false positive rate against N(μ, 1), N(0, 1)."""
-    if false_positive_rate in {0.0, 1.0}:
-        return false_positive_rate if math.isfinite(mu) else 1.0
-    return float(special.ndtr(special.ndtri(false_positive_rate) + mu))
 
 
 def bisected(holds: Callable[[float], bool], low: float, high: float) -> float:

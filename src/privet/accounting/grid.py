@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from privet.accounting.blocks import block_lattice, block_size, refinement
+from privet.accounting.blocks import TooWideError, block_lattice, block_size, refinement
 from privet.accounting.composition import (
     WRAPPED,
     Composition,
@@ -215,12 +215,20 @@ class Grid:
             self._composed = [Composition(size=size) for size in self._sizes]
             self._changes, changed = 0, dict(counts)
             self._directions = {unit: kept for unit, kept in self._directions.items() if unit in counts}
-        for unit, change in changed.items():
-            if change:
-                self.place(unit)
+        # What can fail comes first. Sums that an exception leaves half changed are formed anew by the next question.
+        changed = {unit: change for unit, change in changed.items() if change}
+        for unit in changed:
+            self.place(unit)
+        self._profiles, done = None, False
+        try:
+            for unit, change in changed.items():
                 for spectrum, composed in zip(self._spectra(unit), self._composed, strict=True):
                     composed.add(spectrum, change)
-        self._counts, self._profiles = counts, None
+            self._counts, done = counts, True
+        finally:
+            if not done:
+                self._composed = [Composition(size=size) for size in self._sizes]
+                self._counts, self._changes = {}, 0
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -231,7 +239,10 @@ class Grid:
             return self._profiles
         if sum(counts.values()) == 1:
             return self._alone(next(iter(counts)))
-        self._compose(units)
+        try:
+            self._compose(units)
+        except TooWideError:
+            return None
         found = []
         for side in self.sides:
             profile = self._read_side(side, [(unit, self._directions[unit][side], n) for unit, n in units.items()])
@@ -267,7 +278,8 @@ class Grid:
             self._frames[side] = frame
         mass, rounding = composed.masses(frame.window)
         usual = _UsualLosses([(part.tail, count) for unit, part, count in parts if not unit.rare])
-        slack = 2e-15 * composed.steps * (-1.0 if self.goal.below else 1.0)  # Φ and the sums of lattices are rounded
+        steps = sum(unit.size * count for unit, _, count in parts)
+        slack = 2e-15 * steps * (-1.0 if self.goal.below else 1.0)  # Φ and the sums of lattices are rounded
         return Profile(
             frame,
             mass,

@@ -64,7 +64,7 @@ def usual_lattice(term: Term, step: float, tail: float, split: float, *, forward
     E(1 - e^(ε - X - Y + log s))+ >= (1 - e^(ε - X))+ for every X.
     """
     within = Range(most=split)
-    found = _of_parts(term, lambda part: _above(part, step, tail, forward=forward, within=within), left=False)
+    found = _of_parts(term, lambda part: _above(part, step, tail, forward=forward, within=within))
     return replace(found, mass=found.mass / found.mass.sum(), infinity=0.0)
 
 
@@ -110,27 +110,36 @@ def _above(part: Part, step: float, tail: float, *, forward: bool, within: Range
     if part.pair is Pair.RARE:
         # Whatever is wanted of it: it has no loss but 0 and infinity.
         return Lattice(0, np.array([1.0 - part.rate, 0.0]) * (within.least <= 0.0), part.rate)
-    if part.pair is Pair.SYMMETRIC:
-        if within.least > 0.0:
-            return _spread(cells(part, step, tail, within=within), step, below=False)
-        return _symmetrised(cells(part, step, tail), step, within.most)
-    if math.isinf(within.least):
+    symmetric = part.pair is Pair.SYMMETRIC
+    below = math.isinf(within.least)
+    if below and not symmetric:
         within = replace(within, least=negligible(part, tail, forward=forward, tilt=tilt))
-        below = True
+    if symmetric and below:
+        table = cells(part, step, tail)
+        lattice = _symmetrised(table, step, within.most)
     else:
-        below = False
-    table = cells(part, step, tail, forward=forward, within=within)
-    return _spread(table, step, below=below, above=math.isinf(within.most))
+        table = cells(part, step, tail, forward=forward, within=within)
+        lattice = _spread(table, step, below=below, above=math.isinf(within.most))
+    return lattice if math.isinf(within.most) else _topped(lattice, table, round(within.most / step))
+
+
+def _topped(lattice: Lattice, table: Cells, most: int) -> Lattice:
+    """Returns the lattice with what lies above the cells put at the grid loss `most`, if the cells end below it.
+
+    The range of a term ends where little of it is left. Where that is below the loss at which its range was to be cut,
+    what is left must not be lost between the two.
+    """
+    if table.first + len(table.p) >= most:
+        return lattice
+    mass = np.zeros(most - lattice.first + 1)
+    mass[: len(lattice.mass)] = lattice.mass[: len(mass)]
+    mass[-1] += table.p_above
+    return replace(lattice, mass=mass)
 
 
 def _below(part: Part, step: float, tail: float, *, forward: bool) -> Lattice:
-    if part.pair is Pair.RARE:
-        # RARE bounds from above only; from below nothing is known.
-        return Lattice(0, np.array([1.0, 0.0]), 0.0)
-    if part.pair is Pair.SYMMETRIC:
-        ahead = lumps(part, step, tail, forward=True, centred=False)
-        back = lumps(part, step, tail, forward=False, centred=False)
-        return _symmetrised_below(*ahead[:2], *back[:2])
+    # Pairs that no two data sets attain (`Reduced.tight`) have no lower bound.
+    assert part.pair not in {Pair.RARE, Pair.SYMMETRIC}
     first, mass, offset = lumps(part, step, tail, forward=forward)
     return Lattice(first, mass, 0.0, offset)
 
@@ -179,18 +188,3 @@ def _symmetrised(table: Cells, step: float, most: float = math.inf) -> Lattice:
     mass[count : count + kept] += (table.p - upper)[:kept]
     mass[count + 1 : count + kept + 1] += upper[:kept]
     return Lattice(-count, mass, table.p_above if math.isinf(most) else 0.0)
-
-
-def _symmetrised_below(first: int, ahead: Array, first_back: int, back: Array) -> Lattice:
-    """Returns the lumps of the symmetrised profile: P on positive losses, Q mirrored on negative ones, the rest at 0.
-
-    What lies within half a cell of loss 0 is symmetric, so that as one outcome its loss is exactly 0.
-    """
-    last = first + len(ahead)
-    mass = np.zeros(last - min(first_back, 0))
-    zero = -min(first_back, 0)
-    mass[zero + max(first, 1) :] += ahead[max(first, 1) - first :]
-    negative = back[: max(0, -first_back)]
-    mass[: len(negative)] += negative
-    mass[zero] += max(0.0, (1.0 - float(mass.sum())) * (1.0 - 1e-12) - 1e-15)
-    return Lattice(min(first_back, 0), mass, 0.0)

@@ -12,7 +12,7 @@ and the saddle point of a δ well above their probability is missed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,9 +251,8 @@ class Law:
         return best
 
 
-def _least(objective: object) -> tuple[float, float]:
+def _least(objective: Callable[[float], float]) -> tuple[float, float]:
     """Returns (least value, its argument) of a function that falls and then rises over s > 0."""
-    assert callable(objective)
     with np.errstate(over="ignore", invalid="ignore"):
         values = []
         for tilt in _TILTS:

@@ -204,7 +204,7 @@ def _masses(x: Array, weights: Array, shifts: Array, sigma: float) -> tuple[Arra
     return mass, rounding, below, above
 
 
-def lumps(part: Part, step: float, tail: float, *, forward: bool, centred: bool = True) -> tuple[int, Array, float]:
+def lumps(part: Part, step: float, tail: float, *, forward: bool) -> tuple[int, Array, float]:
     """Returns (first, masses, offset): P on outcomes merged around each grid loss, merged losses rounded down.
 
     An outcome that stands for all x between two bounds has the loss log(P/Q) of the two sums, which lies between those
@@ -234,7 +234,7 @@ def lumps(part: Part, step: float, tail: float, *, forward: bool, centred: bool 
             merged = np.where(mass > 0.0, np.log(mass / (q + q_rounding)), -np.inf)
         heaviest = int(mass.argmax())
         apart = float(merged[heaviest] - sign * (losses[heaviest] + offset))
-        if centred and math.isfinite(apart) and (attempt == 0 or (attempt == 3 and apart < 0.0)):
+        if math.isfinite(apart) and (attempt == 0 or (attempt == 3 and apart < 0.0)):
             offset += sign * min(max(apart, -step), step)
         above = merged - sign * (losses + offset)
         # Where the second law leaves the range of float64, the lump's own lower end is what is known of its loss.

@@ -273,7 +273,7 @@ class PldAccountant(Accountant):
         self, counts: dict[Term, int], both: tuple[Law, ...], places: tuple[Place, ...], log_delta: float
     ) -> Grid | None:
         """Returns a grid of distributions that are rounded down."""
-        if not places or any(part.pair is Pair.RARE for term in counts for _, part in term.parts):
+        if not places:
             return None
         return grid_for(counts, both, Goal(log_delta, places, self.tolerance, below=True))
 
