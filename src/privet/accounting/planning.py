@@ -10,7 +10,7 @@ import numpy as np
 
 from privet.accounting.blocks import TooWideError
 from privet.accounting.goal import CUTS, MOST_CELLS, Goal, Place, added
-from privet.accounting.grid import Grid, Prepared, Unit
+from privet.accounting.grid import Grid, Piece, Prepared
 from privet.accounting.moments import Law
 from privet.accounting.pairs import mixtures
 from privet.accounting.terms import Pair, Term
@@ -48,30 +48,30 @@ def _grid_for(counts: Mapping[Term, int], both: tuple[Law, ...], goal: Goal) -> 
     grid.limited = grid.spacing > wanted
     if steps == 1:
         return grid
-    units = grid.units(counts)
-    for unit in units:
-        if unit not in prepared:
-            found = grid.prepare(unit)
+    pieces = grid.pieces(counts)
+    for piece in pieces:
+        if piece not in prepared:
+            found = grid.prepare(piece)
             crowded = len(prepared) >= _MOST_LATTICES_KEPT
-            prepared[unit] = tuple(replace(each, lattice=None) for each in found) if crowded else found
-    grid.start(units, prepared)
+            prepared[piece] = tuple(replace(each, lattice=None) for each in found) if crowded else found
+    grid.start(pieces, prepared)
     return grid
 
 
 def _fitted(
     counts: Mapping[Term, int], goal: Goal, *, spacing: float, truncation: float, widest: float, limit: int
-) -> tuple[Grid, dict[Unit, tuple[Prepared, ...]]]:
-    """Returns a grid of at least this spacing whose circles have at most `limit` losses, with a few units prepared."""
+) -> tuple[Grid, dict[Piece, tuple[Prepared, ...]]]:
+    """Returns a grid of at least this spacing whose circles have at most `limit` losses, with a few pieces prepared."""
     for _ in range(8):
         grid = Grid(goal, spacing=spacing, truncation=truncation, widest=widest)
-        units = grid.units(counts)
-        # A few units tell how large the circle has to be for all.
-        probes = dict(list(units.items())[:: -(-len(units) // 6)])
-        prepared = {unit: grid.prepare(unit) for unit in probes}
-        share = sum(counts.values()) / sum(unit.size * count for unit, count in probes.items())
+        pieces = grid.pieces(counts)
+        # A few pieces tell how large the circle has to be for all.
+        probes = dict(list(pieces.items())[:: -(-len(pieces) // 6)])
+        prepared = {piece: grid.prepare(piece) for piece in probes}
+        share = sum(counts.values()) / sum(piece.size * count for piece, count in probes.items())
         size = max(
             math.sqrt(share)
-            * grid.window(side, ((prepared[unit][side].tail, count) for unit, count in probes.items())).size
+            * grid.window(side, ((prepared[piece][side].tail, count) for piece, count in probes.items())).size
             for side in grid.sides
         )
         if size <= limit:
