@@ -75,7 +75,7 @@ def test_a_step_that_is_skipped_on_empty_batches_is_found():
     assert audit_mechanism(PlainTraining(**options), model=model(), dataset=data(8), canaries=120, seed=1).passed
 
 
-# -- the library's own doors ---------------------------------------------------------------------------------------------
+# -- the library's own doors -------------------------------------------------------------------------------------------
 
 
 def through_engine(sigma, batch_size=None, epochs=1, **options):
@@ -154,7 +154,7 @@ def test_without_noise_the_lower_bound_is_infinite_and_so_is_the_claim():
     assert json.loads(audit.to_json())["lower_bound"] == "inf"
 
 
-# -- bad input -------------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def test_too_few_canaries_say_how_many_are_needed():
@@ -167,18 +167,17 @@ def test_canaries_that_do_not_reach_the_model_are_no_proof():
         return PlainTraining()(model, [(x + 1.0, y) for x, y in (dataset[i] for i in range(len(dataset)))])
 
     with pytest.raises(ConfigurationError, match="no canary met the model"):
-        audit_mechanism(train, model=model(), dataset=data(), canaries=100)
+        audit_mechanism(train, model=model(), dataset=data(), canaries=120)
 
 
 def test_a_training_without_a_bill_is_refused():
     def train(model, dataset):
         PlainTraining()(model, dataset)
-        return None
 
     with pytest.raises(ConfigurationError, match="returned NoneType"):
-        audit_mechanism(train, model=model(), dataset=data(), canaries=100)
+        audit_mechanism(train, model=model(), dataset=data(), canaries=120)
 
 
 def test_a_training_that_does_nothing_is_refused():
     with pytest.raises(ConfigurationError, match="no optimizer step"):
-        audit_mechanism(lambda model, dataset: GaussianEvent(1.0), model=model(), dataset=data(), canaries=100)
+        audit_mechanism(lambda model, dataset: GaussianEvent(1.0), model=model(), dataset=data(), canaries=120)

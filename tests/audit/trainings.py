@@ -104,8 +104,8 @@ class PlainTraining:
             copies = 2 if self.mistake == "an example in the sum twice" and index % 2 else 1
             copies = 2 if self.mistake == "rows of one example counted as several" else copies
             for t, p, g in zip(total, plain, gradients, strict=True):
-                t += copies * weight * g
-                p += g / len(records)
+                t.add_(g, alpha=copies * weight)
+                p.add_(g, alpha=1.0 / len(records))
         if self.mistake == "a non-private gradient beside the private one":
             return [t + p for t, p in zip(total, plain, strict=True)]
         if self.mistake == "clipping after averaging":

@@ -7,7 +7,7 @@ the canaries bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from privet.batches.tree import leaves_in, mapped
+from privet.batches.tree import leaves_in, mapped, tensors_in
 from privet.errors import ConfigurationError
 
 __all__ = ["CanaryBook", "WithCanaries", "canaries_like"]
@@ -91,11 +91,11 @@ def _moved(values: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
 
 def _first_array(record: Any) -> Any:
     for leaf in leaves_in(record):
-        if isinstance(leaf, _ARRAYS) and leaf.size if isinstance(leaf, np.ndarray) else isinstance(leaf, Tensor):
+        if isinstance(leaf, _ARRAYS) and int(np.prod(leaf.shape)) > 0:
             return leaf
     raise ConfigurationError(
         f"a record is {type(record).__name__} and holds no tensor or array. Expected records with one, whose content "
-        "reaches the model as it is; hand canaries of your own over otherwise (records=[...])."
+        "reaches the model as it is."
     )
 
 
@@ -117,12 +117,12 @@ class CanaryBook:
         if bool((self._marks[1:] == self._marks[:-1]).any()):
             raise ConfigurationError(
                 f"two of {self.count} canaries are the same. Expected records with enough content to tell them apart; "
-                "ask for fewer canaries, or hand over records of your own."
+                "ask for fewer canaries, or give the records more content."
             )
 
     def places(self, inputs: Any) -> Tensor | None:  # (B,)
         """Returns which canary each row of a model's inputs is, -1 where it is none; None if no input is like them."""
-        for leaf in _tensors(inputs):
+        for leaf in tensors_in(inputs):
             if leaf.dim() == len(self._shape) + 1 and leaf.shape[1:] == self._shape and leaf.dtype == self._dtype:
                 with torch.no_grad():
                     return self._found(_marks(leaf.detach()))
@@ -134,12 +134,8 @@ class CanaryBook:
         return torch.where(known[at] == marks, places[at], -1)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in leaves_in(tree) if isinstance(leaf, Tensor))
-
-
 def _marks(rows: Tensor) -> Tensor:  # (B, ...) -> (B,)
-    """Returns a number for each row's bits, by a fixed odd multiplier for each byte: whole numbers, so exact anywhere."""
+    """Returns a number for the bits of each row: a sum of whole numbers, and so exact on every machine."""
     flat = rows.reshape(rows.shape[0], -1).contiguous()
     octets = (flat if flat.dtype == torch.bool else flat.view(torch.uint8)).to(torch.int64)
     factors = torch.arange(1, octets.shape[1] + 1, dtype=torch.int64, device=octets.device)

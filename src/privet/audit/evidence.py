@@ -52,8 +52,8 @@ class Evidence:
             )
         if not seen.rows:
             raise ConfigurationError(
-                "no canary met the model. Expected the records of the data set to reach the model as they are; canaries "
-                "are told by the bits of their first tensor. Leave out changes between loader and model, such as "
+                "no canary met the model. Expected the records of the data set to reach the model as they are: "
+                "canaries are told by the bits of their first tensor. Leave out changes between loader and model, such as "
                 "normalization or a move to another type, or make them inside the model."
             )
         signs: dict[int, float] = {}
@@ -88,7 +88,7 @@ class Evidence:
         return self._compared(np.array([a * b for a, b in known]), np.array([b for _, b in known]), significance)
 
     def _compared(self, sums: np.ndarray, counts: np.ndarray, significance: float) -> tuple[float, float]:
-        """Returns the ratio for `sums` of `counts` units a step: each is 1 / σ deviations of its step, give or take 1."""
+        """Returns the ratio for `sums` of `counts` units in each step: a unit is 1 / σ deviations, give or take 1."""
         multipliers = self._multipliers()
         spread = self.noise.std(axis=1)
         if not counts.sum():
@@ -207,9 +207,8 @@ class Evidence:
 
 def _scores(values: np.ndarray, height: float, spread: np.ndarray, rate: float) -> np.ndarray:  # (T, K) -> (K,)
     ratio = (values * height - height**2 / 2.0) / spread**2
-    if rate >= 1.0:
-        return ratio.sum(axis=0)
-    return np.logaddexp(math.log1p(-rate), math.log(rate) + ratio).sum(axis=0)
+    each = ratio if rate >= 1.0 else np.logaddexp(math.log1p(-rate), math.log(rate) + ratio)
+    return np.asarray(each.sum(axis=0))
 
 
 def _best_threshold(present: np.ndarray, absent: np.ndarray, confidence: float) -> float:

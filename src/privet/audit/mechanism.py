@@ -66,11 +66,11 @@ class MechanismAudit:
 
     def __str__(self) -> str:
         verdict = "nothing contradicts the claim" if self.passed else "the claim is refuted"
+        measured = f"{self.noise_ratio:.3g} times the claimed one"
         lines = [
-            f"claimed ε = {self.claimed:.4g} at δ = {self.delta:g}; audited ε >= {self.lower_bound:.4g} "
-            f"with {self.confidence:.4%} confidence: {verdict}",
-            f"noise measured: {self.noise_ratio:.3g} times the claimed one, by {self.canaries} canaries in "
-            f"{self.steps} steps",
+            f"claimed ε = {self.claimed:.4g} at δ = {self.delta:g}, audited ε >= {self.lower_bound:.4g}: {verdict}",
+            f"confidence {self.confidence:.4%}, {self.canaries} canaries, {self.steps} steps",
+            f"noise measured: {measured}",
             *([] if self.row_ratio is None else [f"by rows of the model: {self.row_ratio:.3g} times"]),
             *(f"found: {finding}" for finding in self.findings),
         ]
@@ -159,10 +159,8 @@ def audit_mechanism(
         row_ratio, most_by_rows = lit.louder_for_rows(share)
         most = min(most, most_by_rows)
         if len(lit.signals) != len(evidence.signals):
-            findings += (
-                f"the number of steps was {len(evidence.signals)} in one run and {len(lit.signals)} in another on the "
-                "same data: it tells who was drawn",
-            )
+            both = f"{len(evidence.signals)} in one run and {len(lit.signals)} in another on the same data"
+            findings += (f"the number of steps was {both}: it tells who was drawn",)
     claim = evidence.claim
     by_noise = claim.least_epsilon(delta, louder=most) if most < float("inf") else 0.0
     by_errors = evidence.errors(1.0 - share).epsilon(delta)

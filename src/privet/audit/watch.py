@@ -122,7 +122,7 @@ class _Auditor:
         return torch.where((places >= 0).view(shape), carried.to(output.dtype), output)
 
     def _constant(self, output: Tensor) -> Tensor:
-        """Returns the output of every canary: fixed numbers of any sign, of size 1, so that a loss has a slope there."""
+        """Returns the output of every canary: fixed numbers of both signs, so that a loss has a slope there."""
         key = tuple(output.shape[1:])
         if key not in self._constants:
             numbers = torch.randn(key, generator=torch.Generator().manual_seed(0))
