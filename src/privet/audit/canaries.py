@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from privet.batches.tree import leaves_in, mapped, tensors_in
 from privet.errors import ConfigurationError
 
-__all__ = ["CanaryBook", "WithCanaries", "canaries_like"]
+__all__ = ["CanaryBook", "WithCanaries", "canaries_like", "marks_of"]
 
 _ARRAYS = (Tensor, np.ndarray)
 
@@ -132,6 +132,12 @@ class CanaryBook:
         known, places = self._marks.to(marks.device), self._places.to(marks.device)
         at = torch.searchsorted(known, marks).clamp_(max=self.count - 1)
         return torch.where(known[at] == marks, places[at], -1)
+
+
+def marks_of(records: Sequence[Any]) -> list[int]:
+    """Returns a number for the content of each record's first tensor."""
+    firsts = (torch.as_tensor(_first_array(record)) for record in records)
+    return [int(_marks(first[None])) for first in firsts]
 
 
 def _marks(rows: Tensor) -> Tensor:  # (B, ...) -> (B,)

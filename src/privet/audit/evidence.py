@@ -53,8 +53,8 @@ class Evidence:
         if not seen.rows:
             raise ConfigurationError(
                 "no canary met the model. Expected the records of the data set to reach the model as they are: "
-                "canaries are told by the bits of their first tensor. Leave out changes between loader and model, such as "
-                "normalization or a move to another type, or make them inside the model."
+                "canaries are told by the bits of their first tensor. Leave out changes between loader and model, "
+                "such as normalization or a move to another type, or make them inside the model."
             )
         signs: dict[int, float] = {}
         for step in seen.signs:
