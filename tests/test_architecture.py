@@ -32,6 +32,7 @@ LAYERS = {
         ("schedules",),
         ("step",),
         ("engine",),
+        ("audit",),
         ("cli",),
         ("__main__",),
     ),
@@ -102,11 +103,11 @@ PRIVILEGES = {
     "intercepts operations": (INTERCEPTION, ("gradients/capture/watched.py",)),
     "hooks modules and gradients": (
         HOOKS,
-        ("gradients/capture/",),
+        ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could
     ),
     "talks to other ranks": ({"torch.distributed", "distributed"}, ()),
-    # The coverage check asks gradients random questions; nothing of what it draws is released.
-    "draws randomness": (DRAWING, ("noise/", "sampling/", "gradients/capture/coverage.py")),
+    # The coverage check asks gradients random questions, and an audit tosses coins; nothing of what they draw protects.
+    "draws randomness": (DRAWING, ("noise/", "sampling/", "gradients/capture/coverage.py", "audit/")),
     "prints": ({"print", "rich", "pprint", "stdout"}, ("cli/",)),
 }
 LONGEST = 400

@@ -144,7 +144,8 @@ def _marks(rows: Tensor) -> Tensor:  # (B, ...) -> (B,)
     """Returns a number for the bits of each row: a sum of whole numbers, and so exact on every machine."""
     flat = rows.reshape(rows.shape[0], -1).contiguous()
     octets = (flat if flat.dtype == torch.bool else flat.view(torch.uint8)).to(torch.int64)
-    factors = torch.arange(1, octets.shape[1] + 1, dtype=torch.int64, device=octets.device)
-    # A multiplier that spreads (Knuth, "The Art of Computer Programming", 6.4); products wrap around, as they should.
-    factors = (factors * 6364136223846793005 + 1442695040888963407) | 1
-    return (octets * factors).sum(1)
+    # Multipliers without pattern, the same everywhere (as splitmix64 makes them); products wrap around, as they should.
+    factors = torch.arange(1, octets.shape[1] + 1, dtype=torch.int64, device=octets.device) * 0x1E3779B97F4A7C15
+    for multiplier in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        factors = (factors ^ ((factors >> 30) & 0x3FFFFFFFF)) * multiplier
+    return (octets * (factors | 1)).sum(1)

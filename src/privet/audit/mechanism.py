@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from privet._checks import check_count, check_probability
 from privet.audit.canaries import CanaryBook, WithCanaries, canaries_like
 from privet.audit.claim import Claim
 from privet.audit.evidence import Evidence
+from privet.audit.result import as_json, version_of_privet
 from privet.audit.watch import watched
 from privet.errors import ConfigurationError
 
@@ -62,7 +62,7 @@ class MechanismAudit:
 
     def to_json(self) -> str:
         """Returns the result as JSON; an infinite number becomes the string "inf"."""
-        return json.dumps({name: _plain(value) for name, value in asdict(self).items()}, indent=2)
+        return as_json(asdict(self))
 
     def __str__(self) -> str:
         verdict = "nothing contradicts the claim" if self.passed else "the claim is refuted"
@@ -177,7 +177,7 @@ def audit_mechanism(
         canaries=canaries,
         steps=len(evidence.signals),
         seconds=time.perf_counter() - began,
-        version=_version(),
+        version=version_of_privet(),
     )
 
 
@@ -207,13 +207,3 @@ def _require_enough(canaries: int, confidence: float) -> None:
         raise ConfigurationError(
             f"{canaries} canaries cannot say anything with confidence {confidence:g}. Expected at least {8 * least}."
         )
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and value in {float("inf"), float("-inf")} else value
-
-
-def _version() -> str:
-    from privet import __version__
-
-    return __version__

@@ -102,7 +102,7 @@ class LikelihoodRatio:
         mean, spread = self._outside.T
         if self._inside is None:
             return np.asarray(-log_ndtr(-(values - mean) / spread))
-        return _log_normal(values, *self._inside.T) - _log_normal(values, mean, spread)
+        return np.asarray(_log_normal(values, *self._inside.T) - _log_normal(values, mean, spread))
 
     def split(self, scores: Any, members: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ratios of members and of others, as `Roc` takes them."""

@@ -159,7 +159,8 @@ class Planted:
 
         def loss_of(parameters: dict[str, Tensor], record: Any) -> Tensor:
             one = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, record)
-            return functional_call(whole, {**fixed, **parameters}, (one,)).sum()
+            loss: Tensor = functional_call(whole, {**fixed, **parameters}, (one,)).sum()
+            return loss
 
         gradients = vmap(grad(loss_of), in_dims=(None, 0), randomness="different")
         found = []

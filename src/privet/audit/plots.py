@@ -67,7 +67,7 @@ def _axes(axes: Axes | None) -> Axes:
     if axes is not None:
         return axes
     try:
-        from matplotlib import pyplot
+        from matplotlib import pyplot as plt
     except ImportError as error:
         raise ConfigurationError("matplotlib draws plots and is not installed: pip install 'privet[plots]'.") from error
-    return pyplot.subplots(figsize=(5.5, 4.2), layout="constrained")[1]
+    return plt.subplots(figsize=(5.5, 4.2), layout="constrained")[1]

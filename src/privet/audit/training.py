@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from privet.accounting.accountant import get_accountant
 from privet.accounting.phases import spent
 from privet.audit.claim import Claim
 from privet.audit.one_run import Guesses
+from privet.audit.result import as_json, version_of_privet
 from privet.errors import ConfigurationError
 
 __all__ = ["TrainingAudit"]
@@ -87,12 +87,12 @@ class TrainingAudit:
             delta=delta,
             confidence=confidence,
             tries=len(tries),
-            version=_version(),
+            version=version_of_privet(),
         )
 
     def to_json(self) -> str:
         """Returns the result as JSON; an infinite number becomes the string "inf"."""
-        return json.dumps({name: _plain(value) for name, value in asdict(self).items()}, indent=2)
+        return as_json(asdict(self))
 
     def __str__(self) -> str:
         claim = "no ε was claimed" if self.claimed is None else f"claimed ε = {self.claimed:.4g}"
@@ -120,15 +120,3 @@ def _claimed(told: Any, delta: float) -> tuple[float | None, float | None]:
     claim = Claim.of(told)
     mu = get_accountant("pld").mu(spent(claim.phases), relation=claim.relation)
     return claim.epsilon(delta), mu
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
-
-
-def _version() -> str:
-    from privet import __version__
-
-    return __version__
