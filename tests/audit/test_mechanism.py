@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from privet import Flat, Gaussian, Mechanism, Partition, PrivacyEngine, PrivateStep
+from privet import BatchMemoryManager, Flat, Gaussian, Mechanism, Partition, PrivacyEngine, PrivateStep
 from privet.accounting import GaussianEvent
 from privet.audit import assert_private, audit_mechanism
 from privet.errors import ConfigurationError
@@ -101,6 +101,28 @@ def through_engine(sigma, batch_size=None, epochs=1, **options):
     return train
 
 
+def through_virtual_steps(sigma):
+    def train(model, dataset):
+        engine = PrivacyEngine()
+        model, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=torch.utils.data.DataLoader(dataset, batch_size=100),
+            noise_multiplier=sigma,
+            max_grad_norm=1.0,
+            noise_generator=torch.Generator().manual_seed(3),
+        )
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=32, optimizer=optimizer) as parts:
+            for _ in range(2):
+                for x, y in parts:
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return engine
+
+    return train
+
+
 def through_step(sigma):
     def train(model, dataset):
         step = PrivateStep(
@@ -131,6 +153,7 @@ NETWORK = [nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)]
         through_engine(0.6, batch_size=40, epochs=2),
         through_engine(1.0, batch_size=40, grad_sample_mode="hooks"),
         through_engine(1.0, clipping="automatic"),
+        through_virtual_steps(0.6),
         through_step(1.0),
     ],
 )

@@ -16,6 +16,7 @@ from privet.accounting import (
     get_accountant,
 )
 from privet.cli.answer import Down, Up, certified, show, show_curve
+from privet.cli.audit import audit
 from privet.cli.options import (
     budget_options,
     noise_option,
@@ -270,6 +271,9 @@ def curve(
         plot_curve(plot, wanted, found)
         if not as_json:
             print(f"Drawn into {plot}")
+
+
+cli.add_command(audit)
 
 
 def _asked(sampler: Sampler, group_size: int, accountant: str) -> dict[str, object]:
