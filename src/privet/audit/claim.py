@@ -19,7 +19,7 @@ from privet.accounting.event import (
 from privet.accounting.phases import Phase, spent
 from privet.errors import ConfigurationError
 
-__all__ = ["Claim"]
+__all__ = ["Claim", "noise_of", "rate_of", "with_noise"]
 
 
 @dataclass(frozen=True)

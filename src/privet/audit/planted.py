@@ -30,7 +30,7 @@ from privet.audit.training import TrainingAudit
 from privet.batches.tree import leaves_in, mapped
 from privet.errors import ConfigurationError
 
-__all__ = ["Planted", "plant"]
+__all__ = ["LossPerExample", "Planted", "evaluating", "plant"]
 
 Kind = Literal["mislabelled", "blank", "random"]
 LossPerExample = Callable[[nn.Module, Any], Tensor]
