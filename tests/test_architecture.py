@@ -37,7 +37,7 @@ LAYERS = {
         ("__main__",),
     ),
     "gradients": (
-        ("derived", "layout", "rows", "tracing"),
+        ("derived", "layout", "precision", "rows", "tracing"),
         ("use",),
         ("rules",),
         ("clipped_sum", "weights"),

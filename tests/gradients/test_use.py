@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,20 +54,27 @@ def test_a_sum_alone_keeps_nothing() -> None:
     assert uses.allowance.left == 10**6
 
 
-@pytest.mark.parametrize(
-    "some",
-    [lambda uses: uses.narrowed(1, 4), lambda uses: uses.masked(torch.arange(ROWS) == 2)],
-    ids=["narrow", "mask"],
-)
-def test_some_of_the_rows_share_no_memory_and_keep_none(some: Callable[[Uses], Uses]) -> None:
+def test_some_of_the_rows_share_no_memory_and_keep_none() -> None:
     uses = uses_of(left=10**6)
     uses.rule.squared_norms(uses)
     left = uses.allowance.left
-    part = some(uses)
+    part = uses.narrowed(1, 4)
     assert part.rows_memo is None, "the memo holds rows that were left out"
     part.rule.squared_norms(part)
     assert part.rows_memo is None
     assert uses.allowance.left == left
+
+
+def test_without_dropped_rows_the_kept_ones_are_those_whose_norms_were_taken() -> None:
+    uses = uses_of(left=10**6)
+    uses.rule.squared_norms(uses)
+    kept, dropped = uses.rows_memo, torch.arange(ROWS) == 2
+    assert kept is not None
+    masked = uses.masked(dropped).rows_memo
+    assert masked is not None
+    assert torch.equal(masked[~dropped], kept[~dropped])
+    assert not bool(masked[dropped].any())
+    assert masked.data_ptr() != kept.data_ptr(), "the rows may be the user's own"
 
 
 def test_a_dropped_row_that_was_kept_is_not_in_the_sum() -> None:

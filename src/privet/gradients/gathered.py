@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
-from privet.gradients.rows import row_norms, summed
+from privet.gradients.rows import padded, row_norms, summed
 from privet.gradients.rules.gram import NARROW, gram_padding
 from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.tracing import tracing
@@ -56,6 +56,26 @@ class Gathered:
             for uses in groups
         ]
         return summed(terms)
+
+    def norms_of(self, units: slice) -> Tensor:  # (B',)
+        """Returns the squared norms of some units' gradients, instantiated. With a given owner, of all.
+
+        The weighted sum will be formed by the rules, from their own factors. So each norm is padded for what the two
+        are rounded differently.
+        """
+        norms = row_norms(self.per_unit(units))
+        groups = [*self.direct, *(uses for _, groups in self.derived for uses in groups)]
+        roundings = [r for uses in groups if (r := self._unit_rounding(uses, units)) is not None]
+        return padded(norms, summed(roundings)) if roundings else norms
+
+    def _unit_rounding(self, uses: Uses, units: slice) -> Tensor | None:  # (B',)
+        """Returns the rounding errors of some units' gradients, if the rule of these uses says them."""
+        if self.owner.index is not None:
+            rounding = uses.rule.rounding(uses)
+            return None if rounding is None else self.owner_of(uses).scatter_sum(rounding)
+        repeat = uses.rows // self.owner.units
+        rounding = uses.rule.rounding(uses.narrowed(units.start * repeat, units.stop * repeat))
+        return None if rounding is None else rounding.view(-1, repeat).sum(1)
 
     def _unit_rows(self, uses: Uses, units: slice) -> Tensor:
         if self.owner.index is not None:
@@ -127,7 +147,7 @@ def _of_owners(mine: Gathered) -> Tensor | None:
     """Rows of one unit lie anywhere in the batch: they have to be added up before any norm is taken."""
     if mine.owner.index is None:
         return None
-    return row_norms(mine.per_unit(slice(0, mine.owner.units)))
+    return mine.norms_of(slice(0, mine.owner.units))
 
 
 def _of_a_pair(mine: Gathered) -> Tensor | None:
@@ -145,18 +165,18 @@ def _of_a_pair(mine: Gathered) -> Tensor | None:
         return None
     inner, size = found
     apart = first.rule.squared_norms(first) + second.rule.squared_norms(second)
-    padding = (apart + 2.0 * size) * gram_padding(mine.parameter.shape[-1], inner.dtype)
+    padding = (apart + 2.0 * size) * gram_padding(mine.parameter.shape[-1], inner.dtype, inner.device)
     norms = (apart + 2.0 * inner + padding).clamp(min=0.0)
     close = (padding > NARROW * norms) | (apart > 4.0 * norms)
     for unit in (close & apart.isfinite() & inner.isfinite() & (apart > 0.0)).nonzero()[:, 0].tolist():
-        norms[unit] = row_norms(mine.per_unit(slice(unit, unit + 1)))[0]
+        norms[unit] = mine.norms_of(slice(unit, unit + 1))[0]
     return norms
 
 
 def _of_the_gradients(mine: Gathered) -> Tensor:
     """Every gradient can be formed, a few units at a time: slow, and always right."""
     size = 4 * mine.parameter.numel()
-    return torch.cat([row_norms(mine.per_unit(chunk)) for chunk in row_chunks(mine.owner.units, size)])
+    return torch.cat([mine.norms_of(chunk) for chunk in row_chunks(mine.owner.units, size)])
 
 
 _WAYS: tuple[Callable[[Gathered], Tensor | None], ...] = (

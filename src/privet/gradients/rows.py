@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["of_type", "row_norms", "summed", "weighted_rows", "wide"]
+__all__ = ["factor_norms", "lost", "of_type", "padded", "row_norms", "summed", "weighted_rows", "wide"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -34,10 +34,48 @@ def summed(terms: Sequence[Tensor]) -> Tensor:  # of one shape
     return total
 
 
+def lost(entries: int, dtype: torch.dtype) -> float:
+    """Returns the most that the squared norm of so many entries can lose to underflow.
+
+    A square below the smallest normal number may become zero, on its own or in a partial sum: twice for each entry.
+    """
+    return 2.0 * entries * torch.finfo(dtype).tiny
+
+
+def factor_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
+    """Returns the squared norm of each row plus all that underflow can have taken from it, for products of norms.
+
+    A square of zero hides a factor of up to 1e-19. That is nothing beside a clip norm, but not once it is multiplied by
+    another factor of 1e19. What is returned is at least the true value, at any scale. It is infinite where a norm is
+    above 1e19, so that such an example is dropped: its weighted sum could overflow or lose all of its digits.
+
+    Guarantees:
+        ==========================  ==============================================
+        row                         result, n entries in float32
+        ==========================  ==============================================
+        zero, subnormal, underflow  the squared norm and `n` times 2.4e-38
+        norm above 1.8e19           infinite
+        NaN, infinity               not finite
+        ==========================  ==============================================
+    """
+    squares = row_norms(rows)
+    return squares + lost(math.prod(rows.shape[1:]), squares.dtype)
+
+
+def padded(squared: Tensor, rounding: Tensor) -> Tensor:  # (R,), (R,) -> (R,)
+    """Returns the squared norms with twice the rounding error added to the norms.
+
+    A norm and a weighted sum that are formed from the same factors in two ways are of numbers that differ: by the
+    rounding errors of both, which are relative to the sizes of the terms and not to their sum.
+    """
+    return (squared.sqrt() + 2.0 * rounding).square()
+
+
 def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
     """Returns the squared norm of each row, summed in chunks of 1024 so that float32 loses nothing that matters.
 
-    One long float32 reduction errs by up to 3e-3 on rows of 3 million entries; chunks stay at about 1e-7.
+    One long float32 reduction errs by up to 3e-3 on rows of 3 million entries; chunks stay at about 1e-7. Underflow may
+    take up to `lost`: `total_norms` adds that for the entries of a parameter, `factor_norms` for those of a factor.
     """
     flat = wide(_matrix(rows))
     length = flat.shape[1]

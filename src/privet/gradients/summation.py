@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.gathered import gathered
-from privet.gradients.rows import of_type
+from privet.gradients.rows import lost, of_type
 from privet.gradients.use import Allowance, Owner, Recorded
-from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
+from privet.gradients.weights import Policy, groups_of, magnification_of, sensitivity_of, weights_of
 
 __all__ = [
     "DictSink",
@@ -145,14 +145,16 @@ def clipped_sum(
         members[group_of[name]].append((mine.squared_norms(), parameters[name]))
     squared = reducer.sum(total_norms(members, owner.units, parameters) * scale**2)
     weights, left_out = weights_of(policy, squared, absent)
-    if left_out is not None:
-        # A weight of zero is not enough: zero times NaN is NaN.
-        found = {name: mine.masked(left_out) for name, mine in found.items()}
-    weights = weights * scale  # the recorded gradients are those of the loss over `scale`
+    magnified = magnification_of(sensitivity)
+    weights = weights * (scale * magnified)  # the recorded gradients are those of the loss over `scale`
     for name, parameter in parameters.items():
         if name in found:
             # Taken out of the dict, so that its memory is free before the next parameter's sum is formed.
-            value = found.pop(name).weighted_sum(weights[group_of[name]])
+            mine = found.pop(name)
+            # A weight of zero is not enough: zero times NaN is NaN.
+            mine = mine if left_out is None else mine.masked(left_out)
+            value = mine.weighted_sum(weights[group_of[name]])
+            value = value if magnified == 1.0 else value / magnified
             value = value if value.shape == parameter.shape else value.view(parameter.shape)
         else:
             wide_type = torch.promote_types(parameter.dtype, torch.float32)
@@ -179,9 +181,9 @@ def _group_norms(
         return torch.zeros(units, dtype=dtype, device=device)
     norms = [of_type(norm, dtype) for norm, _ in group]
     total = torch.stack(norms).sum(0) if len(norms) > 1 else norms[0]
-    # A square below the smallest number counts as zero, and too small a norm gets too large a weight. The sum of what
-    # each entry may have lost is added.
-    return total + sum(p.numel() for _, p in group) * torch.finfo(dtype).tiny
+    # A square below the smallest number counts as zero, and too small a norm gets too large a weight. What all entries
+    # may have lost is added, each in the type that squared it.
+    return total + sum(lost(p.numel(), norm.dtype) for norm, p in group)
 
 
 def statistics_of(squared: Tensor, left_out: Tensor | None, absent: Tensor | None) -> dict[str, Tensor]:

@@ -144,16 +144,22 @@ class Uses(Sequence[Use]):
             self.allowance.left -= size
         return rows
 
-    # Neither of the two below inherits the memo: it holds values of all rows, and those of a dropped row may be NaN,
-    # which no weight makes zero. Neither keeps rows of its own: no weighted sum comes after their norms.
+    # Neither of the two below keeps rows of its own: no weighted sum comes after their norms.
 
     def narrowed(self, start: int, stop: int) -> Uses:
         """Returns the uses of some rows alone, for gradients that are formed and used at once: nothing is kept."""
         return Uses(tuple(use.narrowed(start, stop) for use in self.items), allowance=Allowance(0))
 
     def masked(self, dropped: Tensor) -> Uses:  # (R,) bool
-        """Returns the uses without the dropped rows' values, for a weighted sum: nothing is kept. See `Use.masked`."""
-        return Uses(tuple(use.masked(dropped) for use in self.items), allowance=Allowance(0))
+        """Returns the uses without the dropped rows' values, for a weighted sum. See `Use.masked`.
+
+        Rows that were kept stay the rows whose norms were taken. They are copied: those of a dropped row may be NaN,
+        which no weight makes zero.
+        """
+        memo = self.rows_memo
+        if memo is not None:
+            memo = memo.masked_fill(dropped.view(-1, *[1] * (memo.dim() - 1)), 0)
+        return Uses(tuple(use.masked(dropped) for use in self.items), memo, allowance=Allowance(0))
 
 
 class UseSink(Protocol):
@@ -211,6 +217,14 @@ class Rule(ABC):
         # Rows that the norms kept are used again. Fresh ones are not kept: this is the last time that they are needed.
         rows = self.per_example(uses) if uses.rows_memo is None else uses.rows_memo
         return weighted_rows(rows, weights)
+
+    def rounding(self, uses: Uses) -> Tensor | None:  # (R,)
+        """Returns a bound on the norm of the rounding error of each row's gradient, or None.
+
+        A rule says it if it forms weighted sums from factors, and not from the very rows whose norms were taken. The
+        two are rounded differently, by a share of the sizes of the terms, and the norms are padded for both.
+        """
+        return None
 
     # A parameter with uses of two rules (a table that is also the last layer) has the sum of both gradients, whose norm
     # needs their inner product. One rule offers its gradients as products of two factors, the other takes them.

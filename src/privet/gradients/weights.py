@@ -8,6 +8,7 @@ Axes: B examples, K clipping groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,9 +18,13 @@ from torch import Tensor
 from privet._checks import check_positive
 from privet.clipping.table import is_proven
 from privet.errors import ConfigurationError
+from privet.gradients.precision import eps_in_force
 from privet.gradients.tracing import tracing
 
-__all__ = ["Policy", "groups_of", "sensitivity_of", "weights_of"]
+__all__ = ["Policy", "groups_of", "magnification_of", "sensitivity_of", "weights_of"]
+
+_SMALL = 2.0**-40
+"""A sensitivity below this is too near to the smallest numbers of float32 for sums of its size."""
 
 _ROUNDING = 1e-5  # of the sensitivity, for a formula evaluated in float32
 
@@ -60,6 +65,14 @@ def sensitivity_of(policy: Policy) -> float:
     return check_positive(f"sensitivity of {type(policy).__name__}", policy.sensitivity)
 
 
+def magnification_of(sensitivity: float) -> float:
+    """Returns a power of two by which weights are multiplied, and sums divided in the end: 1 but for tiny clip norms.
+
+    Weights and gradients that are both tiny would lose their digits on the way to a sum, some of them upward.
+    """
+    return 1.0 if sensitivity >= _SMALL else 2.0 ** -math.floor(math.log2(sensitivity))
+
+
 def weights_of(
     policy: Policy, squared: Tensor, absent: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:  # (K, B), (B,) bool -> (K, B), (B,) bool
@@ -96,7 +109,23 @@ def weights_of(
         none = torch.zeros(squared.shape[1:], dtype=torch.bool, device=squared.device)
         dropped = none if dropped is None else dropped
         dropped = dropped | _wrong(policy, kept, weights, dropped)
+    dropped = _with_lost(weights, dropped)
+    taken = eps_in_force(torch.float32, weights.device)
+    if taken:  # a product may round both of its operands up
+        weights = weights * (1.0 - taken) ** 2
     return weights if dropped is None else weights.masked_fill(dropped, 0.0), dropped
+
+
+def _with_lost(weights: Tensor, dropped: Tensor | None) -> Tensor | None:  # (K, B), (B,) bool -> (B,) bool
+    """Returns which units are dropped, those with a weight below float32's normal range included.
+
+    Such a weight has lost its digits, and may be rounded up to twice itself.
+    """
+    least = torch.finfo(torch.float32).tiny
+    if dropped is None and weights.is_cpu and not tracing() and (not weights.numel() or float(weights.min()) >= least):
+        return None
+    low = (weights < least).any(0)
+    return low if dropped is None else dropped | low
 
 
 def _not_finite(squared: Tensor) -> Tensor | None:  # (K, B) -> (B,) bool

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from privet.gradients.rules.gram import gram_padding, never_too_small
 
-PADDING = gram_padding(64, torch.float32)
+PADDING = gram_padding(64, torch.float32, torch.device("cpu"))
+
+
+def bounded(gram: Tensor, scale: Tensor) -> Tensor | None:
+    """Returns the norms for given sizes of the terms: those of one position with both vectors of equal length."""
+    length = scale.sqrt().sqrt().unsqueeze(1)
+    return never_too_small(gram, (length, length), (3, 64), terms=64)
 
 
 def test_a_narrow_bound_is_added():
     gram, scale = torch.tensor([4.0, 9.0]), torch.tensor([4.0, 10.0])
-    norms = never_too_small(gram, scale, 64)
+    norms = bounded(gram, scale)
     assert norms is not None
     assert torch.allclose(norms - gram, scale * PADDING, rtol=1e-1)
     assert (norms > gram).all()
 
 
 def test_a_norm_that_rounding_made_negative_is_none_to_trust():
-    assert never_too_small(torch.tensor([4.0, -1e-9]), torch.tensor([4.0, 4.0]), 64) is None
+    assert bounded(torch.tensor([4.0, -1e-9]), torch.tensor([4.0, 4.0])) is None
 
 
 @pytest.mark.parametrize(("share", "narrow"), [(0.5, True), (2.0, False)])
 def test_where_a_bound_stops_being_narrow(share, narrow):
     scale = torch.tensor([1.0, 1.0])
     gram = torch.tensor([1.0, PADDING / (share * 2e-4)])
-    assert (never_too_small(gram, scale, 64) is not None) == narrow
+    assert (bounded(gram, scale) is not None) == narrow
 
 
 @pytest.mark.parametrize(
@@ -34,7 +41,18 @@ def test_where_a_bound_stops_being_narrow(share, narrow):
 )  # of the Gram matrices, and of the sizes
 def test_rows_of_zeros_and_rows_that_are_dropped_later_do_not_give_a_batch_up(row):
     gram, scale = torch.tensor([4.0, row[0]]), torch.tensor([4.0, row[1]])
-    norms = never_too_small(gram, scale, 64)
+    norms = bounded(gram, scale)
     assert norms is not None
     assert float(norms[0]) > 4.0
-    assert float(norms[1]) == 0.0 if row == (0.0, 0.0) else not norms[1].isfinite()
+    assert 0.0 < float(norms[1]) < 1e-36 if row == (0.0, 0.0) else not norms[1].isfinite()
+
+
+def test_what_underflow_took_is_added():
+    """Each square of the first vector is zero, and the second is so long that this would hide a norm of 1e-4."""
+    first, second = torch.full((1, 2, 3), 2.6e-23), torch.full((1, 2, 1), 1e19)
+    gram = (torch.bmm(first, first.mT) * torch.bmm(second, second.mT)).flatten(1).sum(1)
+    lengths = torch.linalg.vector_norm(first, dim=2), torch.linalg.vector_norm(second, dim=2)
+    assert float(gram) == 0.0
+    norms = never_too_small(gram, lengths, (3, 1), terms=3)
+    assert norms is not None
+    assert float(norms) >= float((second.double().mT @ first.double()).square().sum())

@@ -24,7 +24,7 @@ from privet.gradients.derived import Derivation
 from privet.gradients.passes.role import Losses
 from privet.gradients.summation import masked_sums, squared_norms, statistics_of, total_norms
 from privet.gradients.use import Recorded, Use
-from privet.gradients.weights import Policy, groups_of, sensitivity_of, weights_of
+from privet.gradients.weights import Policy, groups_of, magnification_of, sensitivity_of, weights_of
 
 __all__ = ["TwoPass", "refuse_several_weights"]
 
@@ -78,7 +78,7 @@ class TwoPass:
                 total = found.sum()
             squared = self._squared_norms(total, norms)
             weights, left_out = weights_of(policy, squared, absent)
-            sums = _Sums(parameters, examples, weights[0], left_out)
+            sums = _Sums(parameters, examples, weights[0], left_out, magnification_of(sensitivity))
             capture.turn_to(sums, last=True)
             total.backward()  # type: ignore[no-untyped-call]
         finally:
@@ -153,10 +153,12 @@ class _Sums:
         examples: int,
         weights: Tensor,  # (B,)
         dropped: Tensor | None,  # (B,) bool
+        magnified: float,
     ) -> None:
         self._parameters = parameters
         self._examples = examples
-        self._weights = weights
+        self._weights = weights * magnified
+        self._magnified = magnified
         self._dropped = dropped
         self._values: dict[str, Tensor] = {}
 
@@ -179,7 +181,9 @@ class _Sums:
             if name not in self._values:
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 self._values[name] = torch.zeros(p.shape, device=p.device, dtype=dtype)
-        return {name: self._values[name] for name in self._parameters}
+        if self._magnified == 1.0:
+            return {name: self._values[name] for name in self._parameters}
+        return {name: self._values[name] / self._magnified for name in self._parameters}
 
 
 def _sources(target: str | Derivation, parameters: Mapping[str, nn.Parameter]) -> list[str]:

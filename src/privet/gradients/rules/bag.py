@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
-from privet.gradients.rows import of_type, row_norms, wide
+from privet.gradients.precision import product_error
+from privet.gradients.rows import factor_norms, lost, of_type, padded, row_norms, summed, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.embedding import refuse_options, segment_norms, segment_rows
 from privet.gradients.rules.registry import Call, handles
@@ -83,11 +84,21 @@ class _Summed(Rule):
         entries = uses.shape[0]
         if len(uses) == 1 and ids.shape[1] == 1:  # one bag: the norm of an outer product
             by_entry = segment_norms(ids[:, 0], coefficients[:, 0].unsqueeze(2), entries)
-            return by_entry * row_norms(gradient)
+            by_entry = by_entry + lost(ids.shape[2], by_entry.dtype)
+            return padded(by_entry * factor_norms(gradient), self.rounding(uses))
         size = 4 * (entries + sum(math.prod(use.data[0].shape[1:]) for use in uses if use.data[0] is not None))
         chunks = row_chunks(uses.rows, size * (1 + uses.shape[1]))
         norms = [segment_norms(*_places(uses.narrowed(c.start, c.stop)), entries) for c in chunks]
-        return torch.cat(norms) if norms else gradient.new_zeros(0)
+        # The weighted sum adds up places of one entry in another order.
+        return padded(torch.cat(norms), self.rounding(uses)) if norms else gradient.new_zeros(0)
+
+    def rounding(self, uses: Uses) -> Tensor:
+        """Returns a share of the root of `L |c|^2 |g|^2`, no less than `sum_tl |c_tl| |g_t|`."""
+        parts = [_bags(use) for use in uses]
+        coefficients = summed([factor_norms(c) * c.shape[2] for _, c, _ in parts])
+        gradients = summed([factor_norms(g) for _, _, g in parts])
+        places = sum(math.prod(c.shape[1:]) for _, c, _ in parts)
+        return coefficients.sqrt() * gradients.sqrt() * product_error(places, gradients.dtype, gradients.device)
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         total = wide(uses[0].gradient).new_zeros(uses.shape)

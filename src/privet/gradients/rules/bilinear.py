@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.gradients.layout import Layout
-from privet.gradients.rows import of_type, row_norms, wide
+from privet.gradients.precision import product_error
+from privet.gradients.rows import factor_norms, lost, of_type, summed, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.linear import Linear
 from privet.gradients.rules.registry import Call, handles
@@ -36,6 +37,12 @@ def _inputs(use: Use) -> tuple[Tensor, Tensor]:
     assert z is not None
     positions = math.prod(x.shape[1:-1])
     return wide(x).reshape(use.rows, positions, x.shape[-1]), wide(z).reshape(use.rows, positions, z.shape[-1])
+
+
+def _outer_norms(x: Tensor, z: Tensor) -> Tensor:  # (B, T, I), (B, T, J) -> (B,)
+    """Returns the squared norms of the outer product, which is a factor itself; see `factor_norms`."""
+    norms = factor_norms(x) * factor_norms(z)
+    return norms + lost(x[0].numel() * z.shape[2] if len(x) else 0, norms.dtype)
 
 
 def _as_linear(use: Use) -> Use:
@@ -65,9 +72,16 @@ class _Weight(Rule):
         if len(uses) == 1:
             x, z = _inputs(uses[0])
             if x.shape[1] == 1:
-                return row_norms(wide(uses[0].gradient)) * row_norms(x) * row_norms(z)
+                return _outer_norms(x, z) * factor_norms(wide(uses[0].gradient))
         norms = [_WEIGHT.squared_norms(part) for _, part in _in_parts(uses)]
         return torch.cat(norms) if norms else wide(uses[0].gradient).new_zeros(0)
+
+    def rounding(self, uses: Uses) -> Tensor:
+        """Returns a share of `|x| |z| |g|`, no less than `sum_t |x_t| |z_t| |g_t|`."""
+        outer = summed([_outer_norms(*_inputs(use)) for use in uses])
+        gradients = summed([factor_norms(wide(use.gradient)) for use in uses])
+        positions = sum(math.prod(use.gradient.shape[1:-1]) for use in uses)
+        return outer.sqrt() * gradients.sqrt() * product_error(positions, outer.dtype, outer.device)
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         total = wide(uses[0].gradient).new_zeros(uses.shape[0], math.prod(uses.shape[1:]))

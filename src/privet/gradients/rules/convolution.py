@@ -6,6 +6,7 @@ the sum of the uses as its gradient, which is formed before any norm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.rows import of_type, row_norms, summed, weighted_rows, wide
+from privet.gradients.precision import product_error
+from privet.gradients.rows import factor_norms, of_type, padded, row_norms, summed, weighted_rows, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.convolution_strategy import ConvolutionStrategy, convolution_strategy
 from privet.gradients.rules.gram import never_too_small
@@ -102,7 +104,22 @@ class _Weight(Rule):
             case ConvolutionStrategy.TILES:
                 chunks = row_chunks(uses.rows, uses[0].gradient.element_size() * _entries(uses.shape))
                 norms = [row_norms(_flat(self.per_example(uses.narrowed(c.start, c.stop)))) for c in chunks]
-                return torch.cat(norms) if norms else row_norms(self.per_example(uses))
+                if not norms:
+                    return row_norms(self.per_example(uses))
+                # The weighted sum will be an ordinary weight gradient, and not of these rows.
+                return padded(torch.cat(norms), self.rounding(uses))
+
+    def rounding(self, uses: Uses) -> Tensor:
+        """Returns a share of `|patches| |field|`, no less than `sum_t |patch_t| |field_t|`.
+
+        A pixel is in at most as many patches as the kernel has places.
+        """
+        pairings = [_pairing(use) for use in uses]
+        patches = summed([factor_norms(_flat(p.source)) * math.prod(p.kernel) for p in pairings])
+        field = summed([factor_norms(_flat(p.field)) for p in pairings])
+        places = sum(p.places for p in pairings)
+        error = product_error(places, field.dtype, field.device, kind="convolution")
+        return patches.sqrt() * field.sqrt() * error
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
@@ -133,16 +150,16 @@ def _weighted(use: Use, weights: Tensor) -> Tensor:  # (R,) -> shape
 
 
 def _gram_norms(pairing: Pairing) -> Tensor | None:  # (R,)
-    """Returns `sum_ts (patch_t . patch_s)(field_t . field_s)` plus a bound on its rounding error.
+    """Returns `sum_ts (patch_t . patch_s)(field_t . field_s)` plus a bound on its error.
 
     Returns None where the bound is not narrow; see `never_too_small`.
     """
     patches, field = pairing.grams()
-    lengths = [m.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for m in (patches, field)]
-    scale = (lengths[0] * lengths[1]).sum(1).square()
+    left, right = (m.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for m in (patches, field))
     gram = field.mul_(patches).flatten(1).sum(1)
-    length = max(pairing.source.shape[1] * max(pairing.kernel), pairing.field.shape[1])
-    return never_too_small(gram, scale, length)
+    entries = (pairing.depth, pairing.field.shape[1])
+    terms = max(pairing.source.shape[1] * max(pairing.kernel), entries[1])
+    return never_too_small(gram, (left, right), entries, terms=terms, kind="convolution")
 
 
 class _Bias(Rule):

@@ -50,4 +50,5 @@ def _gram_is_precise(pairing: Pairing) -> bool:
     if tracing() or pairing.groups != 1 or not pairing.places or not pairing.rows or pairing.source.dtype.itemsize < 4:
         return False
     length = max(pairing.source.shape[1] * max(pairing.kernel), pairing.field.shape[1])
-    return gram_padding(length, pairing.source.dtype) * pairing.places < NARROW
+    source = pairing.source
+    return gram_padding(length, source.dtype, source.device, kind="convolution") * pairing.places < NARROW

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from privet.gradients.rows import of_type, row_norms, weighted_rows, wide
+from privet.gradients.precision import product_error
+from privet.gradients.rows import factor_norms, of_type, padded, row_norms, summed, weighted_rows, wide
 from privet.gradients.rules.gram import never_too_small
 from privet.gradients.rules.pool import scratch
 from privet.gradients.rules.registry import Call, handles
@@ -72,7 +73,7 @@ class _Weight(Rule):
 
     def squared_norms(self, uses: Uses) -> Tensor:
         if (pair := _single(uses)) is not None:
-            return row_norms(pair[0]) * row_norms(pair[1])
+            return factor_norms(pair[0]) * factor_norms(pair[1])
         left, right = self._oriented(uses)
         strategy = linear_strategy(left, right, budget=uses.allowance.left)
         if strategy is Strategy.GRAM:
@@ -83,7 +84,16 @@ class _Weight(Rule):
         if strategy is Strategy.ROWS:
             return row_norms(_in_memory_order(uses.remembered(lambda: _products(left, right))))
         chunks = row_chunks(left.shape[0], left.shape[2] * right.shape[2] * left.element_size())
-        return torch.cat([row_norms(_in_memory_order(_products(left[c], right[c]))) for c in chunks])
+        norms = torch.cat([row_norms(_in_memory_order(_products(left[c], right[c]))) for c in chunks])
+        # The weighted sum will be one product over all rows, and not of these.
+        return padded(norms, self.rounding(uses))
+
+    def rounding(self, uses: Uses) -> Tensor:
+        """Returns a share of `|a| |g|`: by Cauchy and Schwarz, no less than `sum_t |a_t| |g_t|`."""
+        data = summed([factor_norms(wide(_data(use))) for use in uses])
+        gradients = summed([factor_norms(wide(use.gradient)) for use in uses])
+        positions = sum(math.prod(use.gradient.shape[1:-1]) for use in uses)
+        return data.sqrt() * gradients.sqrt() * product_error(positions, data.dtype, data.device)
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
@@ -117,13 +127,14 @@ def _in_memory_order(rows: Tensor) -> Tensor:
 
 
 def _gram_norms(left: Tensor, right: Tensor) -> Tensor | None:  # (B, T, O), (B, T, I) -> (B,)
-    """Returns `sum_ts (l_t . l_s)(r_t . r_s)` (Li et al., arXiv 2110.05679) plus a bound on its rounding error.
+    """Returns `sum_ts (l_t . l_s)(r_t . r_s)` (Li et al., arXiv 2110.05679) plus a bound on its error.
 
     Returns None where the bound is not narrow; see `never_too_small`.
     """
     gram = (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).flatten(1).sum(1)
-    scale: Tensor = (torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)).sum(1).square()
-    return never_too_small(gram, scale, max(left.shape[2], right.shape[2]))
+    lengths = torch.linalg.vector_norm(left, dim=2), torch.linalg.vector_norm(right, dim=2)
+    entries = (left.shape[2], right.shape[2])
+    return never_too_small(gram, lengths, entries, terms=max(entries))
 
 
 class _Bias(Rule):

@@ -42,7 +42,7 @@ def linear_strategy(left: Tensor, right: Tensor, *, budget: int = ROWS_BYTES) ->
     wide_enough = 16.0 if size < 32 * 2**20 else 60.0
     if left.is_cuda:
         wide_enough = float(positions)  # T < dp / (d + p): both are compute-bound there
-    precise = gram_padding(max(outputs, inputs), left.dtype) * positions < NARROW
+    precise = gram_padding(max(outputs, inputs), left.dtype, left.device) * positions < NARROW
     if precise and not tracing() and positions**2 * (outputs + inputs) < wide_enough * outputs * inputs:
         return Strategy.GRAM
     return Strategy.ROWS if size <= min(budget, ROWS_BYTES) else Strategy.TILES

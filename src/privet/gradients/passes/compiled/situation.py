@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from privet.batches.structure import context_of, is_container, parts_of, steps_to
 from privet.batches.tree import is_plain
 from privet.errors import ConfigurationError
+from privet.gradients.precision import eps_in_force
 
 __all__ = ["Place", "form_of", "kinds", "plain_attributes", "surroundings", "tensor_attributes"]
 
@@ -32,7 +33,8 @@ def kinds(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 def surroundings(device: torch.device) -> tuple[Any, ...]:
     """Returns torch's own settings that decide which operations a forward becomes."""
     cast = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if cast else None, torch.get_default_dtype()
+    precision = eps_in_force(torch.float32, device, kind="convolution"), eps_in_force(torch.float32, device)
+    return torch.get_autocast_dtype(device.type) if cast else None, torch.get_default_dtype(), precision
 
 
 def plain_attributes(module: nn.Module) -> tuple[Any, ...]:
