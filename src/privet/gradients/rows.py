@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["factor_norms", "lost", "of_type", "padded", "row_norms", "summed", "weighted_rows", "wide"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 
 
 def wide(t: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def lost(entries: int, dtype: torch.dtype) -> float:
 
     A square below the smallest normal number may become zero, on its own or in a partial sum: twice for each entry.
     """
-    return 2.0 * entries * torch.finfo(dtype).tiny
+    return 2.0 * entries * _TINY[dtype]
 
 
 def factor_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)

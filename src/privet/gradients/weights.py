@@ -23,6 +23,9 @@ from privet.gradients.tracing import tracing
 
 __all__ = ["Policy", "groups_of", "magnification_of", "sensitivity_of", "weights_of"]
 
+_LEAST = torch.finfo(torch.float32).tiny
+"""A weight below this has lost its digits, and may have been rounded up to twice itself: the unit is dropped."""
+
 _SMALL = 2.0**-40
 """A sensitivity below this is too near to the smallest numbers of float32 for sums of its size."""
 
@@ -78,7 +81,8 @@ def weights_of(
 ) -> tuple[Tensor, Tensor | None]:  # (K, B), (B,) bool -> (K, B), (B,) bool
     """Returns the weights, zero for units to be left out, and which these are: None where it is known that none is.
 
-    They are left out if they are dropped, or absent from the start.
+    They are left out if they are dropped, or absent from the start. Where products round their operands
+    (TF32, bfloat16), all weights are a little smaller than the policy's.
 
     Guarantees:
         Whatever the policy, no unit that is kept moves the sum further than its sensitivity, up to rounding: the run
@@ -89,15 +93,27 @@ def weights_of(
         ===============================  ===================================================
         weight negative, NaN, infinite   ConfigurationError
         weight zero                      ConfigurationError: it would be left out in silence
+        weight positive, below 1.2e-38   dropped: it has lost its digits
         moves the sum too far            ConfigurationError
         another shape, or no tensor      ConfigurationError
         the same in a traced graph       dropped: a graph cannot raise
         ===============================  ===================================================
     """
-    dropped = _not_finite(squared)
+    if absent is None and squared.is_cpu and is_proven(policy) and not tracing():
+        weights = policy.weights(squared)  # zero for an infinite norm, NaN for NaN
+        if not weights.numel() or float(weights.min()) >= _LEAST:
+            return _for_products(weights), None
+    return _checked(policy, squared, absent)
+
+
+def _checked(
+    policy: Policy, squared: Tensor, absent: Tensor | None
+) -> tuple[Tensor, Tensor | None]:  # (K, B), (B,) bool -> (K, B), (B,) bool
+    """Returns weights and units to be left out where nothing is known of either; see `weights_of`."""
+    dropped = ~squared.isfinite().all(0)
     if absent is not None:
-        dropped = absent if dropped is None else dropped | absent
-    kept = squared if dropped is None else squared.masked_fill(dropped, 0.0)
+        dropped = dropped | absent
+    kept = squared.masked_fill(dropped, 0.0)
     weights: object = policy.weights(kept)
     if not isinstance(weights, Tensor) or weights.shape != squared.shape or not weights.is_floating_point():
         found = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
@@ -106,34 +122,17 @@ def weights_of(
             f"in each of {squared.shape[0]} groups, of shape {tuple(squared.shape)}. Nothing was released."
         )
     if not is_proven(policy):
-        none = torch.zeros(squared.shape[1:], dtype=torch.bool, device=squared.device)
-        dropped = none if dropped is None else dropped
         dropped = dropped | _wrong(policy, kept, weights, dropped)
-    dropped = _with_lost(weights, dropped)
+    dropped = dropped | (weights < _LEAST).any(0)
+    if squared.is_cpu and not tracing() and not bool(dropped.any()):
+        return _for_products(weights), None
+    return _for_products(weights.masked_fill(dropped, 0.0)), dropped
+
+
+def _for_products(weights: Tensor) -> Tensor:
+    """Returns the weights, made smaller where a product may round both of its operands up."""
     taken = eps_in_force(torch.float32, weights.device)
-    if taken:  # a product may round both of its operands up
-        weights = weights * (1.0 - taken) ** 2
-    return weights if dropped is None else weights.masked_fill(dropped, 0.0), dropped
-
-
-def _with_lost(weights: Tensor, dropped: Tensor | None) -> Tensor | None:  # (K, B), (B,) bool -> (B,) bool
-    """Returns which units are dropped, those with a weight below float32's normal range included.
-
-    Such a weight has lost its digits, and may be rounded up to twice itself.
-    """
-    least = torch.finfo(torch.float32).tiny
-    if dropped is None and weights.is_cpu and not tracing() and (not weights.numel() or float(weights.min()) >= least):
-        return None
-    low = (weights < least).any(0)
-    return low if dropped is None else dropped | low
-
-
-def _not_finite(squared: Tensor) -> Tensor | None:  # (K, B) -> (B,) bool
-    """Returns which units have a norm that is not finite, or None where it costs nothing to see that none has."""
-    finite = squared.isfinite()
-    if squared.is_cpu and not tracing() and bool(finite.all()):
-        return None
-    return ~finite.all(0)
+    return weights * (1.0 - taken) ** 2 if taken else weights
 
 
 def _wrong(policy: Policy, squared: Tensor, weights: Tensor, dropped: Tensor) -> Tensor:  # (B,) bool

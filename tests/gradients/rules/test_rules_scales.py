@@ -13,13 +13,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privet.clipping import Flat
+from privet.gradients import gathered
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.summation import clipped_sum
-from privet.gradients.use import Recorded, Use
+from privet.gradients.use import Allowance, Recorded, Use
+from tests.gradients import rule_cases_more
 from tests.gradients.harness import recorded_of, trainable
 from tests.gradients.rule_cases import CASES, Case, Inputs, Twice, ids, loss, reals
 
@@ -59,6 +63,14 @@ def rescaled(recorded: Recorded, data: Tensor, gradient: Tensor) -> Recorded:  #
 
 def powers(*exponents: float) -> Tensor:
     return torch.tensor([10.0**e for e in exponents], dtype=torch.float64)
+
+
+@pytest.fixture(params=["rows kept", "no row kept"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lets rules keep rows for their sums, or forces each to form its sums from factors."""
+    if request.param != "rows kept":
+        monkeypatch.setattr(gathered, "Allowance", lambda: Allowance(0))
+    return str(request.param)
 
 
 def size(clipped: ClippedSum) -> float:
@@ -147,3 +159,77 @@ def halved(recorded: Recorded, dtype: torch.dtype) -> Recorded:
 
     direct = {name: [one(use) for use in uses] for name, uses in recorded.direct.items()}
     return Recorded(recorded.examples, direct, {d: [one(use) for use in uses] for d, uses in recorded.derived.items()})
+
+
+@given(
+    case=st.sampled_from(ALL),
+    rows=st.lists(st.tuples(st.floats(-45, 38.4), st.floats(-45, 38.4)), min_size=3, max_size=3),
+    bound=st.sampled_from(BOUNDS),
+)
+def test_no_row_disturbs_another(case: Case, rows: list[tuple[float, float]], bound: float) -> None:
+    """Rows of any scale in one batch: none brings a NaN into the sum, and together they move it by their clip norms."""
+    module, recorded = of(case, 3)
+    data, gradients = zip(*rows, strict=True)
+    scaled = rescaled(recorded, powers(*data), powers(*gradients))
+    for name, parameter in trainable(module).items():
+        moved = size(clipped_sum(scaled, {name: parameter}, Flat(bound)))
+        assert moved <= 3 * bound * (1.0 + SLACK), (name, moved / bound)
+
+
+@pytest.mark.parametrize("case", more(), ids=str)
+def test_gradients_of_a_mean_are_scaled_back_before_any_is_lost(case: Case) -> None:
+    module, recorded = of(case, 1)
+    examples = 4096.0
+    for data, gradient in EDGES:
+        scaled = rescaled(recorded, powers(data), powers(gradient) / examples)
+        for name, parameter in trainable(module).items():
+            moved = size(clipped_sum(scaled, {name: parameter}, Flat(1e-3), scale=examples))
+            assert moved <= 1e-3 * (1.0 + SLACK), (name, data, gradient)
+
+
+def cancelling() -> list[Case]:
+    rows: list[tuple[str, Callable[[], nn.Module], Inputs]] = [
+        ("linear", lambda: nn.Linear(64, 48, bias=False), reals((80, 64))),
+        ("few features", lambda: nn.Linear(6, 5, bias=False), reals((80, 6))),
+        ("convolution", lambda: nn.Conv2d(3, 4, (1, 2), bias=False), reals((3, 80, 2))),
+        ("bilinear", lambda: nn.Bilinear(3, 4, 5, bias=False), reals((80, 3), (80, 4))),
+        ("bag", lambda: rule_cases_more.Bag("sum"), repeated),
+    ]
+    return [Case("cancelling", *row) for row in rows]
+
+
+def repeated(examples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns ids of which all are equal, and weights."""
+    return torch.full((examples, 80), 3), torch.randn(examples, 80, dtype=dtype)
+
+
+def folded(t: Tensor, positions: int, *, sign: float, size: float) -> Tensor:
+    """Returns `t` with the second half of its positions equal to the first, times the sign, in a mixed order."""
+    axis = next(k for k, n in enumerate(t.shape) if n == positions and k)
+    half = t.narrow(axis, 0, positions // 2) * size
+    order = torch.randperm(positions, generator=torch.Generator().manual_seed(1))
+    return torch.cat([half, half * sign], dim=axis).index_select(axis, order)
+
+
+@pytest.mark.parametrize("case", cancelling(), ids=str)
+def test_terms_that_cancel_leave_no_more_than_the_clip_norm(case: Case, memory: str) -> None:
+    """All terms of the gradient cancel: norm and sum are of nothing but rounding errors, not of the same ones."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        module = case.module()
+        (parameter,) = trainable(module).values()
+        batch = case.inputs(1, torch.float32)
+        recorded = recorded_of(module, batch, loss)
+        ((name, (use,)),) = recorded.direct.items()
+        first, *others = use.data
+        assert first is not None
+        if first.is_floating_point():
+            data = tuple(folded(d, 80, sign=1.0, size=1.0) for d in use.data if d is not None)
+            gradient = folded(use.gradient, 80, sign=-1.0, size=1e9)
+        else:
+            (weights,) = others
+            assert weights is not None
+            data, gradient = (first, folded(weights, 80, sign=-1.0, size=1e9)), use.gradient
+        uses = {name: [replace(use, data=data, gradient=gradient)]}
+        moved = size(clipped_sum(Recorded(1, uses), {name: parameter}, Flat(1.0)))
+        assert moved <= 1.0 + SLACK, (memory, seed)

@@ -6,6 +6,8 @@ bound on the rounding error is added, and the norm is found in another way where
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ __all__ = ["NARROW", "gram_padding", "never_too_small"]
 
 NARROW = 2e-4
 """How much of a squared norm the bound on its rounding error may be."""
+
+_NOTHING = 1e-20
+"""A bound on a squared norm below this is added unasked: it makes norms below 1e-10 too large, and no others."""
 
 
 def gram_padding(length: int, dtype: torch.dtype, device: torch.device, *, kind: Kind = "matmul") -> float:
@@ -33,20 +38,19 @@ def never_too_small(
 ) -> Tensor | None:  # (R,)
     """Returns the squared norms plus a bound on their rounding error and on what underflow took.
 
-    Returns None where the bound is more than `NARROW` of some norm: then a sum of squares has to be taken instead. The
-    part for underflow is not asked: nothing but it is left of a norm that is as small as that.
+    Returns None where the bound is more than `NARROW` of some norm: then a sum of squares has to be taken instead. A
+    bound below `_NOTHING` is not asked: rows of zeros have one.
 
-    An inner product of n terms loses at most `lost(n)` to underflow, and each norm the root of that. With L and R the
-    sums of the lengths over the positions, these change the double sum by at most `lost(n) R^2 + lost(m) L^2`, and the
-    bound on its rounding by a small part of that. The products of two inner products lose at most `lost(T^2)`.
+    An inner product of n terms loses at most `lost(n)` to underflow, and so does the square of each length. The lengths
+    are raised until the share of their products that is added is more than all of that, whatever it is multiplied by:
+    `share (sum_t (|l_t| + e) |r_t|)^2` is at least `share e^2 (sum_t |r_t|)^2`. Products of inner products underflow,
+    too. That matters only where the sum is next to nothing, and there it is raised.
     """
-    left, right = lengths
-    scale: Tensor = (left * right).sum(1).square()
-    padding = scale * gram_padding(terms, gram.dtype, gram.device, kind=kind)
-    # Rows that are not finite are dropped later, whatever their norm; zero rows have zero padding.
-    if bool(((padding > NARROW * gram) & (scale > 0) & gram.isfinite() & scale.isfinite()).any()):
+    share = gram_padding(terms, gram.dtype, gram.device, kind=kind)
+    left, right = (t + math.sqrt(4.0 * lost(n, gram.dtype) / share) for t, n in zip(lengths, entries, strict=True))
+    padding = (left * right).sum(1).square() * share
+    # Rows that are not finite are dropped later, whatever their norm.
+    if bool(((padding > NARROW * gram + _NOTHING) & gram.isfinite() & padding.isfinite()).any()):
         return None
-    hidden = right.sum(1).square() * (4.0 * lost(entries[0], gram.dtype))
-    hidden += left.sum(1).square() * (4.0 * lost(entries[1], gram.dtype))
-    norms: Tensor = (gram + lost(left.shape[1] ** 2, gram.dtype)).clamp(min=0) + padding + hidden
+    norms: Tensor = gram.clamp(min=1e5 * lost(left.shape[1] ** 2, gram.dtype)) + padding
     return norms
