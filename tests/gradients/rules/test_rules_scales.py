@@ -194,6 +194,8 @@ def cancelling() -> list[Case]:
         ("convolution", lambda: nn.Conv2d(3, 4, (1, 2), bias=False), reals((3, 80, 2))),
         ("bilinear", lambda: nn.Bilinear(3, 4, 5, bias=False), reals((80, 3), (80, 4))),
         ("bag", lambda: rule_cases_more.Bag("sum"), repeated),
+        ("embedding", lambda: nn.Embedding(7, 5), lambda n, dtype: repeated(n, dtype)[:1]),
+        ("embedding of few repeated ids", lambda: nn.Embedding(200, 70), rarely),
     ]
     return [Case("cancelling", *row) for row in rows]
 
@@ -203,7 +205,14 @@ def repeated(examples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.full((examples, 80), 3), torch.randn(examples, 80, dtype=dtype)
 
 
-def folded(t: Tensor, positions: int, *, sign: float, size: float) -> Tensor:
+def rarely(examples: int, dtype: torch.dtype) -> tuple[Tensor]:
+    """Returns ids of which few are equal."""
+    places = torch.arange(80).expand(examples, 80).clone()
+    places[:, 70:] = places[:, 60:70]
+    return (places,)
+
+
+def folded(t: Tensor, positions: int, *, sign: int, size: int) -> Tensor:
     """Returns `t` with the second half of its positions equal to the first, times the sign, in a mixed order."""
     axis = next(k for k, n in enumerate(t.shape) if n == positions and k)
     half = t.narrow(axis, 0, positions // 2) * size
@@ -223,13 +232,13 @@ def test_terms_that_cancel_leave_no_more_than_the_clip_norm(case: Case, memory: 
         ((name, (use,)),) = recorded.direct.items()
         first, *others = use.data
         assert first is not None
-        if first.is_floating_point():
-            data = tuple(folded(d, 80, sign=1.0, size=1.0) for d in use.data if d is not None)
-            gradient = folded(use.gradient, 80, sign=-1.0, size=1e9)
+        if first.is_floating_point() or not others:
+            data = tuple(folded(d, 80, sign=1, size=1) for d in use.data if d is not None)
+            gradient = folded(use.gradient, 80, sign=-1, size=10**9)
         else:
             (weights,) = others
             assert weights is not None
-            data, gradient = (first, folded(weights, 80, sign=-1.0, size=1e9)), use.gradient
+            data, gradient = (first, folded(weights, 80, sign=-1, size=10**9)), use.gradient
         uses = {name: [replace(use, data=data, gradient=gradient)]}
         moved = size(clipped_sum(Recorded(1, uses), {name: parameter}, Flat(1.0)))
         assert moved <= 1.0 + SLACK, (memory, seed)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.rows import wide
+from privet.gradients.precision import product_error
+from privet.gradients.rows import padded, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.pool import scratch
 from privet.gradients.rules.registry import Call, handles
@@ -115,7 +116,8 @@ def segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B,
 
     A map from entry to position, written in any order, gives each id one representative position: whichever wrote
     last. Only places just written are read, so the map is never cleared. Positions that are their own representative
-    and represent no other are squared as they are.
+    and represent no other are squared as they are. Where positions are added up, the weighted sum will do so in another
+    order, and the norms are padded for that.
     """
     rows, positions, features = gradient.shape
     own = torch.arange(positions, dtype=torch.int32, device=ids.device).expand(rows, positions).contiguous()
@@ -126,19 +128,28 @@ def segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B,
     if repeated is None or count > _MANY_REPEATED * flat.shape[0]:
         starts = torch.arange(rows, device=ids.device).unsqueeze(1) * positions
         sums = scratch(flat.shape, flat).zero_().index_add_(0, (representative + starts).flatten(), flat)
-        return _squares(sums).view(rows, positions).sum(1)
+        return _reordered(_squares(sums).view(rows, positions), _squares(flat).view(rows, positions))
     own_copy = flat.data_ptr() != gradient.data_ptr()  # so it is where one gradient is spread over the positions
     if count and own_copy:
-        heads = _heads(representative, repeated, positions)
+        heads, before = _heads(representative, repeated, positions), _squares(flat)
         flat.index_add_(0, heads, flat[repeated])
-        return _squares(flat).index_fill_(0, repeated, 0.0).view(rows, positions).sum(1)
+        after = _squares(flat).index_fill_(0, repeated, 0.0)
+        return _reordered(after.view(rows, positions), before.view(rows, positions))
     squares = _squares(flat)
-    if count:
-        heads = _heads(representative, repeated, positions)
-        heads, place = torch.unique(heads, return_inverse=True)
-        sums = flat[heads].index_add_(0, place, flat[repeated])
-        squares = squares.index_fill(0, repeated, 0.0).index_copy(0, heads, _squares(sums))
-    return squares.view(rows, positions).sum(1)
+    if not count:
+        return squares.view(rows, positions).sum(1)
+    heads = _heads(representative, repeated, positions)
+    heads, place = torch.unique(heads, return_inverse=True)
+    sums = flat[heads].index_add_(0, place, flat[repeated])
+    after = squares.index_fill(0, repeated, 0.0).index_copy(0, heads, _squares(sums))
+    return _reordered(after.view(rows, positions), squares.view(rows, positions))
+
+
+def _reordered(after: Tensor, before: Tensor) -> Tensor:  # (B, T), (B, T) -> (B,)
+    """Returns the squared norms, padded for sums of terms of the sizes `before` that are added up in another order."""
+    positions = after.shape[1]
+    share = math.sqrt(positions) * product_error(positions, after.dtype, after.device)
+    return padded(after.sum(1), before.sum(1).sqrt() * share)
 
 
 def _heads(representative: Tensor, repeated: Tensor, positions: int) -> Tensor:  # (N,): indices over (B, T)
