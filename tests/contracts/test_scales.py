@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from privet.clipping import Automatic, ClippingPolicy, Flat
+from privet.gradients.rows import row_norms
+from privet.gradients.rules import gram, linear
 from tests.contracts.doors import distance, explicit_sum, paper_sum
 
 WAYS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -126,3 +128,16 @@ def test_the_clip_norm_may_be_of_any_size(way: str, bound: float) -> None:
     size = moved(way, attack, Flat(bound))
     assert size <= 1.0 + 1e-3
     assert size >= 0.999 * min(1.0, 2.0 * (3 * (1 + 9 * 0.25)) ** 0.5 / bound)
+
+
+def test_a_weight_that_lost_its_digits_drops_the_example() -> None:
+    """A weight of 1e-43 would be known to one or two digits, and might be rounded up."""
+    assert moved("explicit", Attack(lambda: nn.Linear(9, 3), (9,), 1.0, 1e12, 1e-30), Flat(1e-30)) == 0.0
+
+
+def test_these_tests_would_see_squares_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "factor_norms", row_norms)
+    for name in ("linear, one feature", "linear, many features", "a product"):
+        assert moved("explicit", ATTACKS[name], Flat(1e-4)) > 2.0, name
+    monkeypatch.setattr(gram, "lost", lambda entries, dtype: 0.0)
+    assert moved("explicit", ATTACKS["linear of sequences"], Flat(1e-4)) > 2.0
