@@ -37,7 +37,8 @@ LAYERS = {
         ("__main__",),
     ),
     "gradients": (
-        ("derived", "layout", "precision", "rows", "tracing"),
+        ("derived", "layout", "precision", "tracing"),
+        ("rows",),
         ("use",),
         ("rules",),
         ("clipped_sum", "weights"),

@@ -50,19 +50,20 @@ def product_error(terms: int, dtype: torch.dtype, device: torch.device, *, kind:
 
 def _matmul(device: torch.device) -> str:
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    return _setting(backend, "matmul", legacy=torch.backends.cuda.matmul.allow_tf32)
+    return _setting(backend, "matmul")
 
 
 def _convolution(device: torch.device) -> str:
     backend: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
-    return _setting(backend, "conv", legacy=torch.backends.cudnn.allow_tf32)
+    return _setting(backend, "conv")
 
 
-def _setting(backend: Any, operation: str, *, legacy: bool) -> str:
+def _setting(backend: Any, operation: str) -> str:
     """Returns what torch says of an operation of a backend: "ieee", "none", "tf32" or "bf16"."""
-    found = getattr(getattr(backend, operation, None), "fp32_precision", None)
+    found: str | None = getattr(getattr(backend, operation, None), "fp32_precision", None)
     if found is not None:
-        return str(found)
+        return found
     # Before torch 2.9 there is one setting for all matrix products, and a switch for each library of the GPU.
     slow = {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
-    return "tf32" if legacy and slow == "ieee" else slow
+    switched = torch.backends.cuda.matmul.allow_tf32 if operation == "matmul" else torch.backends.cudnn.allow_tf32
+    return "tf32" if switched and slow == "ieee" else slow

@@ -5,13 +5,16 @@ Axes: R rows, any axes after them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["factor_norms", "lost", "of_type", "padded", "row_norms", "summed", "weighted_rows", "wide"]
+from privet.gradients.tracing import tracing
+
+__all__ = ["factor_norms", "lost", "of_type", "padded", "raised", "row_norms", "summed", "weighted_rows", "wide"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
@@ -60,16 +63,26 @@ def factor_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
         ==========================  ==============================================
     """
     squares = row_norms(rows)
-    return squares + lost(math.prod(rows.shape[1:]), squares.dtype)
+    return raised(squares, lost(math.prod(rows.shape[1:]), squares.dtype))
 
 
-def padded(squared: Tensor, rounding: Tensor) -> Tensor:  # (R,), (R,) -> (R,)
-    """Returns the squared norms with twice the rounding error added to the norms.
+def raised(t: Tensor, by: float) -> Tensor:
+    """Returns `t + by`. A tensor is kept for each number: making one of it would take longer than the sum."""
+    return t + (by if tracing() else _constant(by, t.dtype, t.device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
+def padded(squared: Tensor, sizes: Tensor, error: float = 1.0) -> Tensor:  # (R,), (R,) -> (R,)
+    """Returns the squared norms with twice the rounding error added to the norms: `error` of the sizes of their terms.
 
     A norm and a weighted sum that are formed from the same factors in two ways are of numbers that differ: by the
     rounding errors of both, which are relative to the sizes of the terms and not to their sum.
     """
-    return (squared.sqrt() + 2.0 * rounding).square()
+    return torch.add(squared.sqrt(), sizes, alpha=2.0 * error).square()
 
 
 def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.gathered import gathered
-from privet.gradients.rows import lost, of_type
+from privet.gradients.rows import lost, of_type, raised
 from privet.gradients.use import Allowance, Owner, Recorded
 from privet.gradients.weights import Policy, groups_of, magnification_of, sensitivity_of, weights_of
 
@@ -183,7 +183,7 @@ def _group_norms(
     total = torch.stack(norms).sum(0) if len(norms) > 1 else norms[0]
     # A square below the smallest number counts as zero, and too small a norm gets too large a weight. What all entries
     # may have lost is added, each in the type that squared it.
-    return total + sum(lost(p.numel(), norm.dtype) for norm, p in group)
+    return raised(total, sum(lost(p.numel(), norm.dtype) for norm, p in group))
 
 
 def statistics_of(squared: Tensor, left_out: Tensor | None, absent: Tensor | None) -> dict[str, Tensor]:

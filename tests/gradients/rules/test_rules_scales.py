@@ -252,6 +252,6 @@ def test_terms_that_cancel_leave_no_more_than_the_clip_norm(case: Case) -> None:
 
 def test_the_test_above_would_see_norms_that_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     for family in (bag, convolution, embedding, linear):
-        monkeypatch.setattr(family, "padded", lambda squared, rounding: squared)
+        monkeypatch.setattr(family, "padded", lambda squared, *sizes: squared)
     monkeypatch.setattr(gathered, "Allowance", lambda: Allowance(0))
     assert max(map(largest_rest, cancelling())) > 1.0 + SLACK

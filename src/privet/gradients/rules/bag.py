@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
 from privet.gradients.precision import product_error
-from privet.gradients.rows import factor_norms, lost, of_type, padded, row_norms, summed, wide
+from privet.gradients.rows import factor_norms, lost, of_type, padded, raised, row_norms, summed, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.embedding import refuse_options, segment_norms, segment_rows
 from privet.gradients.rules.registry import Call, handles
@@ -84,7 +84,7 @@ class _Summed(Rule):
         entries = uses.shape[0]
         if len(uses) == 1 and ids.shape[1] == 1:  # one bag: the norm of an outer product
             by_entry = segment_norms(ids[:, 0], coefficients[:, 0].unsqueeze(2), entries)
-            by_entry = by_entry + lost(ids.shape[2], by_entry.dtype)
+            by_entry = raised(by_entry, lost(ids.shape[2], by_entry.dtype))
             return padded(by_entry * factor_norms(gradient), self.rounding(uses))
         size = 4 * (entries + sum(math.prod(use.data[0].shape[1:]) for use in uses if use.data[0] is not None))
         chunks = row_chunks(uses.rows, size * (1 + uses.shape[1]))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from privet.gradients.layout import Layout
 from privet.gradients.precision import product_error
-from privet.gradients.rows import factor_norms, lost, of_type, summed, wide
+from privet.gradients.rows import factor_norms, lost, of_type, raised, summed, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.linear import Linear
 from privet.gradients.rules.registry import Call, handles
@@ -42,7 +42,7 @@ def _inputs(use: Use) -> tuple[Tensor, Tensor]:
 def _outer_norms(x: Tensor, z: Tensor) -> Tensor:  # (B, T, I), (B, T, J) -> (B,)
     """Returns the squared norms of the outer product, which is a factor itself; see `factor_norms`."""
     norms = factor_norms(x) * factor_norms(z)
-    return norms + lost(x[0].numel() * z.shape[2] if len(x) else 0, norms.dtype)
+    return raised(norms, lost(math.prod(x.shape[1:]) * z.shape[2], norms.dtype))
 
 
 def _as_linear(use: Use) -> Use:

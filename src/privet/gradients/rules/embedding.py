@@ -149,7 +149,7 @@ def _reordered(after: Tensor, before: Tensor) -> Tensor:  # (B, T), (B, T) -> (B
     """Returns the squared norms, padded for sums of terms of the sizes `before` that are added up in another order."""
     positions = after.shape[1]
     share = math.sqrt(positions) * product_error(positions, after.dtype, after.device)
-    return padded(after.sum(1), before.sum(1).sqrt() * share)
+    return padded(after.sum(1), before.sum(1).sqrt(), share)
 
 
 def _heads(representative: Tensor, repeated: Tensor, positions: int) -> Tensor:  # (N,): indices over (B, T)

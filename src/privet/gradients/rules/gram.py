@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from privet.gradients.precision import Kind, product_error
-from privet.gradients.rows import lost
+from privet.gradients.rows import lost, raised
 
 __all__ = ["NARROW", "gram_padding", "never_too_small"]
 
@@ -47,7 +47,9 @@ def never_too_small(
     too. That matters only where the sum is next to nothing, and there it is raised.
     """
     share = gram_padding(terms, gram.dtype, gram.device, kind=kind)
-    left, right = (t + math.sqrt(4.0 * lost(n, gram.dtype) / share) for t, n in zip(lengths, entries, strict=True))
+    left, right = (
+        raised(t, math.sqrt(4.0 * lost(n, gram.dtype) / share)) for t, n in zip(lengths, entries, strict=True)
+    )
     padding = (left * right).sum(1).square() * share
     # Rows that are not finite are dropped later, whatever their norm.
     if bool(((padding > NARROW * gram + _NOTHING) & gram.isfinite() & padding.isfinite()).any()):
