@@ -48,7 +48,9 @@ LAYERS = {
         ("passes",),
     ),
     "training": (
-        ("billing", "criterion", "divisor", "logical_sum", "optimizers", "parameters", "performance"),
+        ("ranks",),
+        ("criterion", "divisor", "handed_over", "optimizers", "parameters", "performance", "riding_ledger"),
+        ("billing", "logical_sum"),
         ("update",),
         ("checkpoint", "materialised", "virtual_steps"),
         ("door", "private_module"),
@@ -106,7 +108,7 @@ PRIVILEGES = {
         HOOKS,
         ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could
     ),
-    "talks to other ranks": ({"torch.distributed", "distributed"}, ()),
+    "talks to other ranks": ({"torch.distributed", "distributed"}, ("training/ranks.py",)),
     # The coverage check asks gradients random questions, and an audit tosses coins; nothing of what they draw protects.
     "draws randomness": (DRAWING, ("noise/", "sampling/", "gradients/capture/coverage.py", "audit/")),
     "prints": ({"print", "rich", "pprint", "stdout"}, ("cli/",)),

@@ -18,6 +18,7 @@ from privet.batches.count import count_examples
 from privet.batches.cut import cut_rows
 from privet.batches.fill import fill_rows
 from privet.batches.out_of_memory import is_out_of_memory
+from privet.batches.tree import tensors_in
 from privet.errors import ConfigurationError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
@@ -170,7 +171,7 @@ class PrivateStep(Door):
             also=lambda inputs: refuse_mixing(self._loss, (inputs,), {}),
         )
         optimizer.zero_grad(set_to_none=True)
-        self._update.attach(optimizer)
+        self._update.attach(model, optimizer)
 
     def _updates(self) -> Sequence[PrivateUpdate]:
         return [self._update]
@@ -265,6 +266,7 @@ class PrivateStep(Door):
         """
         examples = count_examples(batch)
         self._first.trains(refuse_thawed(self.model, self._update.parameters))
+        self._update.recognize(tensors_in(batch), anew=True)
         losses, clipped = self._summed(batch, examples)
         self._update.receive(clipped, examples=examples)
         try:

@@ -105,18 +105,6 @@ def test_a_partition_is_billed_by_the_pass_whatever_is_left_out() -> None:
     assert run.engine.ledger.steps == 1
 
 
-def test_a_batch_of_ones_own_in_its_place_is_billed_once() -> None:
-    run = Run()
-
-    def train() -> None:
-        for _ in run.loader:
-            run.step(torch.randn(100, 3))
-
-    with pytest.warns(UserWarning, match="did not come"):
-        train()
-    assert run.counts() == {"GaussianEvent": 5}
-
-
 def test_physical_batches_of_a_logical_one_are_no_batches_left_out() -> None:
     run = Run()
     with BatchMemoryManager(data_loader=run.loader, max_physical_batch_size=2, optimizer=run.optimizer) as parts:

@@ -368,11 +368,11 @@ def test_a_logical_batch_that_was_given_up_is_in_no_other_sum() -> None:
             gathered.announce(
                 BatchTicket(step=index, index=index, passes=1, size=4, first=place == 0, last=value == 100.0)
             )
-            gathered.receive(part_of(value), examples=4)
+            gathered.receive(part_of(value), examples=4, match=None)
             if value != 100.0:
                 gathered.accumulate()
     gathered.require()
-    assert gathered.ticket() is not None
+    assert gathered.match() is not None
     assert gathered.take().values["p"].tolist() == [110.0, 110.0]
     assert not gathered.begun
 
@@ -380,8 +380,8 @@ def test_a_logical_batch_that_was_given_up_is_in_no_other_sum() -> None:
 def test_a_logical_batch_that_begins_in_the_middle_is_not_called_whole() -> None:
     gathered = LogicalSum()
     gathered.announce(BatchTicket(step=0, index=0, passes=1, size=4, first=False, last=True))
-    gathered.receive(part_of(1.0), examples=4)
-    assert gathered.ticket() is None
+    gathered.receive(part_of(1.0), examples=4, match=None)
+    assert gathered.match() is None
 
 
 # -- calls out of order ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from privet.accounting.event import Event
 from privet.errors import ConfigurationError
 from privet.noise.keystream import Keystream
+from privet.sampling.recognition import Leaves
 
 __all__ = ["BatchTicket", "Sampling", "refuse_change"]
 
@@ -104,6 +105,13 @@ class BatchTicket:
     source: int = field(
         default=0, compare=False
     )  # which loader it is of; a loader that was set back has another number than before
+    ends_pass: bool = field(default=False, compare=False)  # whether no logical batch of its pass comes after it
+    leaves: Leaves | None = field(default=None, compare=False, repr=False)  # by which its tensors are recognized
+
+    @property
+    def whole(self) -> bool:
+        """Returns whether it is of a logical batch in one piece."""
+        return self.first and self.last
 
     @property
     def pass_key(self) -> tuple[int, int]:

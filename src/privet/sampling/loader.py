@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from privet._checks import check_count
 from privet.errors import ProtocolError
 from privet.sampling.base import BatchTicket, Sampling, refuse_change
 from privet.sampling.empty import EmptyBatch
+from privet.sampling.recognition import Leaves
 from privet.sampling.sampler import Drawn, LogicalBatches
 
 __all__ = ["PrivateLoader"]
@@ -96,7 +98,7 @@ class PrivateLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for ticket, batch in self.drawn():
-            self.announce(ticket)
+            self.announce(ticket, batch)
             yield batch
 
     def drawn(self, most: Callable[[], int | None] | None = None) -> Iterator[tuple[BatchTicket, Any]]:
@@ -134,10 +136,12 @@ class PrivateLoader(DataLoader[Any]):
             last=found.last,
             sampling=found.sampling,
             source=self._source,
+            ends_pass=found.place == len(self._batches) - 1,
         )
 
-    def announce(self, ticket: BatchTicket) -> None:
+    def announce(self, ticket: BatchTicket, batch: Any) -> None:
         """Tells the listeners of a batch that is handed over now, and counts it if it ends a logical batch."""
+        ticket = replace(ticket, leaves=Leaves(batch))
         if ticket.last:
             self._steps_done = max(self._steps_done, ticket.step + 1)
             if (

@@ -5,6 +5,8 @@
     the first step in a pass, billed by the pass             the event of the pass; later steps of it are paid for
     a step on any other batch                                a release without amplification, with a warning
     a batch of the pass was left out before this step        its event too, with a warning and a mark
+    batches are read ahead                                   each is due once: with its step, or before it where it
+                                                             cannot be told from the batch of an earlier step
     a pass that is left early, or that no step is taken in   nothing
 
 Every loader counts its passes from 1, so a pass is known by its loader and its number, never by the number alone.
@@ -13,14 +15,17 @@ Every loader counts its passes from 1, so a pass is known by its loader and its 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 
 from privet.accounting.event import Event
 from privet.accounting.role import LedgerLike
 from privet.mechanism import Mechanism
-from privet.sampling.base import BatchTicket, Sampling
+from privet.sampling.base import BatchTicket
+from privet.training.handed_over import HandedOver, Match, Waiting
 
 __all__ = ["Billing"]
+
+_PASSES = 8
+"""How many passes are remembered as paid. One that goes on after that is billed again."""
 
 
 class Billing:
@@ -32,60 +37,48 @@ class Billing:
 
     def __init__(self, ledger: LedgerLike) -> None:
         self.ledger = ledger
-        self._pass: tuple[int, int] | None = None  # the pass that the last batch is of
-        self._left_out: dict[tuple[int, int], Counter[Sampling | None]] = {}  # batches of each pass, by their sampling
-        self._paid: tuple[tuple[int, int], Event] | None = None  # the last pass that was written, and its event
+        self.handed_over = HandedOver()
+        self._paid: dict[tuple[int, int], Event] = {}  # the passes that were written lately, and their events
         self._warned: set[str] = set()
 
-    def announced(self, ticket: BatchTicket, *, given_up: BatchTicket | None) -> None:
-        """Takes note of a batch that is handed over, and of the batch before it, if no step was taken on that."""
-        if given_up is not None and not given_up.of_same_batch(ticket):
-            self.given_up(given_up)
-        self._pass = ticket.pass_key
-
-    def given_up(self, ticket: BatchTicket) -> None:
-        """Takes note of a batch that no step is taken on. It is due when a later one of its pass is trained on."""
-        self._left_out.setdefault(ticket.pass_key, Counter())[ticket.sampling] += 1
-
-    def begin(self, mechanism: Mechanism, ticket: BatchTicket | None) -> None:
+    def begin(self, mechanism: Mechanism, match: Match | None, *, parts_of: BatchTicket | None = None) -> None:
         """Writes everything that a step makes due. Call it before the noise is drawn.
 
         Args:
             mechanism: what the step releases.
-            ticket: of the batch, if it is a whole, fresh batch of a private loader.
+            match: the batch that the step is on, if it is a whole, fresh batch of a private loader.
+            parts_of: the batch that only parts of are in the step, where it is not whole.
 
         Raises:
             BudgetExceededError: if something of it would exceed the budget. What was written before that stays.
         """
-        event = self._event(mechanism, ticket)
-        self._begin_left_out(mechanism)
-        if event is not None:
-            self.ledger.begin(event)
-            if ticket is not None:
-                self._paid = ticket.pass_key, event
+        if match is None:
+            self._warn(
+                "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
+                "as a Gaussian release without amplification by sampling, in which each example is in one row. Train "
+                "on the loader that make_private returned, one step for each of its batches."
+            )
+            key = self.handed_over.current_pass if parts_of is None else parts_of.pass_key
+            self._begin_left_out(mechanism, key, before=parts_of)
+            self.ledger.begin(mechanism.noise.event)
+            if parts_of is not None:
+                self.handed_over.take(parts_of)
+            return
+        self._begin_left_out(mechanism, match.ticket.pass_key, before=match.ticket)
+        if len(match.possible) > 1:
+            self._begin_in_doubt(mechanism, match)
+        waiting = self.handed_over.find(match.ticket)
+        self._pay(mechanism, Waiting(match.ticket) if waiting is None else waiting)
+        self.handed_over.take(match.ticket)
 
     def resumed(self) -> None:
         """Forgets which pass was paid for: a pass that goes on after a resume is billed again."""
-        self._paid = None
+        self._paid.clear()
 
-    def _event(self, mechanism: Mechanism, ticket: BatchTicket | None) -> Event | None:
-        """Returns the event of the step, or None if the pass that it is part of is written already."""
-        if ticket is None:
-            self._warn(
-                "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
-                "as a Gaussian release without amplification by sampling. Train on the loader that make_private "
-                "returned, one step for each of its batches."
-            )
-            return mechanism.noise.event
-        drawn = mechanism.drawn_under(ticket.sampling)
-        event = drawn.event(1)
-        paid = drawn.sampling.billed_per == "pass" and self._paid == (ticket.pass_key, event)
-        return None if paid else event
-
-    def _begin_left_out(self, mechanism: Mechanism) -> None:
+    def _begin_left_out(self, mechanism: Mechanism, key: tuple[int, int] | None, *, before: BatchTicket | None) -> None:
         """Bills batches that were left out in the middle of a pass as if they had been trained on, and says so."""
-        left_out = None if self._pass is None else self._left_out.get(self._pass)
-        if not left_out:
+        left_out = [w for w in self.handed_over.of_pass(key) if before is None or w.ticket.index < before.index]
+        if all(waiting.told for waiting in left_out):
             return
         self._warn(
             "batches of the private loader were left out, and a later one of the same pass was trained on. They are "
@@ -93,13 +86,36 @@ class Billing:
             "does not cover it. Take a step on every batch: one that is empty is a step like any other."
         )
         self.ledger.mark("batches left out")
-        for sampling in list(left_out):
-            drawn = mechanism.drawn_under(sampling)
-            while left_out[sampling]:
-                if drawn.sampling.billed_per == "step":
-                    self.ledger.begin(drawn.event(1))  # one by one: a budget may be met in the middle
-                left_out[sampling] -= 1
-            del left_out[sampling]
+        for waiting in left_out:
+            self._pay(mechanism, waiting)
+            waiting.told = True
+
+    def _begin_in_doubt(self, mechanism: Mechanism, match: Match) -> None:
+        """Bills all batches that the step may be on, and says that it cannot be told on which it is."""
+        self._warn(
+            "batches are read ahead, or left out: several batches of one size wait, and the one that is trained on is "
+            "in new tensors, so that it cannot be told which it is. All of them are billed, each once. If none is left "
+            "out, epsilon is right. To be sure, hand the loader's own tensors to the model, or read no batch ahead."
+        )
+        self.ledger.mark("batches read ahead or left out")
+        for last in match.possible:
+            for waiting in self.handed_over.of_pass(last.pass_key):
+                if waiting.ticket.index <= last.index:
+                    self._pay(mechanism, waiting)
+
+    def _pay(self, mechanism: Mechanism, waiting: Waiting) -> None:
+        """Bills a batch, with its step or before it, unless it, or the pass that it is part of, is written already."""
+        drawn = mechanism.drawn_under(waiting.ticket.sampling)
+        event, key = drawn.event(1), waiting.ticket.pass_key
+        if drawn.sampling.billed_per == "pass":
+            if self._paid.get(key) != event:
+                self.ledger.begin(event)
+                self._paid[key] = event
+                for old in list(self._paid)[:-_PASSES]:
+                    del self._paid[old]
+        elif waiting.paid != event:
+            self.ledger.begin(event)  # one by one: a budget may be met in the middle
+            waiting.paid = event
 
     def _warn(self, message: str) -> None:
         """Warns once of each thing."""

@@ -9,6 +9,9 @@ It is secret, and held by the update alone. A logical batch that came in one pie
     a part on which no step was taken                   its examples count as absent; the batch is not called sampled
     a new logical batch before the last one was whole   what was gathered of that is forgotten
     a batch that no loader announced                    a sum of its own, not called sampled
+
+A batch in one piece has its part from its backward on, for it may have been read ahead: which batch a backward is on
+is found by `HandedOver`. Physical batches are handed over one by one, each just before its backward.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from privet.errors import ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
 from privet.sampling.base import BatchTicket
+from privet.training.handed_over import Match
 
 __all__ = ["LogicalSum"]
 
@@ -27,6 +31,7 @@ class _Part:
     """A physical batch: its ticket if a loader announced it, and its sum from its backward until its step."""
 
     ticket: BatchTicket | None
+    match: Match | None = None  # of a batch in one piece
     summed: ClippedSum | None = None
     sampled: bool = False  # whether its backward was on as many examples as were announced
     stepped: bool = False  # whether its sum was added to those of the parts before
@@ -42,6 +47,7 @@ class LogicalSum:
     def __init__(self) -> None:
         self._parts: list[_Part] = []
         self._gathered: ClippedSum | None = None  # the sum of all parts whose step was taken
+        self._at_hand: BatchTicket | None = None  # what was handed over last
 
     # -- what is known of the batch ----------------------------------------------------------------------------------
 
@@ -63,66 +69,91 @@ class LogicalSum:
     @property
     def unfinished(self) -> bool:
         """Returns whether parts of the logical batch are still to be handed over."""
-        ticket = self._parts[-1].ticket if self._parts else None
-        return ticket is not None and not ticket.last
+        return self._at_hand is not None and not self._at_hand.last
 
-    def ticket(self) -> BatchTicket | None:
-        """Returns the ticket of the batch if it was sampled, and its sum is of all of it and of nothing else."""
-        first = self._parts[0].ticket if self._parts else None
-        last = self._current
-        if first is None or not first.first or last is None or last.ticket is None or not last.ticket.last:
+    @property
+    def physical(self) -> bool:
+        """Returns whether what was handed over last is a part of a logical batch."""
+        return self._at_hand is not None and not self._at_hand.whole
+
+    def match(self) -> Match | None:
+        """Returns which batch the sum is of, if that was sampled, and the sum is of all of it and of nothing else."""
+        last = self._parts[-1] if self._parts else None
+        if last is None or last.stepped or last.ticket is None:
             return None
-        whole = all(part.sampled and (part.stepped or part is last) for part in self._parts)
-        return last.ticket if whole else None
+        if len(self._parts) == 1 and last.ticket.whole:
+            return last.match
+        parts = [part for part in self._parts if part.ticket is not None and part.ticket.of_same_batch(last.ticket)]
+        first = parts[0].ticket
+        if len(parts) < len(self._parts) or first is None or not first.first or not last.ticket.last:
+            return None
+        whole = all(part.sampled and (part.stepped or part is last) for part in parts)
+        return Match.certain(last.ticket) if whole else None
+
+    @property
+    def parts_of(self) -> BatchTicket | None:
+        """Returns the ticket of the batch that the sum holds parts of, if a loader handed it over."""
+        return next((part.ticket for part in reversed(self._parts) if part.ticket is not None), None)
 
     # -- what happens to it ------------------------------------------------------------------------------------------
 
-    def announce(self, ticket: BatchTicket) -> BatchTicket | None:
-        """Takes note of a batch that the private loader is about to hand over.
-
-        Returns the ticket of the logical batch before it, if that is given up for it: no step was taken on it.
-        """
-        before = self._parts[-1].ticket if self._parts else None
+    def announce(self, ticket: BatchTicket) -> None:
+        """Takes note of a batch that the private loader is about to hand over."""
+        before, self._at_hand = self._at_hand, ticket
         if before is not None and before.of_same_batch(ticket) and not ticket.first:
             self._parts.append(_Part(ticket))
-            return None
+            return
         # A sum that waits stays, although its batch is given up: to lose it without a word would hide a mistake in the
         # loop, such as gradients that are accumulated over batches. The next backward or step finds it and says so.
         waiting = [part for part in self._parts if part.summed is not None]
-        self._parts, self._gathered = [*waiting, _Part(ticket)], None
-        return before
+        self._parts, self._gathered = [*waiting, *([] if ticket.whole else [_Part(ticket)])], None
 
-    def receive(self, clipped: ClippedSum, *, examples: int) -> None:
-        """Takes the sum of one backward.
-
-        Raises:
-            ProtocolError: if another sum still waits, or this is not the sum of the part that was handed over.
-        """
+    def refuse_second(self) -> None:
+        """Raises if the sum of another backward still waits."""
         if self.pending:
             raise ProtocolError(
                 "a second backward came before the optimizer's step. Expected one backward for each step: add the "
                 "losses and call backward once, or use virtual steps to accumulate physical batches."
             )
-        part = self._current
-        sampled = part is not None and part.ticket is not None and part.ticket.size == examples
-        ticket = self._parts[-1].ticket if self._parts else None
-        if ticket is not None and not (ticket.first and ticket.last) and not sampled:
+
+    def receive(self, clipped: ClippedSum, *, examples: int, match: Match | None) -> None:
+        """Takes the sum of one backward.
+
+        Args:
+            clipped: the sum.
+            examples: its rows.
+            match: the batch in one piece that it is of; None for physical batches and those of the user's own.
+
+        Raises:
+            ProtocolError: if another sum still waits, or this is not the sum of the part that was handed over.
+        """
+        self.refuse_second()
+        if not self.physical:
+            self._parts = [_Part(None if match is None else match.ticket, match, clipped, sampled=True)]
+            return
+        part, ticket = self._current, self._at_hand
+        assert ticket is not None
+        if part is None or part.ticket is None or part.ticket.size != examples:
             found = "a second backward on it" if part is None else f"a backward on {examples} examples"
             raise ProtocolError(
                 f"a physical batch of {ticket.size} examples got {found}: an example could be in the sum twice. "
                 "Expected one forward, backward and step on each physical batch, just as it was handed over."
             )
-        if part is None:  # a batch of the user's own
-            part = _Part(None)
-            self._parts.append(part)
-        part.summed, part.sampled = clipped, sampled
+        part.summed, part.sampled = clipped, True
 
     def accumulate(self) -> None:
         """Adds the sum that waits to those of the parts before; nothing is released.
 
         Raises:
-            ProtocolError: if no sum waits.
+            ProtocolError: if no sum waits, or it is of another logical batch than the one at hand.
         """
+        ticket, at_hand = self._waiting().ticket, self._at_hand
+        if at_hand is None or ticket is None or not ticket.of_same_batch(at_hand):
+            raise ProtocolError(
+                "the sum that waits is of an earlier batch than the physical batch at hand: added up, an example of "
+                "both would count twice. Expected the step of each batch before the next one is handed over. Call "
+                "optimizer.step() right after backward."
+            )
         self._gathered = self._total()
 
     def take(self) -> ClippedSum:
@@ -163,6 +194,11 @@ class LogicalSum:
 
     def retract(self) -> bool:
         """Forgets the part that was handed over last. Returns whether it has left nothing, and may come again."""
+        if self._at_hand is None:
+            return False
+        if self._at_hand.whole:
+            self._parts = []
+            return True
         part = self._current
         if part is None or part.ticket is None:
             return False
@@ -173,10 +209,8 @@ class LogicalSum:
         """Forgets the sum of the last backward, and lets its part be trained on again: nothing of it was released."""
         for part in self._parts:
             part.summed, part.sampled = None, part.sampled and part.stepped
-        self._parts = [part for part in self._parts if part.ticket is not None]
+        self._parts = [part for part in self._parts if part.ticket is not None and not part.ticket.whole]
 
-    def forget(self) -> BatchTicket | None:
-        """Forgets everything of the logical batch. Returns its ticket if it had one, which no step was taken on."""
-        ticket = self._parts[-1].ticket if self._parts else None
-        self._parts, self._gathered = [], None
-        return ticket
+    def forget(self) -> None:
+        """Forgets everything of the logical batch at hand: no step is taken on it any more."""
+        self._parts, self._gathered, self._at_hand = [], None, None

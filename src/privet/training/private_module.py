@@ -57,11 +57,12 @@ class PrivateModule:
             mapped=mapped,
             on_backward=self._received,
             on_check=lambda args, kwargs: refuse_mixing(module, args, kwargs, batch_axis=0 if batch_first else 1),
+            on_forward=lambda tensors, anew: update.recognize(tensors, anew=anew),
         )
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes the optimizer's steps release, and guards `zero_grad`: no gradient is lost in silence."""
-        self.update.attach(optimizer)
+        self.update.attach(self.module, optimizer)
         optimizer.zero_grad(set_to_none=True)
         optimizer.zero_grad = self._guarded(optimizer.zero_grad)  # type: ignore[method-assign]
         if self.materialised is not None:

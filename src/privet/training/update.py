@@ -6,11 +6,11 @@ Order matters, and is kept in one place: the ledger first, then noise, then `p.g
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from privet.accounting.role import LedgerLike
 from privet.errors import BudgetExceededError, ConfigurationError, ProtocolError
@@ -25,6 +25,8 @@ from privet.training.billing import Billing
 from privet.training.divisor import Divisor
 from privet.training.logical_sum import LogicalSum
 from privet.training.optimizers import StepHooks
+from privet.training.ranks import refuse_ranks
+from privet.training.riding_ledger import RidingLedger
 
 __all__ = ["LateSum", "PrivateUpdate", "Scheduled", "update_of"]
 
@@ -90,14 +92,17 @@ class PrivateUpdate:
         self._mechanism = self.settled = mechanism
         self._sum = LogicalSum()
         self._resampled = False
+        self._known: BatchTicket | None = None  # the batch whose tensors the model was given
         self._loaders: list[weakref.ref[PrivateLoader]] = []
         self._on_forget: list[Callable[[], None]] = []
         self._late: LateSum | None = None
+        self._riding = RidingLedger(self)
         self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes every step of the optimizer a release of this update."""
+    def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Makes every step of the optimizer a release of this update, and its saved state hold the ledger."""
         self._hooks.attach(optimizer)
+        self._riding.attach(module, optimizer)
         _UPDATES[optimizer] = self
 
     @property
@@ -169,7 +174,26 @@ class PrivateUpdate:
 
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch that the private loader is about to hand over."""
-        self.billing.announced(ticket, given_up=self._sum.announce(ticket))
+        self._sum.announce(ticket)
+        self.billing.handed_over.announce(ticket)
+
+    def recognize(self, tensors: Iterable[Tensor], *, anew: bool) -> None:
+        """Takes note of what the model was given, by which the batch of the next backward may be known.
+
+        Args:
+            tensors: all that it was given.
+            anew: whether this is the first forward of that backward.
+
+        Raises:
+            ProtocolError: if forwards that share the backward are of two batches of the loader.
+        """
+        found = self.billing.handed_over.recognized(tensors)
+        known, self._known = self._known, found if anew or self._known is None else self._known
+        if not anew and None not in (known, found) and found is not known:
+            raise ProtocolError(
+                "two forwards that share a backward were given two batches of the private loader, and an example may "
+                "be in both: it would count twice. Expected the same examples. Take a step on each batch."
+            )
 
     # -- the sum that waits for its step -----------------------------------------------------------------------------
 
@@ -187,9 +211,13 @@ class PrivateUpdate:
         """Takes the sum of one backward.
 
         Raises:
-            ProtocolError: if the sum of another backward still waits.
+            ProtocolError: if the sum of another backward still waits, or its rows are not the examples of a batch that
+                was handed over.
         """
-        self._sum.receive(clipped, examples=examples)
+        self._sum.refuse_second()
+        known, self._known = self._known, None
+        match = None if self._sum.physical else self.billing.handed_over.match(examples, known)
+        self._sum.receive(clipped, examples=examples, match=match)
         self._hooks.renew()
 
     def accumulate(self) -> None:
@@ -215,9 +243,7 @@ class PrivateUpdate:
         """Gives up the logical batch at hand; nothing of it was released, and nothing of it is kept."""
         for listener in self._on_forget:
             listener()
-        given_up = self._sum.forget()
-        if given_up is not None:
-            self.billing.given_up(given_up)
+        self._sum.forget()
 
     def on_forget(self, listener: Callable[[], None]) -> None:
         """Calls `listener()` whenever a batch is given up, so that nothing of its forward is kept either."""
@@ -243,19 +269,21 @@ class PrivateUpdate:
 
         Raises:
             ProtocolError: if there is no sum to release, or physical batches of its logical batch are still to come.
-            ConfigurationError: if the expected batch size is not known.
+            ConfigurationError: if the expected batch size is not known, or several processes train.
             BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum is
                 forgotten, so that everything is as it was before the batch.
         """
+        refuse_ranks()
         self._bring()
         self._sum.require()
-        ticket = self._sum.ticket()
-        drawn = self._mechanism.drawn_under(None if ticket is None else ticket.sampling)
+        match = self._sum.match()
+        drawn = self._mechanism.drawn_under(None if match is None else match.ticket.sampling)
         divisor = self.divisor.under(drawn.sampling)
+        self._riding.say_what_is_unknown()
         # The ledger comes first. If anything fails after it, the step is paid for and not taken; the other way round a
         # gradient could reach the optimizer that nothing paid for.
         try:
-            self.billing.begin(self._mechanism, ticket)
+            self.billing.begin(self._mechanism, match, parts_of=self._sum.parts_of)
         except BudgetExceededError:
             self.discard()
             raise

@@ -218,7 +218,7 @@ class PhysicalLoader:
                         parts.extendleft(reversed(self._cut(ticket, batch)))
                         continue
                     self._ticket, self._failed = ticket, False
-                    self.loader.announce(ticket)
+                    self.loader.announce(ticket, batch)
                     if not ticket.last:
                         held.hold()
                     yield batch

@@ -74,6 +74,7 @@ class Instrument:
         mapped: whether vmap takes the place of every rule.
         on_backward: gets what each backward recorded: no use, and 0 examples, of a batch without examples.
         on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
+        on_forward: called with all tensors that a training forward is given, and whether it is the first of a backward.
     """
 
     def __init__(
@@ -85,11 +86,13 @@ class Instrument:
         mapped: bool = False,
         on_backward: Callable[[Recorded], None],
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+        on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
         self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped)
         self._module = module
         self._axis = 0 if batch_first else 1
         self._on_backward = on_backward
+        self._on_forward = on_forward
         self._suspended = False  # while the check runs the model
         self._nested = 0  # calls of the module from inside of its own forward
         self._tripwires = Tripwires(parameters, self.capture.release)
@@ -140,7 +143,14 @@ class Instrument:
             inputs = replaced = one_of_zeros(inputs, axis=self._axis)
         if self._first.due(examples):  # an empty batch too needs to know the axis of its one zero example
             self._check(inputs, examples)
+        cycle = self.capture.cycle
         self._begin(members, examples)
+        if self._on_forward is not None:
+            try:
+                self._on_forward(tensors_in(inputs), self.capture.cycle is not cycle)
+            except BaseException:
+                self.capture.release()
+                raise
         return replaced
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

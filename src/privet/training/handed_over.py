@@ -1,0 +1,148 @@
+"""The batches that private loaders handed over and that no step has taken yet, and which of them a backward is on.
+
+A loop may read ahead: a batch is handed over while an earlier one is still to be trained on (prefetchers, accelerate).
+So batches wait here in order, pass by pass, and each is taken by one step at most.
+
+    which waiting batch                                                          is taken as
+    its tensors were given to the model, or views of them                        that one: it is known. If a step has
+                                                                                 taken it, a batch of the user's own
+    no tensors are known, and only one of the pass has as many examples as there are rows   that one
+    several of that size wait in that pass                                       the oldest; all of them are in doubt
+    some wait in it, and none has as many examples                               refused: rows are not examples
+    none waits in it                                                             a batch of the user's own
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from privet.accounting.event import Event
+from privet.errors import ProtocolError
+from privet.sampling.base import BatchTicket
+
+__all__ = ["HandedOver", "Match", "Waiting"]
+
+_PASSES = 8
+"""How many passes are remembered. A step on a batch of an older one is billed as on a batch of the user's own."""
+
+_TAKEN = 16
+"""How many batches are still recognized after their step, so that a second step on one takes no other's ticket."""
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A logical batch on which no step was taken yet."""
+
+    ticket: BatchTicket
+    paid: Event | None = None  # what was billed for it while it waited
+    told: bool = False  # whether it was said to be left out
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """The batch that a backward is on, and all that it may be on: one, where that is certain."""
+
+    ticket: BatchTicket
+    possible: tuple[BatchTicket, ...]
+
+    @staticmethod
+    def certain(ticket: BatchTicket) -> Match:
+        """Returns the match of a batch that is known."""
+        return Match(ticket, (ticket,))
+
+
+class HandedOver:
+    """Keeps the batches that wait, and finds the one that a backward is on."""
+
+    def __init__(self) -> None:
+        self._passes: dict[tuple[int, int], list[Waiting]] = {}
+        self._pass: tuple[int, int] | None = None  # of the batch that was handed over last
+        self._ended: tuple[int, int] | None = None  # the last pass that was handed over to its end
+        self._taken: deque[BatchTicket] = deque(maxlen=_TAKEN)
+
+    def announce(self, ticket: BatchTicket) -> None:
+        """Takes note of a batch, or of a further part of one, that is about to be handed over."""
+        self._pass = ticket.pass_key
+        if ticket.ends_pass:
+            self._ended = ticket.pass_key
+        waiting = self._passes.setdefault(self._pass, [])
+        for known in waiting:
+            if known.ticket.of_same_batch(ticket):
+                known.ticket = ticket
+                return
+        waiting.append(Waiting(ticket))
+        for old in list(self._passes)[:-_PASSES]:
+            del self._passes[old]
+
+    def recognized(self, tensors: Iterable[Tensor]) -> BatchTicket | None:
+        """Returns the ticket of the one batch that the tensors are of, which waits or was taken lately, or None."""
+        given = list(tensors)
+        whole = [ticket for ticket in (*self._taken, *(one.ticket for one in self._all())) if ticket.whole]
+        found = [ticket for ticket in whole if ticket.leaves is not None and ticket.leaves.among(given)]
+        return found[0] if len(found) == 1 else None
+
+    def match(self, examples: int, known: BatchTicket | None) -> Match | None:
+        """Returns which batch a backward on `examples` rows is on, or None for a batch of the user's own.
+
+        Args:
+            examples: the rows that the backward ran on.
+            known: the batch whose tensors the model was given, if that was seen.
+
+        Raises:
+            ProtocolError: if batches wait, and the rows are not the examples of any of them.
+        """
+        if known is not None:
+            if known.size != examples:
+                self._refuse(examples, known)
+            return None if self.find(known) is None else Match.certain(known)
+        # Batches that an abandoned pass left waiting would lend their tickets to any other. Those of a pass that was
+        # handed over to its end, while the next one has begun, are read ahead.
+        ended = [one.ticket for one in self.of_pass(self._ended) if self._ended != self._pass and not one.told]
+        waiting = [*ended, *(one.ticket for one in self.of_pass(self._pass))]
+        if waiting and all(ticket.size != examples for ticket in waiting):
+            self._refuse(examples, waiting[-1])
+        possible = tuple(ticket for ticket in waiting if ticket.size == examples and ticket.whole)
+        if not possible or any(ticket.sampling != possible[0].sampling for ticket in possible):
+            return None  # of two laws, and none can be excluded: billed as not sampled, which covers either
+        return Match(possible[0], possible)
+
+    def find(self, ticket: BatchTicket) -> Waiting | None:
+        """Returns the waiting batch of a ticket, or None if a step has taken it."""
+        return next((one for one in self.of_pass(ticket.pass_key) if one.ticket.of_same_batch(ticket)), None)
+
+    def of_pass(self, key: tuple[int, int] | None) -> list[Waiting]:
+        """Returns the waiting batches of a pass, in order."""
+        return list(self._passes.get(key, ())) if key is not None else []
+
+    @property
+    def current_pass(self) -> tuple[int, int] | None:
+        """Returns the pass that the last batch is of."""
+        return self._pass
+
+    def take(self, ticket: BatchTicket) -> None:
+        """Ends the wait of a batch: a step has taken it."""
+        self._taken.append(ticket)
+        kept = [one for one in self.of_pass(ticket.pass_key) if not one.ticket.of_same_batch(ticket)]
+        if ticket.pass_key in self._passes:
+            self._passes[ticket.pass_key] = kept
+
+    def _all(self) -> Iterator[Waiting]:
+        for waiting in list(self._passes.values()):
+            yield from waiting
+
+    @staticmethod
+    def _refuse(examples: int, ticket: BatchTicket) -> None:
+        raise ProtocolError(
+            f"a backward ran on {examples} rows, and the private loader handed over a batch of {ticket.size} examples. "
+            "Epsilon bounds what one row can do, and here an example may be in several rows, or a row may hold several "
+            f"examples. Expected one row for each example: {ticket.size} rows. More rows come from several views or "
+            "crops of an example (torch.cat, flatten(0, 1)), from windows cut out of a record, or from packed "
+            "sequences; other numbers from sequence-first data without batch_first=False, or from a slice or a mask. "
+            "For several views, run the model on each and add the losses before one backward. To leave examples out, "
+            "give them a loss of zero. Or make the windows the records of the dataset, and ask the ledger for "
+            "epsilon(delta, group_size=K), where a person has at most K of them. Nothing was released."
+        )
