@@ -49,7 +49,7 @@ LAYERS = {
     ),
     "training": (
         ("ranks",),
-        ("criterion", "divisor", "handed_over", "optimizers", "parameters", "performance", "riding_ledger"),
+        ("criterion", "divisor", "guard", "handed_over", "optimizers", "parameters", "performance", "riding_ledger"),
         ("billing", "logical_sum"),
         ("update",),
         ("checkpoint", "materialised", "virtual_steps"),

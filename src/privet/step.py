@@ -148,12 +148,12 @@ class PrivateStep(Door):
         self.optimizer = optimizer
         self.performance = performance
         if key.predictable:
-            self.ledger.mark("reproducible key")
+            self._ledger.mark("reproducible key")
         self._update = PrivateUpdate(
             parameters,
             mechanism=mechanism,
             noise=mechanism.noise.mechanism(noise_for(device, secure_mode=secure_mode, key=key)),
-            ledger=self.ledger,
+            ledger=self._ledger,
             divisor=expected_batch_size,
         )
         self._size = PhysicalSize("physical_batch_size", self._physical_size())
@@ -163,10 +163,11 @@ class PrivateStep(Door):
         self._capture = Capture(parameters)
         self._way = self._way_to_sums()
         watch_custom_modules(model, self._capture)
+        self._tripwires = Tripwires(parameters, self._capture.release)
         self._first = FirstBatch(
             model,
             self._capture,
-            Tripwires(parameters, self._capture.release),
+            self._tripwires,
             lambda inputs: [self._losses(inputs, count_examples(inputs))],
             also=lambda inputs: refuse_mixing(self._loss, (inputs,), {}),
         )
@@ -266,6 +267,7 @@ class PrivateStep(Door):
         """
         examples = count_examples(batch)
         self._first.trains(refuse_thawed(self.model, self._update.parameters))
+        self._tripwires.renew()
         self._update.recognize(tensors_in(batch), anew=True)
         losses, clipped = self._summed(batch, examples)
         self._update.receive(clipped, examples=examples)

@@ -27,6 +27,8 @@ def _settings(update: PrivateUpdate) -> dict[str, Any]:
 
 def state_of(ledger: LedgerLike, updates: Sequence[PrivateUpdate]) -> dict[str, Any]:
     """Returns the ledger and the counters of a run."""
+    for update in updates:
+        update.settle()
     return {
         "format": _FORMAT,
         "ledger": ledger.state_dict(),

@@ -90,6 +90,8 @@ class Door(ABC):
     @property
     def ledger(self) -> LedgerLike:
         """Returns the ledger. It is given as `ledger=` when the door is made, and cannot be replaced."""
+        for update in self._updates():
+            update.settle()
         return self._ledger
 
     @ledger.setter
@@ -125,12 +127,12 @@ class Door(ABC):
             >>> PrivacyEngine().epsilon(delta=1e-5)  # nothing was released yet
             0.0
         """
-        return self._ledger.epsilon(delta, accountant=accountant)
+        return self.ledger.epsilon(delta, accountant=accountant)
 
     @final
     def get_epsilon(self, delta: float) -> float:
         """Returns ε at `delta` of everything on the ledger: the name that the paper gives to `epsilon`."""
-        return self._ledger.epsilon(delta)
+        return self.ledger.epsilon(delta)
 
     @final
     @property
@@ -164,7 +166,7 @@ class Door(ABC):
 
     def _rows(self) -> list[tuple[str, str]]:
         """Returns what runs, as pairs of words."""
-        ledger, budget = self._ledger, self._ledger.budget
+        ledger, budget = self.ledger, self._ledger.budget
         delta = _DELTA if budget is None else budget.delta
         try:
             spent = f"{ledger.epsilon(delta):.4g} at δ = {delta:g}"

@@ -18,7 +18,7 @@ Axes: B examples.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -74,13 +74,20 @@ def clipped_rows(
     return clipped_sum(Recorded(examples=examples, direct=uses), parameters, policy)
 
 
-def clear_with_zero_grad(module: nn.Module) -> None:
-    """Makes `module.zero_grad()` clear what this mode shows, as that of the optimizer does.
+def clear_with_zero_grad(module: nn.Module, refuse: Callable[[], None]) -> None:
+    """Makes `module.zero_grad()` clear what this mode shows, and refuse what that of the optimizer refuses.
 
-    It is bound like a method and knows of its module alone: that of a copy clears the copy.
+    It is bound like a method. That of a copy clears the copy, whose gradients nobody waits for.
+
+    Args:
+        module: the private module.
+        refuse: raises if a gradient would be lost.
     """
+    original = weakref.ref(module)
 
     def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's own signature
+        if self is original():
+            refuse()
         type(self).zero_grad(self, set_to_none)
         for p in self.parameters():
             if hasattr(p, "grad_sample"):
@@ -121,6 +128,7 @@ class Materialised:
         self._spent = {}
         for p in self._update.parameters.values():
             p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+        self._update.guard.hides()
 
     # -- after a backward --------------------------------------------------------------------------------------------
 
@@ -144,6 +152,7 @@ class Materialised:
         trainable = self._trainable()
         found = per_example_gradients(recorded, trainable, scale=scale)
         examples = recorded.examples or 0
+        self._update.guard.shows()  # before the first of them is there, for an interrupt may come in between
         for name, p in trainable.items():
             shape = (examples, *p.shape)
             rows = found[name].view(shape) if name in found else torch.zeros(shape, dtype=p.dtype, device=p.device)
@@ -165,6 +174,7 @@ class Materialised:
         clipped = clipped_rows(rows, trainable, self._update.mechanism.clipping)
         for p in self._update.parameters.values():
             p.grad = None  # not private; of a parameter frozen since the backward, the optimizer would take it
+        self._update.guard.hides()
         self._update.receive(clipped, examples=len(next(iter(rows.values()))))
         shown = {name: getattr(p, "grad_sample", None) for name, p in self._update.parameters.items()}
         self._spent = {name: weakref.ref(r) for name, r in shown.items() if isinstance(r, Tensor)}

@@ -66,7 +66,7 @@ class PrivateModule:
         optimizer.zero_grad(set_to_none=True)
         optimizer.zero_grad = self._guarded(optimizer.zero_grad)  # type: ignore[method-assign]
         if self.materialised is not None:
-            clear_with_zero_grad(self.module)
+            clear_with_zero_grad(self.module, self.update.refuse_zero_grad)
         self.update.on_forget(self.instrument.capture.release)
 
     def _guarded(self, zero_grad: Callable[..., None]) -> Callable[..., None]:

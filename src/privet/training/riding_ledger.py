@@ -36,6 +36,9 @@ class Run(Protocol):
     def ledger(self) -> LedgerLike:
         """Returns the ledger."""
 
+    def settle(self) -> None:
+        """Puts on the ledger what happened without privacy, if anything did."""
+
 
 class RidingLedger:
     """Puts a run's ledger into its optimizer's state, and takes back what a loaded state holds.
@@ -70,6 +73,7 @@ class RidingLedger:
 
     def _saved(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Adds the ledger to a saved state. An optimizer's state_dict post-hook."""
+        self._run.settle()
         ledger = dict(self._run.ledger.state_dict())
         return {**state, KEY: {"format": _FORMAT, "ledger": ledger, "steps": self._run.steps}}
 

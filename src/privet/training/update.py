@@ -23,6 +23,7 @@ from privet.sampling.base import BatchTicket, refuse_change
 from privet.sampling.loader import PrivateLoader
 from privet.training.billing import Billing
 from privet.training.divisor import Divisor
+from privet.training.guard import Guard
 from privet.training.logical_sum import LogicalSum
 from privet.training.optimizers import StepHooks
 from privet.training.ranks import refuse_ranks
@@ -89,6 +90,7 @@ class PrivateUpdate:
         self.steps = 0
         self.schedules: list[Scheduled] = []
         self.billing = Billing(ledger)
+        self.guard = Guard(self.parameters, ledger)
         self._mechanism = self.settled = mechanism
         self._sum = LogicalSum()
         self._resampled = False
@@ -102,6 +104,7 @@ class PrivateUpdate:
     def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Makes every step of the optimizer a release of this update, and its saved state hold the ledger."""
         self._hooks.attach(optimizer)
+        self.guard.attach(optimizer)
         self._riding.attach(module, optimizer)
         _UPDATES[optimizer] = self
 
@@ -185,8 +188,11 @@ class PrivateUpdate:
             anew: whether this is the first forward of that backward.
 
         Raises:
-            ProtocolError: if forwards that share the backward are of two batches of the loader.
+            ProtocolError: if forwards that share the backward are of two batches of the loader, or a parameter changed
+                while gradients without privacy were shown.
         """
+        if anew:
+            self.guard.hides()  # the forward has dropped what was in p.grad
         found = self.billing.handed_over.recognized(tensors)
         known, self._known = self._known, found if anew or self._known is None else self._known
         if not anew and None not in (known, found) and found is not known:
@@ -299,7 +305,8 @@ class PrivateUpdate:
             if parameter.requires_grad:
                 divided = value if divisor == 1 else value.div_(divisor)
                 gradient = of_type(divided, parameter.dtype)
-                parameter.grad = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
+                shaped = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
+                self.guard.release(parameter, shaped)
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""
@@ -308,6 +315,10 @@ class PrivateUpdate:
                 "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
                 "Expected zero_grad() before backward, or after step."
             )
+
+    def settle(self) -> None:
+        """Puts on the ledger what happened without privacy, if anything did. Call it before the ledger is read."""
+        self.guard.settle()
 
     # -- to and from a checkpoint ------------------------------------------------------------------------------------
 

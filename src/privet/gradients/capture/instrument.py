@@ -135,6 +135,7 @@ class Instrument:
         if not trainable:  # gradients pass through to the inputs, as for a discriminator held fixed
             return None
         self._first.trains(trainable)
+        self._tripwires.renew()
         inputs = Arguments(args, kwargs)
         members = count_examples(inputs, self._axis, name="the inputs")
         examples, replaced = members, None

@@ -49,6 +49,15 @@ class Tripwires:
             for name, p in parameters.items()
         ]
 
+    def renew(self) -> None:
+        """Puts the hooks back on, where `torch.utils.swap_tensors` has given a parameter another inside without them.
+
+        torch does so in `module.to()` and `load_state_dict` once it is told to (torch.__future__). The parameter still
+        lists its hooks then, and runs none of them; to set the list again makes it run them.
+        """
+        for p in self._parameters.values():
+            p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks  # noqa: SLF001
+
     def _arrived(self, name: str, parameter: Tensor) -> None:
         """Discards all gradients, and raises, if one has arrived at a parameter."""
         if self._quiet or parameter.grad is None:  # an undefined gradient is none
