@@ -266,6 +266,7 @@ class PrivateStep(Door):
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
         examples = count_examples(batch)
+        self._update.discard()  # what a step that was interrupted may have left: nothing of it was released
         self._first.trains(refuse_thawed(self.model, self._update.parameters))
         self._tripwires.renew()
         self._update.recognize(tensors_in(batch), anew=True)
