@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -34,6 +36,20 @@ DATA = TensorDataset(torch.randn(24, 3, generator=torch.Generator().manual_seed(
 PROBE = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
 
 
+@functools.cache
+def ends_of_with(code: CodeType) -> frozenset[int]:
+    """Returns where a `with` is left as planned. Python traces a line there, and delivers no interrupt before the exit.
+
+    For it looks for interrupts after calls and jumps, and the three constants for `__exit__` are neither.
+    """
+    found = list(dis.get_instructions(code))
+    ends = set()
+    for before, *three in zip(found, found[1:], found[2:], found[3:], strict=False):
+        if all(each.opname == "LOAD_CONST" and each.argval is None for each in three):
+            ends |= {three[0].offset} | ({before.offset} if before.opname == "SWAP" else set())  # SWAP: a return inside
+    return frozenset(ends)
+
+
 class Lines:
     """Counts the lines of privet that run in this thread, and interrupts the k-th."""
 
@@ -46,7 +62,7 @@ class Lines:
         return self._line if frame.f_code.co_filename.startswith(SOURCE) else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        if event == "line" and frame.f_lasti not in ends_of_with(frame.f_code):
             self.seen += 1
             if self.seen == self.at:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -171,7 +187,7 @@ class Run:
         assert output.shape == (5, 2)
 
     def next_step_is_right(self) -> None:
-        """Requires that a step on a fresh batch is right, after at most three errors of privet's that say what to do."""
+        """Requires that a step on a fresh batch is right, after three errors at most that say what to do."""
         for _ in range(4):
             x = next(self.batches())
             self.look()
@@ -191,10 +207,8 @@ class Run:
     def _recover(self) -> None:
         """Does what the errors say: takes the step that waits."""
         if not self.way.startswith("explicit"):
-            try:
+            with suppress(PrivetError):
                 self.optimizer.step()
-            except PrivetError:
-                pass
             self.look()
 
 

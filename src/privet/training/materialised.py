@@ -125,10 +125,18 @@ class Materialised:
 
     def clear(self) -> None:
         """Forgets all gradients; the attributes are there, and None."""
-        self._spent = {}
-        for p in self._update.parameters.values():
-            p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+        self._drop()
         self._update.guard.hides()
+
+    def _drop(self) -> None:
+        try:
+            for p in self._update.parameters.values():
+                p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+        except BaseException:  # an interrupt: rows on some parameters alone would be refused at each step from now on
+            for p in self._update.parameters.values():
+                p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+            raise
+        self._spent = {}
 
     # -- after a backward --------------------------------------------------------------------------------------------
 
@@ -153,11 +161,17 @@ class Materialised:
         found = per_example_gradients(recorded, trainable, scale=scale)
         examples = recorded.examples or 0
         self._update.guard.shows()  # before the first of them is there, for an interrupt may come in between
-        for name, p in trainable.items():
-            shape = (examples, *p.shape)
-            rows = found[name].view(shape) if name in found else torch.zeros(shape, dtype=p.dtype, device=p.device)
-            p.grad_sample = rows  # type: ignore[attr-defined]
-            p.grad = (rows.sum(0, dtype=wide(rows[:0]).dtype) / scale).to(p.dtype)
+        try:
+            for name, p in trainable.items():
+                shape = (examples, *p.shape)
+                rows = found[name].view(shape) if name in found else torch.zeros(shape, dtype=p.dtype, device=p.device)
+                p.grad_sample = rows  # type: ignore[attr-defined]
+                p.grad = (rows.sum(0, dtype=wide(rows[:0]).dtype) / scale).to(p.dtype)
+        except BaseException:  # an interrupt, or no memory: the batch is given up as a whole
+            for p in trainable.values():
+                p.grad = None
+            self._drop()
+            raise
 
     # -- at a step ---------------------------------------------------------------------------------------------------
 
@@ -175,9 +189,10 @@ class Materialised:
         for p in self._update.parameters.values():
             p.grad = None  # not private; of a parameter frozen since the backward, the optimizer would take it
         self._update.guard.hides()
-        self._update.receive(clipped, examples=len(next(iter(rows.values()))))
+        # First: rows that are refused, or whose step breaks off from here on, are given up, and never clipped twice.
         shown = {name: getattr(p, "grad_sample", None) for name, p in self._update.parameters.items()}
         self._spent = {name: weakref.ref(r) for name, r in shown.items() if isinstance(r, Tensor)}
+        self._update.receive(clipped, examples=len(next(iter(rows.values()))))
 
     def _rows(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Returns every parameter's rows, all checked."""
