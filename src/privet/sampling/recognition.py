@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, final
 
 from torch import Tensor
 
 from privet.batches.tree import tensors_in
 
-__all__ = ["Leaves"]
+__all__ = ["Leaves", "places_of"]
+
+Place = tuple[object, int]
+_MOST = 16
+"""How many tensors of a batch are looked at: each example may be a tensor of its own, and a few tell the batch."""
 
 
 @final
@@ -23,22 +28,30 @@ class Leaves:
 
     Args:
         batch: the batch, in any container.
+
+    Attributes:
+        places: where their memory lies.
     """
 
     def __init__(self, batch: Any) -> None:
-        self._tensors = [weakref.ref(t) for t in tensors_in(batch)]
+        tensors = list(islice(tensors_in(batch), _MOST))
+        self._tensors = [weakref.ref(t) for t in tensors]
+        self.places = frozenset(places_of(tensors))
 
-    def among(self, tensors: Iterable[Tensor]) -> bool:
-        """Returns whether one of the tensors is one of the batch's, or shares its memory."""
-        own = [t for t in (reference() for reference in self._tensors) if t is not None]
-        places = {place for place in map(_place, own) if place is not None}
-        return any(any(t is mine for mine in own) or _place(t) in places for t in tensors)
+    @property
+    def places_now(self) -> set[Place]:
+        """Returns where the memory lies of those tensors that still live. Of the others it may be another's by now."""
+        return set(places_of(t for t in (reference() for reference in self._tensors) if t is not None))
 
 
-def _place(tensor: Tensor) -> tuple[object, int] | None:
-    """Returns the device and address of a tensor's memory, or None if it has none of its own."""
-    try:
-        address = tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, meta and the like
-        return None
-    return (tensor.device, address) if address else None
+def places_of(tensors: Iterable[Tensor]) -> list[Place]:
+    """Returns the devices and addresses of the tensors' memory, of those that have some of their own."""
+    found = []
+    for tensor in tensors:
+        try:
+            address = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # sparse, meta and the like
+            continue
+        if address:
+            found.append((tensor.device, address))
+    return found

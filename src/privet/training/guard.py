@@ -99,8 +99,10 @@ class Guard:
 
     def refuse(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
         """Raises if another optimizer is about to step on a gradient of a private parameter that was not released."""
+        if optimizer in self._own or parameter.grad is None or hasattr(parameter.grad, _TAG):
+            return
         names = [name for name, p in self._parameters.items() if p is parameter]
-        if not names or optimizer in self._own or parameter.grad is None or hasattr(parameter.grad, _TAG):
+        if not names:  # the id of a parameter that is gone
             return
         raise ProtocolError(
             f"{type(optimizer).__name__} would step on a gradient of {names[0]}, which is private, and the gradient is "

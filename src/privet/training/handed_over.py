@@ -14,8 +14,7 @@ So batches wait here in order, pass by pass, and each is taken by one step at mo
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,14 +22,15 @@ from torch import Tensor
 from privet.accounting.event import Event
 from privet.errors import ProtocolError
 from privet.sampling.base import BatchTicket
+from privet.sampling.recognition import places_of
 
 __all__ = ["HandedOver", "Match", "Waiting"]
 
 _PASSES = 8
 """How many passes are remembered. A step on a batch of an older one is billed as on a batch of the user's own."""
 
-_TAKEN = 16
-"""How many batches are still recognized after their step, so that a second step on one takes no other's ticket."""
+_PLACES = 4096
+"""How many places of memory are remembered before those of batches that are gone are forgotten."""
 
 
 @dataclass(eq=False)
@@ -62,28 +62,39 @@ class HandedOver:
         self._passes: dict[tuple[int, int], list[Waiting]] = {}
         self._pass: tuple[int, int] | None = None  # of the batch that was handed over last
         self._ended: tuple[int, int] | None = None  # the last pass that was handed over to its end
-        self._taken: deque[BatchTicket] = deque(maxlen=_TAKEN)
+        self._places: dict[object, list[BatchTicket]] = {}  # where the tensors of whole batches lie
 
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch, or of a further part of one, that is about to be handed over."""
         self._pass = ticket.pass_key
         if ticket.ends_pass:
             self._ended = ticket.pass_key
+        if ticket.whole and ticket.leaves is not None:
+            self._index(ticket)
         waiting = self._passes.setdefault(self._pass, [])
-        for known in waiting:
-            if known.ticket.of_same_batch(ticket):
-                known.ticket = ticket
-                return
+        if waiting and waiting[-1].ticket.of_same_batch(ticket):
+            waiting[-1].ticket = ticket
+            return
         waiting.append(Waiting(ticket))
         for old in list(self._passes)[:-_PASSES]:
             del self._passes[old]
 
+    def _index(self, ticket: BatchTicket) -> None:
+        """Takes note of where the tensors of a batch lie, and forgets batches whose memory is another's by now."""
+        assert ticket.leaves is not None
+        for place in ticket.leaves.places:
+            self._places[place] = [*self._at(place), ticket]
+        if len(self._places) > _PLACES:
+            self._places = {place: found for place in self._places if (found := self._at(place))}
+
+    def _at(self, place: object) -> list[BatchTicket]:
+        """Returns the batches that have a living tensor at a place."""
+        return [t for t in self._places.get(place, ()) if t.leaves is not None and place in t.leaves.places_now]
+
     def recognized(self, tensors: Iterable[Tensor]) -> BatchTicket | None:
-        """Returns the ticket of the one batch that the tensors are of, which waits or was taken lately, or None."""
-        given = list(tensors)
-        whole = [ticket for ticket in (*self._taken, *(one.ticket for one in self._all())) if ticket.whole]
-        found = [ticket for ticket in whole if ticket.leaves is not None and ticket.leaves.among(given)]
-        return found[0] if len(found) == 1 else None
+        """Returns the ticket of the one batch that the tensors are of, whether it waits or was taken, or None."""
+        found = {id(ticket): ticket for place in places_of(tensors) for ticket in self._at(place)}
+        return next(iter(found.values())) if len(found) == 1 else None
 
     def match(self, examples: int, known: BatchTicket | None) -> Match | None:
         """Returns which batch a backward on `examples` rows is on, or None for a batch of the user's own.
@@ -125,14 +136,9 @@ class HandedOver:
 
     def take(self, ticket: BatchTicket) -> None:
         """Ends the wait of a batch: a step has taken it."""
-        self._taken.append(ticket)
         kept = [one for one in self.of_pass(ticket.pass_key) if not one.ticket.of_same_batch(ticket)]
         if ticket.pass_key in self._passes:
             self._passes[ticket.pass_key] = kept
-
-    def _all(self) -> Iterator[Waiting]:
-        for waiting in list(self._passes.values()):
-            yield from waiting
 
     @staticmethod
     def _refuse(examples: int, ticket: BatchTicket) -> None:
