@@ -46,7 +46,7 @@ class Leaves:
 
 def places_of(tensors: Iterable[Tensor]) -> list[Place]:
     """Returns the devices and addresses of the tensors' memory, of those that have some of their own."""
-    found = []
+    found: list[Place] = []
     for tensor in tensors:
         try:
             address = tensor.untyped_storage().data_ptr()
