@@ -20,11 +20,13 @@ from privet.batches.fill import fill_rows
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.batches.tree import tensors_in
 from privet.errors import ConfigurationError
+from privet.gradients.capture.anew import Anew
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.layout import DoubtError
 from privet.gradients.passes.compiled import CompiledSum
 from privet.gradients.passes.one_pass import OnePass
 from privet.gradients.passes.role import SumOfBatch
@@ -171,6 +173,7 @@ class PrivateStep(Door):
             lambda inputs: [self._losses(inputs, count_examples(inputs))],
             also=lambda inputs: refuse_mixing(self._loss, (inputs,), {}),
         )
+        self._anew = Anew(self._capture, lambda batch, examples: self._first.run(batch, examples, whole=True))
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(model, optimizer)
 
@@ -316,14 +319,21 @@ class PrivateStep(Door):
             size = self._size.most
             batch = fill_rows(batch, size, examples=examples)
             absent = torch.arange(size, device=next(iter(parameters.values())).device) >= examples
-        clipped, losses = self._way.clipped_sum(
-            lambda inputs: self._losses(inputs, size),
-            batch,
-            examples=size,
-            parameters=parameters,
-            policy=policy,
-            absent=absent,
-        )
+
+        def summed() -> tuple[ClippedSum, Tensor]:
+            return self._way.clipped_sum(
+                lambda inputs: self._losses(inputs, size),
+                batch,
+                examples=size,
+                parameters=parameters,
+                policy=policy,
+                absent=absent,
+            )
+
+        try:
+            clipped, losses = summed()
+        except DoubtError as doubt:
+            clipped, losses = self._anew.run(batch, size, doubt, summed)
         return losses[:examples], clipped.of_first(examples)
 
     def _way_to_sums(self) -> SumOfBatch:

@@ -3,11 +3,15 @@
 A shape alone is ambiguous: in a batch of 64, `torch.arange(64)` of positions looks like 64 examples. So a site (this
 operation on this parameter) is looked at twice before training, with B rows and with B + 1: the axis that grew is the
 batch axis, and an axis that did not is none. What was learned is kept and held to for the whole run.
+
+A later batch may meet a site that was never looked at, or one whose known layouts do not decide. Then nothing is
+guessed: `DoubtError` is raised. The batch at hand is looked at in the same way, and what was learned of it is `Told` to
+a forward that is run anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from privet.errors import UnsupportedModelError
 
-__all__ = ["Layout", "Layouts", "Site", "Trace"]
+__all__ = ["DoubtError", "Layout", "Layouts", "Site", "Told", "Trace"]
 
 
 class Layout(Enum):
@@ -79,6 +83,48 @@ def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: in
     )
 
 
+class DoubtError(UnsupportedModelError):
+    """It is not certain which rows of a batch belong to which example.
+
+    Whoever began the forward looks at this batch anew, and runs the forward again. Where nobody does, it is a refusal.
+    """
+
+    def __init__(self, found: str, way_on: str, *, place: str | None = None) -> None:
+        super().__init__(
+            f"it is not certain which rows belong to which example: {found}. Expected rows whose example is known. "
+            f"{way_on}"
+        )
+        self.place = place
+        """Where in the code rows were moved along the batch, or None if that is not the reason."""
+
+
+class Told:
+    """The layouts that one forward meets, as they were learned of this very batch."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[Site, tuple[int, ...]], list[Layout]] = {}
+        self._met: dict[tuple[Site, tuple[int, ...]], int] = {}
+
+    def add(self, site: Site, shape: tuple[int, ...], layout: Layout) -> None:
+        """Adds what is met next."""
+        self._layouts.setdefault((site, shape), []).append(layout)
+
+    def begin(self) -> None:
+        """Begins a forward, which meets everything in the order in which it was added."""
+        self._met.clear()
+
+    def next(self, site: Site, t: Tensor) -> Layout | None:
+        """Returns the layout of `t`, which is met now in a forward, or None if nothing like it was added."""
+        key = (site, tuple(t.shape))
+        layouts = self._layouts.get(key, ())
+        met = self._met[key] = self._met.get(key, 0) + 1
+        return layouts[met - 1] if met <= len(layouts) else None
+
+    def all(self, site: Site, t: Tensor) -> set[Layout]:
+        """Returns all layouts of tensors of the shape of `t` at the site, where no order is known."""
+        return set(self._layouts.get((site, tuple(t.shape)), ()))
+
+
 @dataclass
 class Layouts:
     """What has been learned of every site."""
@@ -98,76 +144,76 @@ class Layouts:
         """Forgets what was learned since a copy was taken."""
         self.known = earlier.copy().known
 
-    def of(self, site: Site, t: Tensor, examples: int, *, trace: Trace | None = None) -> Layout:
-        """Returns the layout of `t` at `site`, in a batch of `examples`; adds it to the trace, if there is one.
-
-        With a trace, layouts are being learned: then a wrong guess is allowed, for it is found out and mended.
+    def of(self, site: Site, t: Tensor, examples: int) -> Layout:
+        """Returns the layout of `t` at `site`, in a batch of `examples`.
 
         Raises:
-            UnsupportedModelError: if it cannot be told, or contradicts what was learned.
+            DoubtError: if the site was never looked at, or its known layouts do not decide.
         """
-        layout = self._decided(site, t, examples, learning=trace is not None)
-        if trace is not None:
-            trace.append((site, tuple(t.shape), layout))
-        return layout
-
-    def _decided(self, site: Site, t: Tensor, examples: int, *, learning: bool) -> Layout:
         known = self.known.get(site, ())
-        fits = [layout for layout in known if _fits(layout, t, examples)]
+        fits = _fitting(known, t, examples)
         if len(fits) == 1:
             return fits[0]
-        if site not in self.known:
-            if self.known and not learning and not t.requires_grad:  # in a batch of T, T positions look like rows
-                raise self._untold(site, t, examples)
-            return self._guessed(site, t, examples, learning=learning)
-        if Layout.CONSTANT in fits and examples == 1 and len(fits) == 2:
-            return next(layout for layout in fits if layout is not Layout.CONSTANT)  # one example owns all rows
-        raise UnsupportedModelError(
-            f"{site} has shape {tuple(t.shape)} in a batch of {examples}. On the first batch it was seen as: "
-            f"{', '.join(sorted(layout.value for layout in self.known[site]))}. That "
-            f"{'leaves it open which rows are whose' if fits else 'does not fit'}; keep one layout of the batch."
+        if not known:
+            why = "and it was not met when a batch was last looked at"
+        else:
+            seen = ", ".join(sorted(layout.value for layout in known))
+            why = f"where it was seen as: {seen}. That {'leaves it open' if fits else 'does not fit'}"
+        raise DoubtError(
+            f"{site} has shape {tuple(t.shape)} in a batch of {examples}, {why}",
+            "Keep the batch on axis 0 there, and one layout for each operation, or say whose the rows are "
+            "(privet.rows_of).",
         )
 
-    def _guessed(self, site: Site, t: Tensor, examples: int, *, learning: bool) -> Layout:
-        """Returns what the shape alone says, of a site that was not met while learning."""
+    def guessed(self, site: Site, t: Tensor, examples: int, told: Told | None) -> Layout:
+        """Returns the likely layout of `t` while layouts are learned: a wrong guess is found out and mended.
+
+        Args:
+            site: where it is met.
+            t: the tensor.
+            examples: B.
+            told: what the attempt before has learned of a batch of this size.
+        """
+        layout = None if told is None else told.next(site, t)
+        if layout is not None:
+            return layout
+        fits = _fitting(self.known.get(site, ()), t, examples)
+        if len(fits) == 1:
+            return fits[0]
         if t.dim() and t.shape[0] == examples:
             return Layout.ROWS
         if t.dim() == 0 or (not t.requires_grad and t.shape[0] % examples):
             return Layout.CONSTANT
-        if learning:
-            if t.dim() > 1 and t.shape[1] == examples:
-                return Layout.SECOND
-            return Layout.CONSTANT if t.shape[0] % examples else Layout.MERGED
-        raise self._untold(site, t, examples)
+        if t.dim() > 1 and t.shape[1] == examples:
+            return Layout.SECOND
+        return Layout.CONSTANT if t.shape[0] % examples else Layout.MERGED
 
-    @staticmethod
-    def _untold(site: Site, t: Tensor, examples: int) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"cannot tell which rows belong to which example in {site}: its shape is {tuple(t.shape)} in a batch of "
-            f"{examples}, and it was not met on the first batch. Keep the batch on axis 0, and use the same operations "
-            "on every batch."
-        )
-
-    def learn(
-        self,
-        first: Sequence[tuple[Site, tuple[int, ...], Layout]],
-        second: Sequence[tuple[Site, tuple[int, ...], Layout]],
-        small: int,
-        large: int,
-    ) -> bool:
+    def learn(self, first: Trace, second: Trace, small: int, large: int) -> tuple[bool, Told, Told]:
         """Learns from two traces of the same model with `small` and `large` examples.
 
         Returns whether both traces had decided everything as it turned out: if not, trace again, because a wrong
-        decision changes what is met after it.
+        decision changes what is met after it. And what was learned of either batch.
         """
-        settled = True
+        settled, told, other_told = True, Told(), Told()
         for (site, shape, decided), (other, other_shape, other_decided) in zip(first, second, strict=False):
             if site != other or len(shape) != len(other_shape):
-                return False
+                return False, told, other_told
             layout = _compared(site, shape, other_shape, small, large)
             self.known.setdefault(site, set()).add(layout)
+            told.add(site, shape, layout)
+            other_told.add(site, other_shape, layout)
             settled = settled and decided is layout and other_decided is layout
-        return settled and len(first) == len(second)
+        return settled and len(first) == len(second), told, other_told
+
+
+def _fitting(known: Iterable[Layout], t: Tensor, examples: int) -> list[Layout]:
+    """Returns those of the known layouts that `t` may have, without those that say the same of it."""
+    fits = [layout for layout in known if _fits(layout, t, examples)]
+    if len(fits) > 1 and Layout.ROWS in fits and Layout.MERGED in fits:
+        fits.remove(Layout.MERGED)  # with one position it is the same
+    if len(fits) == 2 and examples == 1 and Layout.CONSTANT in fits:
+        fits.remove(Layout.CONSTANT)  # one example owns all rows
+    return fits
 
 
 def _fits(layout: Layout, t: Tensor, examples: int) -> bool:

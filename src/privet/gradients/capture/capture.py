@@ -9,6 +9,9 @@ An operation then falls into one of three cases:
   gradient and the parameters none, and records a `Use` when the gradient comes back;
 * anything else: the same, with the vmap fallback as its rule.
 
+Where it is not certain which rows belong to which example, nothing is captured any more, and the end of the forward
+raises `DoubtError`: the batch has to be looked at, and the forward run anew.
+
     capture.begin(examples, sink)       # a new cycle: the parameters are watched
     losses = model(inputs)              # operations are captured
     capture.end([losses])
@@ -27,11 +30,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.capture.call import CapturedCall, CapturedOperation, tensors_among
+from privet.gradients.capture.call import CapturedCall, tensors_among
 from privet.gradients.capture.cycle import Cycle
-from privet.gradients.capture.routing import owners_for, routed_now
+from privet.gradients.capture.handled import HandledCall, in_backward
 from privet.gradients.capture.watched import Roots
-from privet.gradients.layout import Layout, Layouts, Site, Trace
+from privet.gradients.layout import DoubtError, Layout, Layouts, Site, Told, Trace
 from privet.gradients.rules.free import EXPANSIONS, expansion
 from privet.gradients.rules.functional import fallback
 from privet.gradients.rules.registry import apart_handler_of, handler_of, structural_handler_of
@@ -40,10 +43,6 @@ from privet.gradients.use import Operation, UseSink
 __all__ = ["Capture"]
 
 _TENSOR_GETTERS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - there is no public way to ask
 
 
 class Capture:
@@ -63,6 +62,7 @@ class Capture:
         self.batch_first = batch_first
         self.handler_of = structural_handler_of if mapped else handler_of
         self._channels_last = False
+        self._told: Told | None = None
         self._cycle: Cycle | None = None
 
     # -- when it watches ---------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Capture:
     def watching(self) -> bool:
         """Returns whether operations are looked at: inside a private forward, or a backward that may recompute it."""
         cycle = self._cycle
-        return cycle is not None and (cycle.running > 0 or _in_backward())
+        return cycle is not None and cycle.doubt is None and (cycle.running > 0 or in_backward())
 
     @property
     def channels_last(self) -> bool:
@@ -107,20 +107,54 @@ class Capture:
         self.release()
         # In this order: a forward that is interrupted here leaves a cycle that is running, and so is dropped next time.
         self._cycle = Cycle(examples, sink, made_up, last, trace)
-        self.roots.watch()
+        self._start(self._cycle)
 
     def resume(self) -> None:
         """Begins another forward of the same examples, which shares the backward of the forwards before."""
         assert self._cycle is not None
         self._cycle.running += 1
+        self._start(self._cycle)
+
+    def _start(self, cycle: Cycle) -> None:
+        cycle.doubt, cycle.telling = None, self._told is not None
+        if self._told is not None:
+            self._told.begin()
+            cycle.told.append(self._told)
         self.roots.watch()
 
+    def tell(self, told: Told | None) -> None:
+        """Says what was learned of the very batch whose forwards begin from now on, or that nothing was."""
+        self._told = told
+
+    def set_aside(self) -> Cycle:
+        """Drops the forward that has just ended in doubt, and returns its cycle with the forwards before it.
+
+        The capture is free for a check until `take_up`.
+        """
+        cycle, self._cycle = self._cycle, None
+        assert cycle is not None
+        cycle.running, cycle.doubt = 0, None
+        self.roots.unwatch()
+        return cycle
+
+    def take_up(self, cycle: Cycle) -> None:
+        """Goes on with a cycle that was set aside: begins the forward anew that was dropped."""
+        self.release()
+        self._cycle = cycle
+        self.resume()
+
     def end(self, outputs: Iterable[Tensor] = ()) -> None:
-        """Ends the forward. The parameters stay watched until the backward, which may recompute parts of it."""
+        """Ends the forward. The parameters stay watched until the backward, which may recompute parts of it.
+
+        Raises:
+            DoubtError: if it was not certain which rows belong to which example. The forward counts for nothing.
+        """
         cycle = self._cycle
         if cycle is None:  # something inside of the forward gave it up
             return
-        cycle.running = max(cycle.running - 1, 0)
+        if cycle.doubt is not None:
+            raise cycle.doubt
+        cycle.running, cycle.telling = max(cycle.running - 1, 0), False
 
         def reached(gradient: Tensor) -> None:
             self._expect(cycle)
@@ -149,6 +183,18 @@ class Capture:
             return func(*args, **kwargs)
         cycle = self._cycle
         assert cycle is not None
+        try:
+            return self._captured(cycle, func, args, kwargs)
+        except DoubtError as doubt:
+            if in_backward():  # a part that is computed again: the forward cannot be run anew any more
+                raise
+            cycle.doubt = doubt
+        except Exception:
+            if cycle.doubt is None:  # else a part of the operation was in doubt, and came back as it is
+                raise
+        return func(*args, **kwargs)
+
+    def _captured(self, cycle: Cycle, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if cycle.opaque:
             args, kwargs = tree_map(partial(_hidden, cycle.opaque), (args, kwargs))
         tensors = list(tensors_among(itertools.chain(args, kwargs.values())))
@@ -157,7 +203,7 @@ class Capture:
         roots = [t for t, found in zip(tensors, rooted, strict=True) if found]
         if not roots:
             return func(*args, **kwargs)
-        call = _Call(self, cycle)
+        call = HandledCall(self, cycle)
         if (rearrange := apart_handler_of(func)) is not None:
             result = rearrange(call, func, args, kwargs)
             if result is not NotImplemented:
@@ -205,10 +251,16 @@ class Capture:
         if any(id(p) in opaque for opaque in cycle.opaque for p in roots.values()):
             return data[-1]  # a part of a module that is itself one operation
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
-            call = _Call(self, cycle)
+            call = HandledCall(self, cycle)
             labels = tuple(self.roots.name(p) for p in roots.values())
             sites = (Site(type(module), labels, index, t.dim()) for index, t in enumerate(data))
-            layouts = {call.layout_at(site, t) for site, t in zip(sites, data, strict=True)}
+            try:
+                layouts = {call.layout_at(site, t) for site, t in zip(sites, data, strict=True)}
+            except DoubtError as doubt:
+                if in_backward():
+                    raise
+                cycle.doubt = doubt
+                return data[-1]
             if layouts != {Layout.ROWS}:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} with a registered rule met tensors in which "
@@ -247,96 +299,6 @@ class Capture:
             cycle.queued = False
         with torch.no_grad():
             sink.done()
-
-
-class _Call:
-    """One intercepted operation, as its handler sees it (`registry.Call`).
-
-    Each interception has its own: handlers run in several threads, and call operations that are intercepted in turn.
-    """
-
-    __slots__ = ("_capture", "_cycle", "is_root", "layouts")
-
-    def __init__(self, capture: Capture, cycle: Cycle) -> None:
-        self._capture = capture
-        self._cycle = cycle
-        self.layouts: dict[int, Layout] = {}  # of the operation's tensor arguments, by their ids
-        self.is_root = capture.roots.is_root
-
-    def label(self, root: Tensor) -> str:
-        """Returns a parameter's name, or a derived tensor's label, for messages."""
-        return self._capture.roots.label(root)
-
-    def layout(self, t: Tensor) -> Layout:
-        """Returns how the examples lie in `t`, a tensor argument of the operation being handled."""
-        return self.layouts.get(id(t), Layout.CONSTANT)
-
-    def layout_of_result(self, func: Callable[..., Any], root: Tensor, result: Tensor) -> Layout:
-        """Returns how the examples lie in a result made from `root` alone, as by `expand`."""
-        return self.layout_at(Site(func, (self.label(root),), 0, result.dim()), result)
-
-    def layout_at(self, site: Site, t: Tensor) -> Layout:
-        """Returns how the examples lie in `t` at a site."""
-        routed = routed_now()
-        if routed is not None:
-            routed.require_rows(site, t)
-            return Layout.ROUTED
-        return self._capture.layouts.of(site, t, self._cycle.examples, trace=self._cycle.trace)
-
-    def again(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns `func(...)` with capture looking at it, for handlers that take an operation apart."""
-        return self._capture.intercept(func, args, kwargs)
-
-    def apply(
-        self,
-        operation: Operation,
-        data: Sequence[Tensor],
-        roots: Mapping[str, Tensor | None],
-        *,
-        layout: Layout | None = None,
-    ) -> Any:
-        """Runs the operation, and returns its output; its uses are recorded when the gradient comes back.
-
-        Args:
-            operation: what is to run, made for this call.
-            data: what varies with the examples.
-            roots: the parameters by role; frozen and absent ones may be among them.
-            layout: how the examples lie in data and output, if not as in the first of the data.
-        """
-        capture, cycle, known = self._capture, self._cycle, self._capture.roots
-        layout = self.layout(data[0]) if layout is None else layout
-        values = {role: root for role, root in roots.items() if root is not None}
-        watched = {role: root for role, root in values.items() if self.is_root(root)}
-        routed = None
-        if layout is Layout.ROUTED:
-            routed = owners_for(operation, list(map(self.label, watched.values())), cycle.examples)
-        # While layouts are learned, a wrong guess may say so. It is found out and mended.
-        if layout is Layout.SECOND and not operation.positionwise and cycle.trace is None:
-            raise UnsupportedModelError(
-                f"{type(operation).__name__} of {', '.join(map(self.label, watched.values()))} met a batch on axis 1. "
-                "Expected axis 0 there. Move the batch to axis 0."
-            )
-        call = CapturedCall(
-            capture,
-            cycle,
-            operation,
-            layout,
-            routed,
-            capture.batch_first,
-            roles=tuple(values),
-            targets={role: known.target(root) for role, root in watched.items()},
-            data_count=len(data),
-        )
-        plain = [self._plain(value) if role in watched else value for role, value in values.items()]
-        edge = known.parameters[known.sources(next(iter(watched.values())))[0]]
-        return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
-
-    def _plain(self, root: Tensor) -> Tensor:
-        """Returns a root as a tensor that needs no gradient."""
-        plain = root.detach()
-        if self._capture.channels_last and plain.dim() == 4:
-            return plain.to(memory_format=torch.channels_last)
-        return plain
 
 
 def _hidden(hidden: Sequence[frozenset[int]], value: Any) -> Any:

@@ -25,7 +25,7 @@ from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
-from privet.gradients.layout import Trace
+from privet.gradients.layout import Told, Trace
 from privet.gradients.rules.strategy import prefers_channels_last
 from privet.gradients.summation import weighted_sums
 from privet.gradients.use import Recorded
@@ -47,6 +47,7 @@ def check_coverage(
     tripwires: Tripwires,
     examples: int,
     batch_axis: int = 0,
+    whole: bool = False,
 ) -> bool:
     """Learns the layouts, checks that capture covers the model, and returns whether the check was conclusive.
 
@@ -61,6 +62,8 @@ def check_coverage(
         tripwires: are kept quiet while autograd's own gradients are formed.
         examples: the number of examples in the inputs, at least 1.
         batch_axis: the axis of the inputs that the examples are on, 0 or 1.
+        whole: whether all examples are looked at. Then what was learned of this batch is told to the forwards that the
+            capture begins from now on, until it is told something else.
 
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
@@ -73,19 +76,20 @@ def check_coverage(
         def check(some: Any, count: int) -> bool:
             capture.prefer_channels_last(prefers_channels_last(module))
             try:
-                learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
             except RuntimeError:
                 if not capture.channels_last:
                     raise
                 # The model may use `view` where it needs the channels outside, for example.
                 capture.prefer_channels_last(False)
-                learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+            capture.tell(told)
             return _compare(
                 capture, run, some, examples=count, batch_axis=batch_axis, tripwires=tripwires, restore=restore
             )
 
         try:
-            if examples > _EXAMPLES:
+            if examples > _EXAMPLES and not whole:
                 known = capture.layouts.copy()
                 try:
                     return check(first_examples(inputs, _EXAMPLES, examples=examples, axis=batch_axis), _EXAMPLES)
@@ -99,6 +103,8 @@ def check_coverage(
             return check(inputs, examples)
         finally:
             capture.release()
+            if not whole:
+                capture.tell(None)
 
 
 def learn_layouts(
@@ -109,8 +115,10 @@ def learn_layouts(
     examples: int,
     batch_axis: int = 0,
     restore: Callable[[], None] = lambda: None,
-) -> None:
+) -> Told:
     """Runs the model on B and on B + 1 examples until the capture knows the batch axis of every operation.
+
+    Returns what was learned of these inputs, in the order in which a forward meets it.
 
     A wrong guess at one operation changes what is met after it. So both sizes are run until no guess was wrong.
 
@@ -126,14 +134,16 @@ def learn_layouts(
         UnsupportedModelError: if the batch axis cannot be told somewhere.
     """
     larger = grown(inputs, examples=examples, axis=batch_axis)
+    tolds: tuple[Told | None, Told | None] = (None, None)
     for _ in range(_ATTEMPTS):
         before = capture.layouts.learned
         traces: list[Trace] = []
         failures = []
-        for some, count in ((inputs, examples), (larger, examples + 1)):
+        for some, count, known in zip((inputs, larger), (examples, examples + 1), tolds, strict=True):
             trace: Trace = []
             traces.append(trace)
             restore()
+            capture.tell(known)
             capture.begin(count, Recorded(examples=count), trace=trace)
             try:
                 run(some)
@@ -141,9 +151,11 @@ def learn_layouts(
                 failures.append((count, error))
             finally:
                 capture.release()
-        settled = capture.layouts.learn(traces[0], traces[1], examples, examples + 1)
+                capture.tell(None)
+        settled, told, told_larger = capture.layouts.learn(traces[0], traces[1], examples, examples + 1)
         if settled and not failures:
-            return
+            return told
+        tolds = (told, told_larger)
         if failures and capture.layouts.learned == before:  # nothing new was learned: the failure is not a guess's
             raise _explained(*failures[0], inputs=inputs, examples=examples, axis=batch_axis)
     raise UnsupportedModelError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from privet.errors import ProtocolError
-from privet.gradients.layout import Trace
+from privet.gradients.layout import DoubtError, Told, Trace
 from privet.gradients.use import UseSink
 
 __all__ = ["Cycle"]
@@ -29,6 +29,9 @@ class Cycle:
 
     A forward or a backward that breaks off leaves the cycle as it was then. The next forward finds it running or
     queued, and closes it.
+
+    When a forward meets an operation whose rows have no certain owner, it is in doubt: nothing of it is captured from
+    there on, it ends as an ordinary forward, and is dropped. It is run anew once its batch was looked at.
     """
 
     examples: int
@@ -36,6 +39,9 @@ class Cycle:
     made_up: bool = False  # whether the examples stand in for none, and have no part in the sum
     last: bool = True  # whether the next backward is the last one of these forwards
     trace: Trace | None = None  # where examples were found, while layouts are learned
+    doubt: DoubtError | None = None  # why the forward that runs now is not captured to its end
+    told: list[Told] = field(default_factory=list)  # what was learned of this very batch, by forward
+    telling: bool = False  # whether the forward that runs now follows the last of `told`
     running: int = 1  # forwards that have begun and not ended
     queued: bool = False  # whether autograd will call back at the end of the backward that runs now
     opaque: list[frozenset[int]] = field(default_factory=list)

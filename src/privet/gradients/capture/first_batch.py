@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from privet.errors import UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import check_coverage
 from privet.gradients.capture.tripwire import Tripwires
@@ -62,8 +63,13 @@ class FirstBatch:
         """Returns whether a batch of so many examples has to be checked before it is trained on."""
         return self._seen < min(examples, _ENOUGH)
 
-    def run(self, inputs: Any, examples: int) -> None:
+    def run(self, inputs: Any, examples: int, *, whole: bool = False) -> None:
         """Checks one batch, and remembers if the check was conclusive. Nothing is released.
+
+        Args:
+            inputs: the batch.
+            examples: how many examples it has.
+            whole: whether every example is looked at, since it is not certain which rows of this very batch are whose.
 
         Raises:
             UnsupportedModelError, CoverageError: see `check_coverage`; and whatever the second check raises.
@@ -77,7 +83,14 @@ class FirstBatch:
             tripwires=self._tripwires,
             examples=examples,
             batch_axis=self._axis,
+            whole=whole,
         )
+        if whole and not conclusive:
+            raise UnsupportedModelError(
+                "it is not certain which rows of this batch belong to which example, and the check that would tell "
+                "met gradients that are not finite. Expected finite gradients on such a batch. Look for an example "
+                "that is NaN, or say whose the rows are (privet.rows_of)."
+            )
         if self._also is not None and examples > 1:
             self._also(inputs)
         if conclusive:

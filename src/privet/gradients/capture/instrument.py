@@ -20,8 +20,10 @@ from privet.batches.grow import one_of_zeros
 from privet.batches.structure import Arguments
 from privet.batches.tree import tensors_in
 from privet.errors import ProtocolError, UnsupportedModelError
+from privet.gradients.capture.anew import Anew
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
+from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.hook import Hook, nothing, refuse_copy
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
@@ -94,6 +96,9 @@ class Instrument:
         self._on_backward = on_backward
         self._on_forward = on_forward
         self._suspended = False  # while the check runs the model
+        self._inputs: Arguments | None = None  # of the forward that runs
+        self._again = False  # whether this forward is run anew, from inside of the hook that ends it
+        self._output: Any = None  # of the forward that was run anew
         self._nested = 0  # calls of the module from inside of its own forward
         self._tripwires = Tripwires(parameters, self.capture.release)
         self._first = FirstBatch(
@@ -104,6 +109,7 @@ class Instrument:
             batch_axis=self._axis,
             also=None if on_check is None else lambda inputs: on_check(*inputs),
         )
+        self._anew = Anew(self.capture, self._look_at)
         self._handles = [
             module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True),
             module.register_forward_hook(Hook(self._after, nothing), always_call=True),
@@ -127,6 +133,9 @@ class Instrument:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a capture if this forward is trained on; returns other arguments if the batch has no examples."""
+        if self._again and self._inputs is not None:
+            inputs, self._inputs = self._inputs, None  # calls from inside of the forward are not this one
+            return inputs
         if self._suspended or self._inside_forward():
             return None
         if not module.training or not torch.is_grad_enabled() or self.capture.watching:
@@ -145,6 +154,7 @@ class Instrument:
         if self._first.due(examples):  # an empty batch too needs to know the axis of its one zero example
             self._check(inputs, examples)
         cycle = self.capture.cycle
+        self._inputs = inputs
         self._begin(members, examples)
         if self._on_forward is not None:
             try:
@@ -162,15 +172,44 @@ class Instrument:
         if self._nested:
             self._nested -= 1
             return None
+        if self._again:
+            self._output = output
+            return None
+        inputs, self._inputs = self._inputs, None
         if output is None:  # the forward raised
             self.capture.release()
             return None
+        replaced = None
+        if cycle.doubt is not None and inputs is not None:
+            output = replaced = self._run_anew(inputs, cycle)
         outputs = self._outputs(output)
         self.capture.end(outputs)
         if not cycle.made_up:
             self._check_outputs(outputs, cycle.examples)
-            return None
+            return replaced
         return without_examples(output, self._axis)
+
+    def _run_anew(self, inputs: Arguments, cycle: Cycle) -> Any:
+        """Looks at the batch of a forward that ended in doubt, runs it anew, and returns its output."""
+        doubt = cycle.doubt
+        assert doubt is not None
+
+        def forward() -> Any:
+            self.capture.take_up(cycle)
+            self._inputs, self._again = inputs, True
+            try:
+                self._module(*inputs.args, **inputs.kwargs)
+                return self._output  # as this hook saw it: hooks after it are still to come
+            finally:
+                self._inputs, self._again, self._output = None, False, None
+
+        self.capture.set_aside()
+        try:
+            return self._anew.run(inputs, cycle.examples, doubt, forward)
+        except BaseException:
+            self.capture.release()
+            cycle.close()
+            raise
 
     def _inside_forward(self) -> bool:
         """Counts a call from inside of the module's own forward, and returns whether this is one.
@@ -235,10 +274,14 @@ class Instrument:
         self._check_outputs(outputs, count_examples(inputs, self._axis, name="the inputs"))
         return outputs
 
-    def _check(self, inputs: Arguments, examples: int) -> None:
-        """Checks the first batch, with the hooks suspended while the check calls the module."""
+    def _look_at(self, inputs: Arguments, examples: int) -> None:
+        """Checks all of one batch, of which it is not certain which rows are whose."""
+        self._check(inputs, examples, whole=True)
+
+    def _check(self, inputs: Arguments, examples: int, *, whole: bool = False) -> None:
+        """Checks one batch, with the hooks suspended while the check calls the module."""
         self._suspended = True
         try:
-            self._first.run(inputs, examples)
+            self._first.run(inputs, examples, whole=whole)
         finally:
             self._suspended = False

@@ -1,0 +1,101 @@
+"""A forward run anew: when it was not certain whose the rows were, its batch is looked at, and it runs once more.
+
+What the batch taught is told to the new forward. So both have to do the same: they run with the same random numbers.
+The forward that was in doubt is dropped, with the random numbers that it drew.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from privet.gradients.capture.capture import Capture
+from privet.gradients.layout import DoubtError
+
+__all__ = ["Anew"]
+
+_ATTEMPTS = 3
+_Output = TypeVar("_Output")
+
+
+class Anew:
+    """Looks at batches in doubt, and runs their forwards once more.
+
+    Args:
+        capture: is told what was learned of a batch.
+        look_at: checks a batch of so many examples, all of them, and tells the capture; raises if the check fails.
+    """
+
+    def __init__(self, capture: Capture, look_at: Callable[[Any, int], None]) -> None:
+        self._capture = capture
+        self._look_at = look_at
+        self._said: set[str] = set()
+
+    def run(self, inputs: Any, examples: int, doubt: DoubtError, forward: Callable[[], _Output]) -> _Output:
+        """Checks a batch, and returns what `forward` returns, which is run without a doubt.
+
+        Args:
+            inputs: the batch.
+            examples: how many examples it has.
+            doubt: of the forward before.
+            forward: begins a forward of the same inputs, and runs it. If it is in doubt at its end, it raises
+                `DoubtError`, or leaves that to the end of its cycle.
+
+        Raises:
+            DoubtError: if the doubt remains, although the batch was looked at.
+            UnsupportedModelError, CoverageError: if the check fails.
+        """
+        self._say(doubt)
+        try:
+            for _ in range(_ATTEMPTS):
+                before = _random_numbers()
+                try:
+                    self._look_at(inputs, examples)
+                except Exception as error:
+                    error.add_note(f"This batch was looked at because of a doubt: {doubt}")
+                    raise
+                _put_back(before)
+                try:
+                    output = forward()
+                    cycle = self._capture.cycle
+                    if cycle is None or cycle.doubt is None:
+                        return output
+                    doubt = cycle.doubt
+                    self._capture.set_aside()
+                except DoubtError as remaining:
+                    doubt = remaining
+            raise doubt
+        finally:
+            self._capture.tell(None)
+
+    def _say(self, doubt: DoubtError) -> None:
+        """Warns, once for each place, that batches are looked at again and again."""
+        if doubt.place is None or doubt.place in self._said:
+            return
+        self._said.add(doubt.place)
+        warnings.warn(
+            f"rows were moved along the batch at {doubt.place}, and then met a parameter. Which example they belong to "
+            "cannot be told by their place, so every batch in which this happens is checked, which takes several "
+            "times as long. Say whose the rows are with privet.rows_of to train at full speed.",
+            stacklevel=2,
+        )
+
+
+def _random_numbers() -> tuple[Any, ...]:
+    """Returns the states of the generators that a model may draw from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(), cuda  # noqa: NPY002 - users' own
+
+
+def _put_back(state: tuple[Any, ...]) -> None:
+    cpu, python, numpy, cuda = state
+    torch.set_rng_state(cpu)
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    for device, each in enumerate(cuda):
+        torch.cuda.set_rng_state(each, device)

@@ -1,0 +1,153 @@
+"""One intercepted operation as its handler sees it, and where the examples are in each of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from privet.errors import UnsupportedModelError
+from privet.gradients.capture.call import CapturedCall, CapturedOperation, Recorder
+from privet.gradients.capture.cycle import Cycle
+from privet.gradients.capture.routing import owners_for, routed_now
+from privet.gradients.capture.watched import Roots
+from privet.gradients.layout import DoubtError, Layout, Layouts, Site
+from privet.gradients.use import Operation
+
+__all__ = ["HandledCall", "in_backward"]
+
+
+def in_backward() -> bool:
+    """Returns whether a backward runs in this thread, and what happens now is computed again."""
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - there is no public way to ask
+
+
+class Capturing(Recorder, Protocol):
+    """What watches the forward (implemented by `Capture`)."""
+
+    roots: Roots
+    layouts: Layouts
+    batch_first: bool
+
+    @property
+    def channels_last(self) -> bool:
+        """Returns whether 2-D convolutions see their kernels with the channels innermost."""
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Records one operation, and returns its result."""
+
+
+class HandledCall:
+    """One intercepted operation, as its handler sees it (`registry.Call`).
+
+    Each interception has its own: handlers run in several threads, and call operations that are intercepted in turn.
+    """
+
+    __slots__ = ("_capture", "_cycle", "is_root", "layouts")
+
+    def __init__(self, capture: Capturing, cycle: Cycle) -> None:
+        self._capture = capture
+        self._cycle = cycle
+        self.layouts: dict[int, Layout] = {}  # of the operation's tensor arguments, by their ids
+        self.is_root = capture.roots.is_root
+
+    def label(self, root: Tensor) -> str:
+        """Returns a parameter's name, or a derived tensor's label, for messages."""
+        return self._capture.roots.label(root)
+
+    def layout(self, t: Tensor) -> Layout:
+        """Returns how the examples lie in `t`, a tensor argument of the operation being handled."""
+        return self.layouts.get(id(t), Layout.CONSTANT)
+
+    def layout_of_result(self, func: Callable[..., Any], root: Tensor, result: Tensor) -> Layout:
+        """Returns how the examples lie in a result made from `root` alone, as by `expand`."""
+        return self.layout_at(Site(func, (self.label(root),), 0, result.dim()), result)
+
+    def layout_at(self, site: Site, t: Tensor) -> Layout:
+        """Returns how the examples lie in `t` at a site."""
+        routed = routed_now()
+        if routed is not None:
+            routed.require_rows(site, t)
+            return Layout.ROUTED
+        cycle, layouts = self._cycle, self._capture.layouts
+        if cycle.trace is not None:
+            told = cycle.told[-1] if cycle.telling else None
+            layout = layouts.guessed(site, t, cycle.examples, told)
+            cycle.trace.append((site, tuple(t.shape), layout))
+            return layout
+        return self._told(site, t) if cycle.told else layouts.of(site, t, cycle.examples)
+
+    def _told(self, site: Site, t: Tensor) -> Layout:
+        """Returns the layout of `t` in a cycle of which a forward was told the layouts of its batch."""
+        cycle, layouts = self._cycle, self._capture.layouts
+        if cycle.telling and not in_backward():
+            layout = cycle.told[-1].next(site, t)
+            if layout is None:
+                raise DoubtError(
+                    f"{site} has shape {tuple(t.shape)} in a batch of {cycle.examples}, and was not met when this very "
+                    "batch was looked at",
+                    "Let the model do the same on the same batch with the same random numbers.",
+                )
+            return layout
+        if in_backward():
+            found = set().union(*(told.all(site, t) for told in cycle.told))
+            if len(found) == 1:
+                return found.pop()
+        return layouts.of(site, t, cycle.examples)
+
+    def again(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns `func(...)` with capture looking at it, for handlers that take an operation apart."""
+        return self._capture.intercept(func, args, kwargs)
+
+    def apply(
+        self,
+        operation: Operation,
+        data: Sequence[Tensor],
+        roots: Mapping[str, Tensor | None],
+        *,
+        layout: Layout | None = None,
+    ) -> Any:
+        """Runs the operation, and returns its output; its uses are recorded when the gradient comes back.
+
+        Args:
+            operation: what is to run, made for this call.
+            data: what varies with the examples.
+            roots: the parameters by role; frozen and absent ones may be among them.
+            layout: how the examples lie in data and output, if not as in the first of the data.
+        """
+        capture, cycle, known = self._capture, self._cycle, self._capture.roots
+        layout = self.layout(data[0]) if layout is None else layout
+        values = {role: root for role, root in roots.items() if root is not None}
+        watched = {role: root for role, root in values.items() if self.is_root(root)}
+        routed = None
+        if layout is Layout.ROUTED:
+            routed = owners_for(operation, list(map(self.label, watched.values())), cycle.examples)
+        # While layouts are learned, a wrong guess may say so. It is found out and mended.
+        if layout is Layout.SECOND and not operation.positionwise and cycle.trace is None:
+            raise UnsupportedModelError(
+                f"{type(operation).__name__} of {', '.join(map(self.label, watched.values()))} met a batch on axis 1. "
+                "Expected axis 0 there. Move the batch to axis 0."
+            )
+        call = CapturedCall(
+            capture,
+            cycle,
+            operation,
+            layout,
+            routed,
+            capture.batch_first,
+            roles=tuple(values),
+            targets={role: known.target(root) for role, root in watched.items()},
+            data_count=len(data),
+        )
+        plain = [self._plain(value) if role in watched else value for role, value in values.items()]
+        edge = known.parameters[known.sources(next(iter(watched.values())))[0]]
+        return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
+
+    def _plain(self, root: Tensor) -> Tensor:
+        """Returns a root as a tensor that needs no gradient."""
+        plain = root.detach()
+        if self._capture.channels_last and plain.dim() == 4:
+            return plain.to(memory_format=torch.channels_last)
+        return plain
