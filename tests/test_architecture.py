@@ -103,7 +103,7 @@ DRAWING = {
     "urandom",
 }
 PRIVILEGES = {
-    "intercepts operations": (INTERCEPTION, ("gradients/capture/watched.py",)),
+    "intercepts operations": (INTERCEPTION, ("gradients/capture/watched.py", "gradients/capture/moved.py")),
     "hooks modules and gradients": (
         HOOKS,
         ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could

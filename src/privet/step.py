@@ -162,7 +162,7 @@ class PrivateStep(Door):
         self._loss = _Loss(model, loss_per_example)
         self._key = key
         self._has_loader = False
-        self._capture = Capture(parameters)
+        self._capture = Capture(parameters, within=self._loss.forward)
         self._way = self._way_to_sums()
         watch_custom_modules(model, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet import UnsupportedModelError
-from privet.gradients.layout import Layout, Layouts, Site, Trace
+from privet.gradients.layout import DoubtError, Layout, Layouts, Site, Told
 
 small = st.integers(1, 6)
 
@@ -29,13 +29,14 @@ def shape_of(layout: Layout, b: int, t: int, d: int) -> tuple[int, ...]:
 def learned(layout: Layout, b: int, t: int, d: int) -> Layouts:
     layouts = Layouts()
     first, second = shape_of(layout, b, t, d), shape_of(layout, b + 1, t, d)
+    tolds: tuple[Told | None, ...] = (None, None)
     for _ in range(3):
         traces = []
-        for shape, n in ((first, b), (second, b + 1)):
-            trace: Trace = []
-            layouts.of(site(len(shape)), torch.zeros(shape, requires_grad=True), n, trace=trace)
-            traces.append(trace)
-        if layouts.learn(traces[0], traces[1], b, b + 1):
+        for shape, n, told in zip((first, second), (b, b + 1), tolds, strict=True):
+            s = site(len(shape))
+            traces.append([(s, shape, layouts.guessed(s, torch.zeros(shape, requires_grad=True), n, told))])
+        settled, *tolds = layouts.learn(traces[0], traces[1], b, b + 1)
+        if settled:
             return layouts
     raise AssertionError("not settled")
 
@@ -94,18 +95,35 @@ def test_a_site_with_two_layouts_is_refused_only_where_they_coincide() -> None:
         layouts.of(site(3), torch.zeros(5, 5, 3), 5)
 
 
-def test_a_new_site_is_rows_only_if_it_depends_on_what_was_captured() -> None:
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (10, 3, 1, 1), (3, 3)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_new_site_is_in_doubt_whatever_its_shape(shape: tuple[int, ...], grad: bool) -> None:
     layouts = learned(Layout.ROWS, 4, 2, 3)
-    with pytest.raises(UnsupportedModelError, match="not met on the first batch"):
-        layouts.of(site(2), torch.zeros(5, 3), 5)
-    assert layouts.of(site(2), torch.zeros(5, 3, requires_grad=True), 5) is Layout.ROWS
-    with pytest.raises(UnsupportedModelError, match="not met on the first batch"):
-        layouts.of(site(4), torch.zeros(10, 3, 1, 1, requires_grad=True), 5)
+    with pytest.raises(DoubtError, match="not met when a batch was last looked at"):
+        layouts.of(Site(torch.mul, ("weight",), 0, len(shape)), torch.zeros(shape, requires_grad=grad), 5)
+
+
+def test_what_was_told_of_one_forward_is_met_in_its_order() -> None:
+    told, s, t = Told(), site(3), torch.zeros(5, 5, 3)
+    told.add(s, (5, 5, 3), Layout.ROWS)
+    told.add(s, (5, 5, 3), Layout.SECOND)
+    for _ in range(2):
+        told.begin()
+        assert [told.next(s, t) for _ in range(3)] == [Layout.ROWS, Layout.SECOND, None]
+    assert told.all(s, t) == {Layout.ROWS, Layout.SECOND}
+    assert told.next(s, torch.zeros(5, 6, 3)) is None
+
+
+def test_two_layouts_that_say_the_same_of_a_tensor_leave_nothing_open() -> None:
+    layouts = learned(Layout.MERGED, 4, 2, 3)
+    layouts.known[site(2)].add(Layout.ROWS)
+    assert layouts.of(site(2), torch.zeros(5, 3), 5) is Layout.ROWS
+    assert layouts.of(site(2), torch.zeros(10, 3), 5) is Layout.MERGED
 
 
 def test_traces_that_differ_are_not_settled() -> None:
     layouts = Layouts()
     a, b = (site(2), (4, 3), Layout.ROWS), (site(2), (5, 3), Layout.ROWS)
-    assert layouts.learn([a], [b], 4, 5)
-    assert not layouts.learn([a, a], [b], 4, 5)
-    assert not layouts.learn([(site(3), (4, 3, 1), Layout.ROWS)], [b], 4, 5)
+    assert layouts.learn([a], [b], 4, 5)[0]
+    assert not layouts.learn([a, a], [b], 4, 5)[0]
+    assert not layouts.learn([(site(3), (4, 3, 1), Layout.ROWS)], [b], 4, 5)[0]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from privet import ProtocolError
 from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.derived import Derivation
 from privet.gradients.rules import registry
 from privet.gradients.use import Recorded, Use
@@ -35,7 +36,9 @@ class Listing:
 
 def watched() -> tuple[nn.Module, Capture]:
     net = nn.Linear(3, 2)
-    return net, Capture(dict(net.named_parameters()))
+    capture = Capture(dict(net.named_parameters()))
+    learn_layouts(capture, lambda x: [net(x)], torch.randn(4, 3), examples=4)
+    return net, capture
 
 
 def test_a_sink_gets_every_use_and_then_hears_that_nothing_is_watched_any_more() -> None:
@@ -128,6 +131,7 @@ def test_an_abandoned_forward_frees_its_graph_and_what_was_recorded() -> None:
 
 def test_handlers_of_two_threads_do_not_see_each_others_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     net, capture = watched()
+    capture.tell(learn_layouts(capture, lambda x: [net(x) + net(x)], torch.randn(4, 3), examples=4))
     first_is_inside, second_is_inside, first_is_done = (threading.Event() for _ in range(3))
     real = registry._HANDLERS[F.linear]
 

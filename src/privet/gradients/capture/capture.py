@@ -21,6 +21,7 @@ raises `DoubtError`: the batch has to be looked at, and the forward run anew.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ from privet.errors import UnsupportedModelError
 from privet.gradients.capture.call import CapturedCall, tensors_among
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.handled import HandledCall, in_backward
+from privet.gradients.capture.moved import MovedRows, MovesMet, codes_of
 from privet.gradients.capture.watched import Roots
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site, Told, Trace
 from privet.gradients.rules.free import EXPANSIONS, expansion
@@ -52,12 +54,19 @@ class Capture:
         parameters: the trainable parameters by canonical name.
         batch_first: whether axes merged with the batch have the batch outside.
         mapped: whether vmap takes the place of every rule of an operation on parameters.
+        within: the function that every forward begins with, such as the module's `forward`.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, batch_first: bool = True, mapped: bool = False
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        batch_first: bool = True,
+        mapped: bool = False,
+        within: Callable[..., Any] | None = None,
     ) -> None:
         self.roots = Roots(parameters, self)
+        self.moved = MovedRows(self.roots.is_root, codes_of(within))
         self.layouts = Layouts()
         self.batch_first = batch_first
         self.handler_of = structural_handler_of if mapped else handler_of
@@ -84,6 +93,11 @@ class Capture:
         return cycle is not None and cycle.doubt is None and (cycle.running > 0 or in_backward())
 
     @property
+    def learning(self) -> bool:
+        """Returns whether layouts are learned from the forward that runs now."""
+        return self._cycle is not None and self._cycle.trace is not None
+
+    @property
     def channels_last(self) -> bool:
         """Returns whether 2-D convolutions see their kernels with the channels innermost."""
         return self._channels_last
@@ -93,7 +107,14 @@ class Capture:
         self._channels_last = preferred
 
     def begin(
-        self, examples: int, sink: UseSink, *, made_up: bool = False, last: bool = True, trace: Trace | None = None
+        self,
+        examples: int,
+        sink: UseSink,
+        *,
+        made_up: bool = False,
+        last: bool = True,
+        trace: Trace | None = None,
+        moves: MovesMet | None = None,
     ) -> None:
         """Drops whatever came before, and begins a forward of `examples` examples.
 
@@ -103,11 +124,12 @@ class Capture:
             made_up: whether the examples stand in for none, and have no part in the sum.
             last: whether the next backward is the last one. If it is not, call `turn_to` before the last.
             trace: gets where the examples were found, while layouts are learned.
+            moves: gets what was moved, while layouts are learned.
         """
         self.release()
         # In this order: a forward that is interrupted here leaves a cycle that is running, and so is dropped next time.
         self._cycle = Cycle(examples, sink, made_up, last, trace)
-        self._start(self._cycle)
+        self._start(self._cycle, moves)
 
     def resume(self) -> None:
         """Begins another forward of the same examples, which shares the backward of the forwards before."""
@@ -115,12 +137,14 @@ class Capture:
         self._cycle.running += 1
         self._start(self._cycle)
 
-    def _start(self, cycle: Cycle) -> None:
+    def _start(self, cycle: Cycle, moves: MovesMet | None = None) -> None:
         cycle.doubt, cycle.telling = None, self._told is not None
         if self._told is not None:
             self._told.begin()
             cycle.told.append(self._told)
         self.roots.watch()
+        if moves is not None or not cycle.telling:
+            self.moved.start(cycle, moves)
 
     def tell(self, told: Told | None) -> None:
         """Says what was learned of the very batch whose forwards begin from now on, or that nothing was."""
@@ -134,7 +158,7 @@ class Capture:
         cycle, self._cycle = self._cycle, None
         assert cycle is not None
         cycle.running, cycle.doubt = 0, None
-        self.roots.unwatch()
+        self._unwatch()
         return cycle
 
     def take_up(self, cycle: Cycle) -> None:
@@ -152,6 +176,7 @@ class Capture:
         cycle = self._cycle
         if cycle is None:  # something inside of the forward gave it up
             return
+        self.moved.stop()
         if cycle.doubt is not None:
             raise cycle.doubt
         cycle.running, cycle.telling = max(cycle.running - 1, 0), False
@@ -173,6 +198,10 @@ class Capture:
         cycle, self._cycle = self._cycle, None
         if cycle is not None:
             cycle.close()
+        self._unwatch()
+
+    def _unwatch(self) -> None:
+        self.moved.stop()
         self.roots.unwatch()
 
     # -- one operation -----------------------------------------------------------------------------------------------
@@ -184,6 +213,8 @@ class Capture:
         cycle = self._cycle
         assert cycle is not None
         try:
+            if threading.get_ident() != self.moved.thread:
+                self._require_followed(cycle)
             return self._captured(cycle, func, args, kwargs)
         except DoubtError as doubt:
             if in_backward():  # a part that is computed again: the forward cannot be run anew any more
@@ -193,6 +224,16 @@ class Capture:
             if cycle.doubt is None:  # else a part of the operation was in doubt, and came back as it is
                 raise
         return func(*args, **kwargs)
+
+    def _require_followed(self, cycle: Cycle) -> None:
+        """Raises if rows may have been moved where nobody looked: in a thread that the forward began."""
+        if cycle.telling or cycle.trace is not None or in_backward():
+            return
+        raise DoubtError(
+            "a parameter is used in a thread that the forward began, in which rows of the batch may have been moved",
+            "Run the model in one thread.",
+            place="a thread of its own",
+        )
 
     def _captured(self, cycle: Cycle, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if cycle.opaque:

@@ -23,6 +23,7 @@ from privet.batches.grow import detached, grown, left_out, refuse_read_once
 from privet.batches.structure import REGISTER
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.moved import MovesMet
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
 from privet.gradients.layout import Told, Trace
@@ -138,13 +139,15 @@ def learn_layouts(
     for _ in range(_ATTEMPTS):
         before = capture.layouts.learned
         traces: list[Trace] = []
+        moves: list[MovesMet] = []
         failures = []
         for some, count, known in zip((inputs, larger), (examples, examples + 1), tolds, strict=True):
             trace: Trace = []
             traces.append(trace)
+            moves.append([])
             restore()
             capture.tell(known)
-            capture.begin(count, Recorded(examples=count), trace=trace)
+            capture.begin(count, Recorded(examples=count), trace=trace, moves=moves[-1])
             try:
                 run(some)
             except Exception as error:  # noqa: BLE001 - a wrong guess may be the cause: what was met before it mends the guess
@@ -154,6 +157,7 @@ def learn_layouts(
                 capture.tell(None)
         settled, told, told_larger = capture.layouts.learn(traces[0], traces[1], examples, examples + 1)
         if settled and not failures:
+            capture.moved.known.learn(*moves)
             return told
         tolds = (told, told_larger)
         if failures and capture.layouts.learned == before:  # nothing new was learned: the failure is not a guess's

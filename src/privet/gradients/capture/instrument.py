@@ -90,7 +90,7 @@ class Instrument:
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
         on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
-        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped)
+        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, within=module.forward)
         self._module = module
         self._axis = 0 if batch_first else 1
         self._on_backward = on_backward

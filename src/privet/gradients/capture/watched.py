@@ -8,11 +8,14 @@ references never notice.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from privet.gradients.derived import Derivation, is_isometry
 from privet.gradients.tracing import tracing
@@ -27,8 +30,25 @@ class Interceptor(Protocol):
     def watching(self) -> bool:
         """Returns whether operations are looked at now."""
 
+    @property
+    def learning(self) -> bool:
+        """Returns whether the forward is one that is only looked at, and has no backward."""
+
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records one operation, and returns its result."""
+
+
+def _is_computed_again() -> bool:
+    """Returns whether this is the forward, without gradients, of a part that a reentrant checkpoint computes again.
+
+    In training the part is captured when the backward computes it again. A forward that has no backward sees it now.
+    """
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Watched:
@@ -42,8 +62,12 @@ class _Watched:
     ) -> Any:
         # Handlers compute with the same tensors: what they call must not be intercepted again.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
-            if cls.interceptor.watching and torch.is_grad_enabled():
-                return cls.interceptor.intercept(func, args, kwargs or {})
+            if cls.interceptor.watching:
+                if torch.is_grad_enabled():
+                    return cls.interceptor.intercept(func, args, kwargs or {})
+                if cls.interceptor.learning and _is_computed_again():
+                    with torch.enable_grad():
+                        return cls.interceptor.intercept(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
 
