@@ -333,6 +333,8 @@ class PrivateStep(Door):
         try:
             clipped, losses = summed()
         except DoubtError as doubt:
+            if self.performance.compile and doubt.place is not None:  # a graph is looked at once
+                raise
             clipped, losses = self._anew.run(batch, size, doubt, summed)
         return losses[:examples], clipped.of_first(examples)
 

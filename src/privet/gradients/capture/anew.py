@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from privet.batches.out_of_memory import is_out_of_memory
+from privet.errors import PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.layout import DoubtError
 
@@ -54,11 +56,7 @@ class Anew:
         try:
             for _ in range(_ATTEMPTS):
                 before = _random_numbers()
-                try:
-                    self._look_at(inputs, examples)
-                except Exception as error:
-                    error.add_note(f"This batch was looked at because of a doubt: {doubt}")
-                    raise
+                self._checked(inputs, examples, doubt)
                 _put_back(before)
                 try:
                     output = forward()
@@ -72,6 +70,21 @@ class Anew:
             raise doubt
         finally:
             self._capture.tell(None)
+
+    def _checked(self, inputs: Any, examples: int, doubt: DoubtError) -> None:
+        """Looks at the batch, and says why it was looked at where that fails."""
+        try:
+            self._look_at(inputs, examples)
+        except PrivetError as error:
+            error.add_note(f"This batch was looked at because of a doubt: {doubt}")
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # The model has just run on this batch: what is wrong is how its rows were taken to lie.
+            raise UnsupportedModelError(
+                f"{doubt} (This batch was looked at, which ended with {type(error).__name__}: {error})"
+            ) from error
 
     def _say(self, doubt: DoubtError) -> None:
         """Warns, once for each place, that batches are looked at again and again."""

@@ -23,6 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
@@ -41,7 +42,7 @@ from privet.gradients.tracing import tracing
 __all__ = ["KnownMoves", "MovedRows", "MovesMet", "codes_of"]
 
 _UNSEEN: Any = object()
-_INSIDE = ("torch/", "torch\\", "privet/gradients/")
+_TORCH = str(Path(torch.__file__).parent)
 
 MovesMet = list[tuple[Hashable, Move]]
 """The moves of one forward, in order, each with its place in the code."""
@@ -209,9 +210,11 @@ class MovedRows(TorchFunctionMode):
         path: list[int] = []
         while frame is not None:
             code = frame.f_code
-            path += (id(code), frame.f_lasti)
-            if keep:
-                self._places[id(code)] = code
+            # How torch calls a module is not the same while a graph is traced; only the innermost line of it counts.
+            if not path or not code.co_filename.startswith(_TORCH):
+                path += (id(code), frame.f_lasti)
+                if keep:
+                    self._places[id(code)] = code
             if code in self._within:
                 break
             frame = frame.f_back
@@ -222,7 +225,10 @@ class MovedRows(TorchFunctionMode):
 
 def _caller() -> FrameType:
     """Returns the frame that called the function of torch which the mode looks at."""
-    return sys._getframe(3)  # noqa: SLF001 - below `_followed` and `__torch_function__`
+    frame: FrameType = sys._getframe(3)  # noqa: SLF001 - below `_followed` and `__torch_function__`
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # of another mode
+        frame = frame.f_back
+    return frame
 
 
 def codes_of(function: Callable[..., Any] | None) -> set[CodeType]:
@@ -248,7 +254,7 @@ def _put_on(modes: Sequence[Any]) -> None:
 
 def _place(func: Callable[..., Any], frame: FrameType | None) -> str:
     """Returns a function and the line of the user's code that called it."""
-    while frame is not None and any(part in frame.f_code.co_filename for part in _INSIDE):
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
         frame = frame.f_back
     name = getattr(func, "__name__", str(func))
     return name if frame is None else f"{name} in {frame.f_code.co_filename}, line {frame.f_lineno}"
