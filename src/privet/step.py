@@ -17,6 +17,7 @@ from privet.accounting.role import LedgerLike
 from privet.batches.count import count_examples
 from privet.batches.cut import cut_rows
 from privet.batches.fill import fill_rows
+from privet.batches.kept import opening
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.batches.tree import tensors_in
 from privet.errors import ConfigurationError
@@ -171,7 +172,7 @@ class PrivateStep(Door):
             self._capture,
             self._tripwires,
             lambda inputs: [self._losses(inputs, count_examples(inputs))],
-            also=lambda inputs: refuse_mixing(self._loss, (inputs,), {}),
+            also=lambda inputs: refuse_mixing(opening(self._loss, inputs), (inputs,), {}),
         )
         self._anew = Anew(self._capture, lambda batch, examples: self._first.run(batch, examples, whole=True))
         optimizer.zero_grad(set_to_none=True)
@@ -330,6 +331,7 @@ class PrivateStep(Door):
                 absent=absent,
             )
 
+        self._anew.begins()
         try:
             clipped, losses = summed()
         except DoubtError as doubt:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from privet.batches.kept import opening
 from privet.gradients.capture.instrument import Instrument
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
@@ -56,7 +57,9 @@ class PrivateModule:
             batch_first=batch_first,
             mapped=mapped,
             on_backward=self._received,
-            on_check=lambda args, kwargs: refuse_mixing(module, args, kwargs, batch_axis=0 if batch_first else 1),
+            on_check=lambda args, kwargs: refuse_mixing(
+                opening(module, (args, kwargs)), args, kwargs, batch_axis=0 if batch_first else 1
+            ),
             on_forward=lambda tensors, anew: update.recognize(tensors, anew=anew),
         )
 

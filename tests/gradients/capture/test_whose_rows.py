@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import privet
 from privet import Flat
 from privet.errors import PrivetError
 from tests.contracts.doors import DOORS, assert_exact, door_sum, explicit_sum, paper_sum, reference
@@ -204,7 +203,7 @@ def batch(name: str) -> tuple[Tensor, Tensor]:
         case "equal":  # two rows of each example
             chosen[:, :2] = True
         case "all of one":  # as many rows as examples
-            chosen[1, :4] = True
+            chosen[2, :4] = True
         case "uneven":  # a multiple of the batch, not in its order
             for i, n in enumerate((1, 4, 0, 3)):
                 chosen[i, :n] = True
@@ -212,7 +211,7 @@ def batch(name: str) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(m: nn.Module, b: Any) -> Tensor:
-    return m(*b).square().sum(1)
+    return 10.0 * m(*b).square().sum(1)
 
 
 @contextlib.contextmanager
@@ -243,3 +242,85 @@ def test_moved_rows_are_exact_or_refused(name: str, door: str) -> None:
         assert_exact_or_refused(
             lambda last=last: door_sum(door, net, batch("equal"), last, loss=loss_of, policy=Flat(0.5)), net, last
         )
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "hooks": lambda *a, **k: paper_sum(*a, **k, grad_sample_mode="hooks"),
+    "functorch": lambda *a, **k: paper_sum(*a, **k, grad_sample_mode="functorch"),
+    "two passes": lambda *a, **k: explicit_sum(*a, **k, passes=2),
+    "padded": lambda *a, **k: explicit_sum(*a, **k, physical_batch_size=5, padded=True),
+    "physical": lambda *a, **k: explicit_sum(*a, **k, physical_batch_size=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mask", "sorted_and_put_back"])
+def test_no_way_to_the_sum_lets_moved_rows_through(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    net = Net(name).double()
+    for kind in ("all of one", "uneven"):
+        last = batch(kind)
+        assert_exact_or_refused(
+            lambda last=last: WAYS[way](net, batch("equal"), last, loss=loss_of, policy=Flat(0.5)), net, last
+        )
+
+
+@pytest.mark.parametrize("name", ["mask", "taken_apart_and_stacked", "copied_into_a_buffer"])
+def test_where_the_rows_lie_as_in_the_check_the_batch_is_trained_on_with_a_warning(name: str) -> None:
+    net, last = Net(name).double(), batch("equal")
+    with pytest.warns(UserWarning, match=r"rows were moved along the batch at .*test_whose_rows\.py, line"):
+        found = explicit_sum(net, last, last, loss=loss_of, policy=Flat(0.5))
+    assert_exact(found, reference(net, last, loss_of, Flat(0.5)))
+
+
+def test_a_refused_batch_teaches_nothing() -> None:
+    """The next batch, whose shapes are those of the refused one, is refused as well."""
+    torch.manual_seed(0)
+    net = Net("mask").double()
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return loss_of(m, b)
+
+    for kind in ("uneven", "all of one"):
+        with quiet(), pytest.raises(PrivetError, match="which rows"):
+            explicit_sum(net, batch("equal"), batch(kind), loss=loss, policy=Flat(0.5))
+
+
+# -- harmless moves ----------------------------------------------------------------------------------------------------
+
+
+class Harmless(nn.Module):
+    """Moves along positions and features of batches padded to other lengths; takes one position of each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.token = nn.Embedding(9, D), nn.Parameter(torch.randn(1, 1, D))
+        self.mix, self.cell, self.last = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.Linear(2 * D, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, T)
+        h = torch.cat([self.token.expand(len(ids), -1, -1), self.table(ids)], dim=1)
+        q, k, v = self.mix(h).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k.roll(1, 1), v)[:, 1:].flip(1)
+        states = [torch.tanh(self.cell(h[:, t])) for t in range(h.shape[1])]
+        h = torch.stack(states, dim=1)
+        end = h[torch.arange(len(ids)), ids.argmax(-1)]
+        best = h.gather(1, ids.argmax(-1)[:, None, None].expand(-1, 1, D))[:, 0]
+        out = torch.zeros_like(h)
+        out[:, ::2] = h[:, ::2]
+        top = out.topk(1, dim=1).values[:, 0]
+        return self.last(torch.cat([end + best, top], dim=-1))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_moves_along_other_axes_are_no_reason_to_look_again(door: str) -> None:
+    torch.manual_seed(0)
+    net = Harmless().double()
+
+    def squares(m: nn.Module, b: Any) -> Tensor:
+        return m(*b).square().sum(1)
+
+    ids = [(torch.randint(9, (n, t)),) for n, t in ((4, 4), (3, 6), (1, 5), (5, 5), (4, 3))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rows were moved along the batch")
+        found = door_sum(door, net, *ids, loss=squares, policy=Flat(0.5))
+    assert_exact(found, reference(net, ids[-1], squares, Flat(0.5)))

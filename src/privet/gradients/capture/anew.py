@@ -1,7 +1,7 @@
 """A forward run anew: when it was not certain whose the rows were, its batch is looked at, and it runs once more.
 
-What the batch taught is told to the new forward. So both have to do the same: they run with the same random numbers.
-The forward that was in doubt is dropped, with the random numbers that it drew.
+What the batch taught is told to the new forward. So both have to do the same: they run with the same random numbers,
+which are torch's as the dropped forward found them, and Python's and NumPy's as it left them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import PrivetError, UnsupportedModelError
@@ -37,6 +38,11 @@ class Anew:
         self._capture = capture
         self._look_at = look_at
         self._said: set[str] = set()
+        self._begun: Tensor | None = None
+
+    def begins(self) -> None:
+        """Remembers torch's random numbers, before a forward that may have to run anew."""
+        self._begun = torch.get_rng_state()
 
     def run(self, inputs: Any, examples: int, doubt: DoubtError, forward: Callable[[], _Output]) -> _Output:
         """Checks a batch, and returns what `forward` returns, which is run without a doubt.
@@ -53,6 +59,8 @@ class Anew:
             UnsupportedModelError, CoverageError: if the check fails.
         """
         self._say(doubt)
+        if self._begun is not None:
+            torch.set_rng_state(self._begun)
         try:
             for _ in range(_ATTEMPTS):
                 before = _random_numbers()

@@ -34,7 +34,7 @@ from privet.errors import UnsupportedModelError
 from privet.gradients.capture.call import CapturedCall, tensors_among
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.handled import HandledCall, in_backward
-from privet.gradients.capture.moved import MovedRows, MovesMet, codes_of
+from privet.gradients.capture.moved import KnownMoves, MovedRows, MovesMet, codes_of
 from privet.gradients.capture.watched import Roots
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site, Told, Trace
 from privet.gradients.rules.free import EXPANSIONS, expansion
@@ -149,6 +149,17 @@ class Capture:
     def tell(self, told: Told | None) -> None:
         """Says what was learned of the very batch whose forwards begin from now on, or that nothing was."""
         self._told = told
+
+    def knowledge(self) -> tuple[Layouts, KnownMoves]:
+        """Returns what is known of the model now, which what is learned later does not change."""
+        return self.layouts.copy(), self.moved.known.copy()
+
+    def forget_since(self, knowledge: tuple[Layouts, KnownMoves]) -> None:
+        """Forgets what was learned since then, of this model or of the batch at hand."""
+        layouts, moves = knowledge
+        self.layouts.restore(layouts)
+        self.moved.known = moves.copy()
+        self._told = None
 
     def set_aside(self) -> Cycle:
         """Drops the forward that has just ended in doubt, and returns its cycle with the forwards before it.

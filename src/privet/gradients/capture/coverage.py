@@ -31,12 +31,16 @@ from privet.gradients.rules.strategy import prefers_channels_last
 from privet.gradients.summation import weighted_sums
 from privet.gradients.use import Recorded
 
-__all__ = ["check_coverage", "learn_layouts"]
+__all__ = ["GrowthError", "check_coverage", "learn_layouts"]
 
 _ATTEMPTS = 8
 _EXAMPLES = 16
 """How many examples are looked at. They are enough to reach parts that see few examples, such as experts."""
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class GrowthError(UnsupportedModelError):
+    """The model runs on a batch, and not on the batch with one example more."""
 
 
 def check_coverage(
@@ -177,7 +181,7 @@ def _explained(count: int, error: Exception, *, inputs: Any, examples: int, axis
         if closed
         else ""
     )
-    explained = UnsupportedModelError(
+    explained = GrowthError(
         f"the model runs on {examples} examples and not on {count}: {error} To find the batch axis, the first batch is "
         f"run with one example more, in every input with {examples} on axis {axis}. Give the model inputs whose batch "
         f"axis is there, and no other input of that size there.{hint}"

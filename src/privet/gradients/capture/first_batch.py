@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from privet.batches.kept import opened, with_squares_kept
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import check_coverage
+from privet.gradients.capture.coverage import GrowthError, check_coverage
 from privet.gradients.capture.tripwire import Tripwires
 
 __all__ = ["FirstBatch"]
@@ -75,10 +76,26 @@ class FirstBatch:
             UnsupportedModelError, CoverageError: see `check_coverage`; and whatever the second check raises.
         """
         self._seen = 0
+        known = self._capture.knowledge()
+        try:
+            try:
+                conclusive = self._checked(inputs, examples, whole=whole)
+            except GrowthError:
+                kept = with_squares_kept(inputs, examples=examples, axis=self._axis)
+                if kept is inputs:
+                    raise
+                conclusive = self._checked(kept, examples, whole=whole)
+        except BaseException:
+            self._capture.forget_since(known)  # else what a refused batch taught would hold for the next
+            raise
+        if conclusive:
+            self._seen = min(examples, _ENOUGH)
+
+    def _checked(self, inputs: Any, examples: int, *, whole: bool) -> bool:
         conclusive = check_coverage(
             self._module,
             self._capture,
-            self._outputs,
+            lambda inputs: self._outputs(opened(inputs)),
             inputs,
             tripwires=self._tripwires,
             examples=examples,
@@ -93,5 +110,4 @@ class FirstBatch:
             )
         if self._also is not None and examples > 1:
             self._also(inputs)
-        if conclusive:
-            self._seen = min(examples, _ENOUGH)
+        return conclusive

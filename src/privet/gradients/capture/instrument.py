@@ -155,6 +155,7 @@ class Instrument:
             self._check(inputs, examples)
         cycle = self.capture.cycle
         self._inputs = inputs
+        self._anew.begins()
         self._begin(members, examples)
         if self._on_forward is not None:
             try:

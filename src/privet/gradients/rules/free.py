@@ -120,11 +120,10 @@ def expansion(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     if layout is Layout.CONSTANT:
         return NotImplemented
     axis = 1 if layout is Layout.SECOND else 0
-    trailing = result.shape[axis + 1 :]
+    wanted = [1 if place == axis else size for place, size in enumerate(result.shape)]  # nothing of it is an example's
     repeats = math.prod(result.shape) // max(root.numel(), 1)
     if root.numel() * repeats != math.prod(result.shape) or any(
-        size not in (1, want)
-        for size, want in zip(root.shape[::-1], (*trailing[::-1], *[1] * result.dim()), strict=False)
+        size not in (1, want) for size, want in zip(root.shape[::-1], wanted[::-1], strict=False)
     ):
         return NotImplemented
     return _expanded(call, root, result.shape, layout)
