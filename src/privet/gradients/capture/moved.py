@@ -29,7 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils._device import DeviceContext
 
 from privet.gradients.capture.call import tensors_among
@@ -135,12 +140,17 @@ class MovedRows(TorchFunctionMode):
         self.stop()
         self._cycle, self._met, self._thread = cycle, met, threading.get_ident()
         # At the bottom: if the forward is interrupted, a user's own mode around it still takes itself off.
+        if not torch._C._len_torch_function_stack():  # noqa: SLF001 - torch's own modes ask it
+            _push_mode(self)  # type: ignore[no-untyped-call]
+            return
         modes = [mode for mode in _taken_off() if mode is not self]
         lowest = sum(isinstance(mode, DeviceContext) for mode in modes[:1])  # which insists on being the lowest
         _put_on([*modes[:lowest], self, *modes[lowest:]])
 
     def stop(self) -> None:
         """Forgets the forward, and looks at nothing any more."""
+        if self._cycle is None and not self._thread:
+            return
         self._cycle = self._met = None
         self._tags.clear()
         self._sources.clear()
@@ -152,7 +162,8 @@ class MovedRows(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         mover = self._movers.get(func, _UNSEEN)
-        if mover is None and not self._tags:
+        # What most functions are: none that moves anything, or a product with a parameter, which captures it itself.
+        if not self._tags and (mover is None or (len(args) > 1 and self._is_root(args[1]))):
             return func(*args, **kwargs) if kwargs else func(*args)
         if mover is _UNSEEN:
             mover = self._movers[func] = mover_of(func)
