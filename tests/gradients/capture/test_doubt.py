@@ -313,3 +313,23 @@ def test_an_interrupted_forward_leaves_the_users_modes_as_they_were(door: str) -
     found = door_sum(door, net, *batches, loss=loss, policy=Flat(0.5))
     assert _get_current_function_mode_stack() == []
     assert_exact(found, reference(net, batches[1], switched, Flat(0.5)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_dropped_after_a_dropout_are_the_same_with_one_example_more(seed: int) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.last = nn.ModuleList(nn.Linear(D, D) for _ in range(4)), nn.Linear(D, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = nn.functional.dropout(x, 0.3)
+                if torch.rand(()) < 0.5:
+                    x = layer(x).tanh()
+            return self.last(x).mean(1)
+
+    torch.manual_seed(seed)
+    batches = [(batch(n, 3, late=False, seed=n)[0],) for n in (4, 5, 3, 4)]
+    found = paper_sum(Dropping().double(), *batches, loss=squares, policy=Flat(0.5))
+    assert all(t.isfinite().all() for t in found.values())

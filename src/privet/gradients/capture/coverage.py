@@ -148,8 +148,8 @@ def learn_layouts(
         for some, count, known in zip((inputs, larger), (examples, examples + 1), tolds, strict=True):
             trace: Trace = []
             traces.append(trace)
-            moves.append([])
             restore()
+            moves.append(MovesMet(*moves))
             capture.tell(known)
             capture.begin(count, Recorded(examples=count), trace=trace, moves=moves[-1])
             try:

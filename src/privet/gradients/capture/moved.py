@@ -49,8 +49,31 @@ __all__ = ["KnownMoves", "MovedRows", "MovesMet", "codes_of"]
 _UNSEEN: Any = object()
 _TORCH = str(Path(torch.__file__).parent)
 
-MovesMet = list[tuple[Hashable, Move]]
-"""The moves of one forward, in order, each with its place in the code."""
+
+class MovesMet:
+    """The moves of one forward of a check, in order, each with its place in the code.
+
+    Dropout draws more random numbers for more examples, and what is drawn after it (is this layer skipped?) would be
+    another number. So a forward may follow another one: after each draw it goes on with that one's random numbers.
+
+    Args:
+        follows: the moves of a forward that is over.
+    """
+
+    def __init__(self, follows: MovesMet | None = None) -> None:
+        self.moves: list[tuple[Hashable, Move]] = []
+        self._follows = follows
+        self.states = [torch.get_rng_state()]
+
+    def drawn(self) -> None:
+        """Takes note of what a function has drawn, if it has; called after each."""
+        state = torch.get_rng_state()
+        if torch.equal(state, self.states[-1]):
+            return
+        if self._follows is not None and len(self.states) < len(self._follows.states):
+            state = self._follows.states[len(self.states)]
+            torch.set_rng_state(state)
+        self.states.append(state)
 
 
 @dataclass
@@ -76,7 +99,7 @@ class KnownMoves:
         """Learns from the moves of the same model with B and with B + 1 examples."""
         pairs: dict[Hashable, tuple[list[Move], list[Move]]] = {}
         for which, met in enumerate((first, second)):
-            for key, move in met:
+            for key, move in met.moves:
                 pairs.setdefault(key, ([], []))[which].append(move)
         for key, (small, large) in pairs.items():
             known = self.known.setdefault(key, _Known())
@@ -125,6 +148,7 @@ class MovedRows(TorchFunctionMode):
         self._cycle: Cycle | None = None
         self._met: MovesMet | None = None
         self._thread = 0
+        self._follows = False  # whether all functions count: there are tags, or a check lists what is met
         self._tags: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._sources: set[tuple[int, ...]] = set()  # the sizes along which rows were taken
 
@@ -139,6 +163,7 @@ class MovedRows(TorchFunctionMode):
         """Follows the rows of a forward that begins now in this thread; only lists its moves, if there is a list."""
         self.stop()
         self._cycle, self._met, self._thread = cycle, met, threading.get_ident()
+        self._follows = met is not None
         # At the bottom: if the forward is interrupted, a user's own mode around it still takes itself off.
         if not torch._C._len_torch_function_stack():  # noqa: SLF001 - torch's own modes ask it
             _push_mode(self)  # type: ignore[no-untyped-call]
@@ -152,6 +177,7 @@ class MovedRows(TorchFunctionMode):
         if self._cycle is None and not self._thread:
             return
         self._cycle = self._met = None
+        self._follows = False
         self._tags.clear()
         self._sources.clear()
         if self._thread == threading.get_ident():  # else it stays on that thread's stack, and does nothing there
@@ -163,7 +189,7 @@ class MovedRows(TorchFunctionMode):
     ) -> Any:
         mover = self._movers.get(func, _UNSEEN)
         # What most functions are: none that moves anything, or a product with a parameter, which captures it itself.
-        if not self._tags and (mover is None or (len(args) > 1 and self._is_root(args[1]))):
+        if not self._follows and (mover is None or (len(args) > 1 and self._is_root(args[1]))):
             return func(*args, **kwargs) if kwargs else func(*args)
         if mover is _UNSEEN:
             mover = self._movers[func] = mover_of(func)
@@ -182,8 +208,10 @@ class MovedRows(TorchFunctionMode):
             move = move_of(mover, args, kwargs)
         if self._met is not None:
             if move is not None:
-                self._met.append((self._key(func, move, _caller(), keep=True), move))
-            return func(*args, **kwargs)
+                self._met.moves.append((self._key(func, move, _caller(), keep=True), move))
+            result = func(*args, **kwargs)
+            self._met.drawn()
+            return result
         tensors = list(tensors_among((*args, *kwargs.values()))) if self._tags else []
         tag = next((self._tags[id(t)][1] for t in tensors if self._tagged(t)), None)
         if tag is not None and routed_now() is None and any(map(self._is_root, tensors)):
@@ -213,6 +241,7 @@ class MovedRows(TorchFunctionMode):
     def _tag(self, values: Any, place: str) -> None:
         for t in tensors_among(values if isinstance(values, tuple) else (values,)):
             self._tags[id(t)] = (weakref.ref(t), place)
+            self._follows = True
 
     # -- places ------------------------------------------------------------------------------------------------------
 
