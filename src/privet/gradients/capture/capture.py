@@ -143,8 +143,7 @@ class Capture:
             self._told.begin()
             cycle.told.append(self._told)
         self.roots.watch()
-        if moves is not None or not cycle.telling:
-            self.moved.start(cycle, moves)
+        self.moved.start(cycle, moves)
 
     def tell(self, told: Told | None) -> None:
         """Says what was learned of the very batch whose forwards begin from now on, or that nothing was."""

@@ -12,6 +12,8 @@ that meets a parameter puts the forward in doubt.
     x[mask], x[order], x.unbind(0), cat(list(x))            tagged
     out[mask] = tagged                                      back where rows were taken: `out` is not tagged
 
+Parts that are compiled by torch.compile run eagerly meanwhile, for nobody sees the rows that move inside of them.
+
 Where nothing was tagged, this costs one look into a dictionary for each function, and a little more for those that
 move.
 """
@@ -148,6 +150,7 @@ class MovedRows(TorchFunctionMode):
         self._cycle: Cycle | None = None
         self._met: MovesMet | None = None
         self._thread = 0
+        self._stance: Any = None  # of torch.compile, to be put back
         self._follows = False  # whether all functions count: there are tags, or a check lists what is met
         self._tags: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._sources: set[tuple[int, ...]] = set()  # the sizes along which rows were taken
@@ -162,8 +165,12 @@ class MovedRows(TorchFunctionMode):
     def start(self, cycle: Cycle, met: MovesMet | None) -> None:
         """Follows the rows of a forward that begins now in this thread; only lists its moves, if there is a list."""
         self.stop()
-        self._cycle, self._met, self._thread = cycle, met, threading.get_ident()
+        self._cycle, self._met = cycle, met
         self._follows = met is not None
+        self._stance = _set_stance(None)
+        if cycle.telling and met is None:  # whose the rows are was found out for this very batch
+            return
+        self._thread = threading.get_ident()
         # At the bottom: if the forward is interrupted, a user's own mode around it still takes itself off.
         if not torch._C._len_torch_function_stack():  # noqa: SLF001 - torch's own modes ask it
             _push_mode(self)  # type: ignore[no-untyped-call]
@@ -178,6 +185,9 @@ class MovedRows(TorchFunctionMode):
             return
         self._cycle = self._met = None
         self._follows = False
+        stance, self._stance = self._stance, None
+        if stance is not None:
+            _set_stance(stance)
         self._tags.clear()
         self._sources.clear()
         if self._thread == threading.get_ident():  # else it stays on that thread's stack, and does nothing there
@@ -280,6 +290,20 @@ def codes_of(function: Callable[..., Any] | None) -> set[CodeType]:
             found.add(code)
         function = getattr(function, "__wrapped__", None)
     return found
+
+
+def _set_stance(stance: Any) -> Any:
+    """Sets what torch.compile does, by default run everything eagerly, and returns what it did; None if it is not used.
+
+    The rows that move inside of a compiled part are seen by nobody.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:
+        return None
+    try:
+        return dynamo._set_stance(dynamo.DynamoStance("force_eager") if stance is None else stance)  # noqa: SLF001
+    except RuntimeError:  # inside of a compiled region, where it cannot be changed
+        return None
 
 
 def _taken_off() -> list[Any]:
