@@ -254,7 +254,7 @@ class Packed(nn.Module):
 def test_packed_sequences_and_inputs_without_a_batch_are_refused():
     with pytest.raises(UnsupportedModelError, match="packed"):
         recorded_of(Packed(), (torch.randn(2, 4, 2),), loss)
-    with pytest.raises(UnsupportedModelError, match="batch axis"):
+    with pytest.raises(UnsupportedModelError, match="which rows"):
         recorded_of(nn.Conv2d(2, 3, 2), (torch.randn(2, 4, 4),), loss, learn=False)
 
 
