@@ -24,7 +24,9 @@ def recorded_of(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, *, lea
     size = len(batch[0])
     capture, recorded = Capture(trainable(module)), Recorded(examples=size)
     if learn and size:
-        learn_layouts(capture, lambda b: (loss(module, b),), batch, examples=size)
+        capture.tell(
+            learn_layouts(capture, lambda b: (loss(module, b),), batch, examples=size)
+        )  # as of a batch in doubt
     capture.begin(size, recorded)
     losses = loss(module, batch)
     capture.end()
