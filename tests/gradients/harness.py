@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from privet.batches.grow import one_of_zeros
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.summation import clipped_sum
@@ -23,10 +24,10 @@ def recorded_of(module: nn.Module, batch: tuple[Tensor, ...], loss: Loss, *, lea
     """Returns what capture records for one batch, layouts learned first from two sizes of it."""
     size = len(batch[0])
     capture, recorded = Capture(trainable(module)), Recorded(examples=size)
-    if learn and size:
-        capture.tell(
-            learn_layouts(capture, lambda b: (loss(module, b),), batch, examples=size)
-        )  # as of a batch in doubt
+    if learn:
+        some, count = (batch, size) if size else (one_of_zeros(batch, axis=0), 1)
+        told = learn_layouts(capture, lambda b: (loss(module, b),), some, examples=count)
+        capture.tell(told if size else None)  # as of a batch that was in doubt
     capture.begin(size, recorded)
     losses = loss(module, batch)
     capture.end()

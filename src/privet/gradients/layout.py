@@ -150,6 +150,8 @@ class Layouts:
         Raises:
             DoubtError: if the site was never looked at, or its known layouts do not decide.
         """
+        if not examples and t.dim() and not t.shape[0]:
+            return Layout.ROWS  # none of them is anybody's
         known = self.known.get(site, ())
         fits = _fitting(known, t, examples)
         if len(fits) == 1:
@@ -223,7 +225,7 @@ def _fits(layout: Layout, t: Tensor, examples: int) -> bool:
         case Layout.ROWS:
             return t.dim() > 0 and t.shape[0] == examples
         case Layout.MERGED:
-            return t.dim() > 0 and t.shape[0] % examples == 0
+            return t.dim() > 0 and t.shape[0] % max(examples, 1) == 0
         case Layout.SECOND:
             return t.dim() > 1 and t.shape[1] == examples
         case Layout.ROUTED:

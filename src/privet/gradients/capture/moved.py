@@ -168,7 +168,8 @@ class MovedRows(TorchFunctionMode):
         self._cycle, self._met = cycle, met
         self._follows = met is not None
         self._stance = _set_stance(None)
-        if cycle.telling and met is None:  # whose the rows are was found out for this very batch
+        # Whose the rows are was found out for this very batch, or they are nobody's.
+        if met is None and (cycle.telling or not cycle.examples):
             return
         self._thread = threading.get_ident()
         # At the bottom: if the forward is interrupted, a user's own mode around it still takes itself off.
