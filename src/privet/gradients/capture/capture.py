@@ -271,7 +271,20 @@ class Capture:
             handler = self.handler_of(func)
             result = NotImplemented if handler is None else handler(call, func, args, kwargs)
             return fallback(call, func, args, kwargs) if result is NotImplemented else result
+        if cycle.trace is None:  # while layouts are learned, data may be taken for a constant by a wrong guess
+            self._refuse_mixed(func, labels, [t for t, root in zip(tensors, rooted, strict=True) if not root])
         return self.roots.derive(func, args, kwargs, roots)
+
+    def _refuse_mixed(self, func: Callable[..., Any], labels: Sequence[str], constants: Sequence[Tensor]) -> None:
+        """Raises if a constant that a parameter meets needs a gradient: derived from both, it would lose its own."""
+        for t in constants:
+            if t.requires_grad:
+                raise UnsupportedModelError(
+                    f"{getattr(func, '__name__', func)} of {', '.join(labels)} met a tensor of shape {tuple(t.shape)} "
+                    "that needs a gradient and has no batch axis: it mixes examples, as a mean over the batch does, or "
+                    "comes from a parameter in a way that is not captured. Take statistics over each example, not over "
+                    "the batch, and keep the batch axis; detach a tensor that does not depend on the data."
+                )
 
     # -- modules taken as one operation ------------------------------------------------------------------------------
 

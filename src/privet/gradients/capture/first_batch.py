@@ -1,4 +1,8 @@
-"""The check of the first batch as one object: when it is due, and what it does."""
+"""The check of the model on a batch as one object: when it is due, and what it does.
+
+One check is not enough: a gate that was closed opens, a branch is taken late. So it is repeated after a public schedule
+that counts forwards: the 1st, 4th, 16th, 64th, 256th, 1024th, and then every 1024th.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,14 @@ __all__ = ["FirstBatch"]
 _ENOUGH = 2
 """How many examples a check needs to be final: whether examples meet in the backward does not show with one."""
 
+_SPARSEST = 1024
+"""How many forwards pass between two checks at most."""
+
 
 class FirstBatch:
-    """Checks the first batch of a run, and again whenever the last check does not hold any more.
+    """Checks the first batch of a run, and again on a schedule and whenever the last check does not hold any more.
 
-        first.trains(names)                 # before every batch
+        first.trains(names)                 # before every batch, which is counted
         if first.due(examples):
             first.run(inputs, examples)     # raises, or the batch may be trained on
 
@@ -53,16 +60,28 @@ class FirstBatch:
         self._also = also
         self._seen = 0  # the most examples that a conclusive check has seen, up to `_ENOUGH`
         self._trainable: frozenset[str] = frozenset()
+        self._forwards = 0
+        self._next = 1  # the forward at which the check is due again
+        self._repeats = False  # whether all that trains was checked before
 
     def trains(self, trainable: frozenset[str]) -> None:
-        """Makes the check due again if other parameters train than before: their uses were not looked at."""
-        if trainable != self._trainable:
+        """Counts one more forward; makes the check due again on schedule, or if other parameters train than before."""
+        self._forwards += 1
+        if self._forwards >= self._next:
+            self._next = min(4 * self._next, self._next + _SPARSEST)
             self._seen = 0
+        if trainable != self._trainable:  # their uses were not looked at
+            self._seen = 0
+            self._repeats = False
             self._trainable = trainable
 
-    def due(self, examples: int) -> bool:
-        """Returns whether a batch of so many examples has to be checked before it is trained on."""
-        return self._seen < min(examples, _ENOUGH)
+    def due(self, examples: int, *, pending: bool = False) -> bool:
+        """Returns whether a batch of so many examples has to be checked before it is trained on.
+
+        A check drops forwards that are `pending`, whose backward is still to come. So a repeated one waits for the
+        first forward after that backward.
+        """
+        return self._seen < min(examples, _ENOUGH) and not (pending and self._repeats)
 
     def run(self, inputs: Any, examples: int, *, whole: bool = False) -> None:
         """Checks one batch, and remembers if the check was conclusive. Nothing is released.
@@ -110,4 +129,6 @@ class FirstBatch:
             )
         if self._also is not None and examples > 1:
             self._also(inputs)
-        return conclusive
+        if conclusive:
+            self._seen = min(examples, _ENOUGH)
+            self._repeats = self._seen == _ENOUGH

@@ -151,7 +151,9 @@ class Instrument:
         if members == 0:
             examples = 1
             inputs = replaced = one_of_zeros(inputs, axis=self._axis)
-        if self._first.due(examples):  # an empty batch too needs to know the axis of its one zero example
+        cycle = self.capture.cycle
+        pending = cycle is not None and not cycle.queued
+        if self._first.due(examples, pending=pending):  # an empty batch too needs to know the axis of its one example
             self._check(inputs, examples)
         cycle = self.capture.cycle
         self._inputs = inputs

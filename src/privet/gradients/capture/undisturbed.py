@@ -1,4 +1,4 @@
-"""A module run for a check alone: generators of random numbers and buffers are put back as they were."""
+"""A module run for a check alone: generators of random numbers and all state are put back as they were."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from privet.gradients.capture.state import State
+
 __all__ = ["undisturbed"]
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yields a function that puts random generators and buffers back as they were; they are put back at the end too."""
+def undisturbed(module: nn.Module, state: State | None = None) -> Iterator[Callable[[], None]]:
+    """Yields a function that puts random generators and state back as they were; they are put back at the end too.
+
+    Args:
+        module: what is run.
+        state: its state now, if the caller keeps it already.
+    """
     devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    state = State(module) if state is None else state
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' own
     cuda = [torch.cuda.get_rng_state(device) for device in devices]
 
@@ -25,12 +32,9 @@ def undisturbed(module: nn.Module) -> Iterator[Callable[[], None]]:
         torch.set_rng_state(cpu)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        for device, state in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
+        for device, generator in zip(devices, cuda, strict=True):
+            torch.cuda.set_rng_state(generator, device)
+        state.restore()
 
     try:
         yield restore
