@@ -1,10 +1,7 @@
-"""The check on the first batch: where the examples are, and that what was captured is all there is.
+"""The check of a batch: where the examples are, and that what was captured is all there is.
 
-It runs the model four more times: twice to learn the layouts (with B and with B + 1 examples), once without capture,
-and once under capture. The last two are followed by three backwards, with random output gradients. Two claims are
-tested, one for a random half S of the batch and one for the rest: the captured gradients of S add up to autograd's own
-gradient of the outputs of S. Three mistakes make the two differ: a use that was missed, rows that were given to the
-wrong example, and examples that meet in the backward.
+It runs the model on two sizes of the batch to learn the layouts, and then compares captured gradients with autograd's
+own (`comparison.py`). All of this happens with the parameters moved a little, so that a gate of zero hides nothing.
 
 The gradients are compared and dropped. Nothing is stored in `p.grad`, and nothing is released. Only the first examples
 of the batch are looked at, so the check needs little time, and less memory than the step that follows.
@@ -12,7 +9,8 @@ of the batch are looked at, so the check needs little time, and less memory than
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +19,14 @@ from torch import Tensor, nn
 from privet.batches.cut import first_examples
 from privet.batches.grow import detached, grown, left_out, refuse_read_once
 from privet.batches.structure import REGISTER
-from privet.errors import CoverageError, PrivetError, UnsupportedModelError
+from privet.errors import PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.moved import MovesMet
+from privet.gradients.capture.comparison import Comparison
+from privet.gradients.capture.other_values import perturbed
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
 from privet.gradients.layout import Told, Trace
 from privet.gradients.rules.strategy import prefers_channels_last
-from privet.gradients.summation import weighted_sums
 from privet.gradients.use import Recorded
 
 __all__ = ["GrowthError", "check_coverage", "learn_layouts"]
@@ -36,7 +34,6 @@ __all__ = ["GrowthError", "check_coverage", "learn_layouts"]
 _ATTEMPTS = 8
 _EXAMPLES = 16
 """How many examples are looked at. They are enough to reach parts that see few examples, such as experts."""
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class GrowthError(UnsupportedModelError):
@@ -73,43 +70,49 @@ def check_coverage(
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
         CoverageError: if what was captured is not what autograd finds, with the parameters by name.
+        UnsupportedModelError: also if an example's gradient depends on the other examples.
     """
     refuse_read_once(inputs)
     inputs = detached(inputs)
-    with undisturbed(module) as restore, torch.enable_grad():
-
-        def check(some: Any, count: int) -> bool:
-            capture.prefer_channels_last(prefers_channels_last(module))
-            try:
-                told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
-            except RuntimeError:
-                if not capture.channels_last:
-                    raise
-                # The model may use `view` where it needs the channels outside, for example.
-                capture.prefer_channels_last(False)
-                told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
-            capture.tell(told)
-            return _compare(
-                capture, run, some, examples=count, batch_axis=batch_axis, tripwires=tripwires, restore=restore
-            )
-
+    parts = [(inputs, examples)]
+    if examples > _EXAMPLES:
+        parts.insert(0, (first_examples(inputs, _EXAMPLES, examples=examples, axis=batch_axis), _EXAMPLES))
+    ways = [(some, count, moved) for some, count in parts for moved in (perturbed, _as_they_are)]
+    for place, (some, count, moved) in enumerate(ways):
+        known = capture.layouts.copy()
         try:
-            if examples > _EXAMPLES and not whole:
-                known = capture.layouts.copy()
+            with moved(module), undisturbed(module) as restore, torch.enable_grad():
+                capture.prefer_channels_last(prefers_channels_last(module))
                 try:
-                    return check(first_examples(inputs, _EXAMPLES, examples=examples, axis=batch_axis), _EXAMPLES)
-                except PrivetError:
-                    raise
-                except Exception:  # noqa: BLE001 - whatever a model says of a batch that was cut
-                    # Some models need the whole batch, and raise errors of their own on a part. What the part taught
-                    # is forgotten, and the whole batch is checked; a real mistake is raised again from there.
-                    capture.release()
-                    capture.layouts.restore(known)
-            return check(inputs, examples)
+                    learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                except RuntimeError:
+                    if not capture.channels_last:
+                        raise
+                    # The model may use `view` where it needs the channels outside, for example.
+                    capture.prefer_channels_last(False)
+                    learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                comparison = Comparison(
+                    module, capture, run, tripwires=tripwires, restore=restore, batch_axis=batch_axis
+                )
+                return comparison.check(some, count)
+        except PrivetError:
+            raise
+        except Exception:
+            # Some models need the whole batch, or parameters that keep a bound, and raise errors of their own. What the
+            # part taught is forgotten, and the next way is tried; a real mistake is raised again from the last one.
+            if place == len(ways) - 1:
+                raise
+            capture.release()
+            capture.layouts.restore(known)
         finally:
             capture.release()
-            if not whole:
-                capture.tell(None)
+    raise AssertionError("the last way returns or raises")
+
+
+@contextmanager
+def _as_they_are(module: nn.Module) -> Iterator[None]:
+    """Leaves the parameters where they are."""
+    yield
 
 
 def learn_layouts(
@@ -188,116 +191,3 @@ def _explained(count: int, error: Exception, *, inputs: Any, examples: int, axis
     )
     explained.__cause__ = error  # memory may have run out: a smaller batch is the cure then
     return explained
-
-
-def _compare(
-    capture: Capture,
-    run: Callable[[Any], Sequence[Tensor]],
-    inputs: Any,
-    *,
-    examples: int,
-    batch_axis: int,
-    tripwires: Tripwires,
-    restore: Callable[[], None],
-) -> bool:
-    """Compares captured gradients with autograd's own, for two halves of the batch; see `_report` for the result."""
-    generator = torch.Generator().manual_seed(0)  # no secret: which rows are checked against which
-    restore()
-    half = torch.zeros(examples)
-    half[torch.randperm(examples, generator=generator)[: (examples + 1) // 2]] = 1.0
-    parameters = {name: p for name, p in capture.parameters.items() if p.requires_grad}
-
-    outputs = _differentiable(run(inputs))
-    draws = [_cotangent(o, generator) for o in outputs]
-    found = []
-    with tripwires.quiet():
-        for weights in (half, 1.0 - half):
-            rows = [_weighted(d, weights, batch_axis) for d in draws]
-            torch.autograd.backward(outputs, rows, retain_graph=True)
-            found.append([p.grad for p in parameters.values()])
-            for p in parameters.values():
-                p.grad = None
-    del outputs  # and the graph, before the captured forward needs as much memory
-
-    recorded = _captured(capture, run, inputs, draws, examples=examples, restore=restore)
-    device = next(iter(parameters.values())).device
-    sums, sizes = weighted_sums(recorded, parameters, [half.to(device), (1.0 - half).to(device)])
-    uses = (use for each in (*recorded.direct.values(), *recorded.derived.values()) for use in each)
-    coarse = any(t is not None and t.dtype in _HALF for use in uses for t in (use.gradient, *use.data))
-    return _report(parameters, found, sums, sizes, tolerance=5e-2 if coarse else 2e-3)
-
-
-def _captured(
-    capture: Capture,
-    run: Callable[[Any], Sequence[Tensor]],
-    inputs: Any,
-    draws: Sequence[Tensor],
-    *,
-    examples: int,
-    restore: Callable[[], None],
-) -> Recorded:
-    """Runs forward and backward under capture, and returns what was recorded."""
-    recorded = Recorded(examples=examples)
-    restore()
-    capture.begin(examples, recorded)
-    outputs = _differentiable(run(inputs))
-    capture.end(outputs)
-    torch.autograd.backward(outputs, list(draws))
-    return recorded
-
-
-def _differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
-    found = [o for o in outputs if o.requires_grad]
-    if not found:
-        raise UnsupportedModelError(
-            "no output of the model depends on its trainable parameters. Expected a tensor that needs a gradient, in "
-            "a tuple, list, dict or dataclass."
-        )
-    return found
-
-
-def _cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(output.shape, generator=generator).to(output)
-
-
-def _weighted(draw: Tensor, weights: Tensor, axis: int) -> Tensor:
-    axis = min(axis, draw.dim() - 1)
-    shape = [1] * draw.dim()
-    shape[axis] = -1
-    return draw * weights.view(shape).to(draw)
-
-
-def _report(
-    parameters: Mapping[str, nn.Parameter],
-    found: Sequence[Sequence[Tensor | None]],
-    sums: Sequence[Mapping[str, Tensor]],
-    sizes: Mapping[str, float],
-    *,
-    tolerance: float,
-) -> bool:
-    """Raises if gradients differ, and returns whether all could be compared: those that are not finite cannot."""
-    finite = True
-    overall = max(sizes.values(), default=0.0)
-    wrong = []
-    for place, (name, p) in enumerate(parameters.items()):
-        for gradients, captured in zip(found, sums, strict=True):
-            expected, got = gradients[place], captured.get(name)
-            expected = torch.zeros_like(p) if expected is None else expected
-            got = torch.zeros_like(p) if got is None else got.view(p.shape)
-            # Terms that cancel leave a small sum with a large rounding error: so errors are measured by the terms.
-            scale = max(sizes.get(name, 0.0), float(expected.float().norm()), 1e-5 * overall)
-            error = float((expected.to(got.dtype) - got).float().norm())
-            if not bool(expected.isfinite().all()):
-                finite = False
-            elif not error <= tolerance * scale:
-                kind = "another gradient" if bool(got.any()) else "no gradient"
-                wrong.append(f"{name}: {kind} was captured")  # without norms, which tell of private data
-                break
-    if wrong:
-        raise CoverageError(
-            "on the first batch, the per-example gradients of half of the examples do not add up to the gradient of "
-            "their outputs:\n  " + "\n  ".join(wrong) + "\nEither examples are mixed (a mean over the batch, a "
-            "batch axis that is not where it seems), or a parameter is used in a way that was not captured (a custom "
-            "autograd Function). Keep examples apart, or register a rule for the operation (privet.register_rule)."
-        )
-    return finite

@@ -188,7 +188,7 @@ def same(a: Any, b: Any, *, tolerance: float = 0.0) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.tobytes() == b.tobytes() and a.shape == b.shape
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     return bool(a == b or (a != a and b != b))  # noqa: PLR0124 - NaN is what differs from itself
 
 

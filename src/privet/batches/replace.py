@@ -1,0 +1,71 @@
+"""Some of the examples replaced by others: what a model is asked to show that examples do not meet.
+
+What is as long as the batch counts as examples, as in `cut.first_examples`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from privet.batches.leaves import cut, joined, shows
+from privet.batches.tree import mapped
+
+__all__ = ["nearest", "rearranged"]
+
+
+def nearest(replaced: Sequence[bool]) -> list[int]:
+    """Returns for each example the nearest one that is not replaced: itself, if it is not.
+
+    Copies of these keep an order that the examples have, such as that of their lengths.
+    """
+    stays = [index for index, gone in enumerate(replaced) if not gone]
+    return [min(stays, key=lambda other: abs(other - index)) for index in range(len(replaced))]
+
+
+def rearranged(
+    inputs: Any, sources: Sequence[int], *, examples: int, axis: int, factors: Sequence[float] | None = None
+) -> Any:
+    """Returns the inputs with example `sources[i]` in the place of example i, in whatever is as long as the batch.
+
+    Args:
+        inputs: the inputs of a model, or a batch.
+        sources: for each place the example that comes there.
+        examples: the number of examples in the inputs.
+        axis: where tensors have their examples.
+        factors: what floating-point tensors are multiplied by in each place; by default they are only moved.
+    """
+
+    def move(leaf: Any, path: str) -> Any:
+        if not shows(leaf, examples, axis):
+            return leaf
+        if isinstance(leaf, Tensor):
+            moved = leaf.index_select(axis, torch.tensor(sources, device=leaf.device))
+            return _scaled(moved, factors, axis) if leaf.is_floating_point() and factors is not None else moved
+        if isinstance(leaf, np.ndarray):
+            return leaf.take(list(sources), axis=axis)
+        if isinstance(leaf, PackedSequence):
+            return _joined([cut(leaf, source, source + 1, axis) for source in sources], axis)
+        values = list(leaf)
+        return type(leaf)([values[source] for source in sources])
+
+    return mapped(inputs, move, "the inputs")
+
+
+def _scaled(moved: Tensor, factors: Sequence[float], axis: int) -> Tensor:
+    shape = [1] * moved.dim()
+    shape[axis] = -1
+    factor = torch.tensor(factors, device=moved.device).view(shape)
+    return torch.where(factor == 1.0, moved, moved * factor.to(moved.dtype))
+
+
+def _joined(parts: Sequence[PackedSequence], axis: int) -> PackedSequence:
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = joined(whole, part, axis)
+    return whole

@@ -1,0 +1,325 @@
+"""Captured gradients compared with autograd's own, of examples whose neighbors are others.
+
+The batch is split into two halves at random. Each example's output gradient is multiplied by a random number of its
+own. For each half, two sums of gradients have to be equal:
+
+* the sum of what capture recorded for these examples, in the batch as it is;
+* what autograd finds for these examples, in a batch in which all others are replaced.
+
+Every mistake of one of four kinds makes them differ: a use that was missed or counted twice, rows that were given to
+the wrong example, a forward that mixes examples, and a backward that does.
+
+A difference may also be rounding: a sum whose terms cancel is nothing else. So nobody is refused for a difference
+before it was looked at again in double precision, and compared with the difference between equal runs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privet.batches.replace import nearest, rearranged
+from privet.errors import CoverageError, PrivetError, UnsupportedModelError
+from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.other_values import in_double, to_double
+from privet.gradients.capture.tripwire import Tripwires
+from privet.gradients.derived import Derivation
+from privet.gradients.summation import weighted_sums
+from privet.gradients.use import Recorded, Use
+
+__all__ = ["Comparison", "differentiable"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_REPEATS = 6
+"""How often equal runs are repeated to see how much they differ."""
+
+
+@dataclass(frozen=True)
+class _Tolerance:
+    """What may differ: parts of a gradient's own size, of its terms before they cancel, and of the largest gradient."""
+
+    size: float
+    terms: float
+    largest: float
+
+
+_SINGLE = _Tolerance(size=2e-3, terms=1e-5, largest=2e-8)
+_DOUBLE = _Tolerance(size=1e-4, terms=1e-6, largest=1e-10)
+_COARSE = _Tolerance(size=5e-2, terms=0.0, largest=5e-7)
+_UNSURE = {_SINGLE: _Tolerance(2e-3, 1e-4, 5e-5), _COARSE: _Tolerance(5e-2, 1e-2, 1e-3)}
+"""What may differ where the model cannot run in double precision, so that rounding cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What two sides found, for each half: sums of gradients by parameter; none is a sum of zero."""
+
+    expected: Sequence[Mapping[str, Tensor]]
+    captured: Sequence[Mapping[str, Tensor]]
+    sizes: Mapping[str, float]  # the root of the sum of the examples' squared norms
+    terms: Mapping[str, float]  # the same of all terms of each example's gradient
+    coarse: bool  # whether something was computed in half precision
+
+
+class Comparison:
+    """Compares both gradients of one model.
+
+    Args:
+        module: the model, which is put into double precision for a second look.
+        capture: knows the layouts, and is not in use.
+        run: returns the model's differentiable outputs for some inputs.
+        tripwires: are kept quiet while autograd's own gradients are formed.
+        restore: is called before each run, to put state and random numbers back.
+        batch_axis: the axis of the inputs that the examples are on.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        capture: Capture,
+        run: Callable[[Any], Sequence[Tensor]],
+        *,
+        tripwires: Tripwires,
+        restore: Callable[[], None],
+        batch_axis: int,
+    ) -> None:
+        self._module = module
+        self._capture = capture
+        self._run = run
+        self._tripwires = tripwires
+        self._restore = restore
+        self._axis = batch_axis
+        self._parameters = {name: p for name, p in capture.parameters.items() if p.requires_grad}
+
+    def check(self, inputs: Any, examples: int) -> bool:
+        """Returns whether all could be compared: gradients that are not finite cannot.
+
+        Raises:
+            CoverageError: if what was captured is not what autograd finds, with the parameters by name.
+            UnsupportedModelError: if it is, and an example's gradient depends on the other examples.
+        """
+        look = self._look(inputs, examples)
+        tolerance = _COARSE if look.coarse else _SINGLE
+        wrong, finite = self._judged(look, tolerance)
+        if not wrong:
+            return finite
+        second = self._look_in_double(inputs, examples)
+        if second is not None:
+            look, tolerance = second, _DOUBLE
+            wrong, finite = self._judged(look, tolerance)
+        else:
+            tolerance = _UNSURE[tolerance]
+        if wrong:
+            wrong, finite = self._judged(look, tolerance, self._noise(inputs, examples, double=second is not None))
+        if wrong:
+            raise self._error(wrong, inputs, examples, double=second is not None, tolerance=tolerance)
+        return finite
+
+    # -- one look ----------------------------------------------------------------------------------------------------
+
+    def _look(self, inputs: Any, examples: int, *, others_replaced: bool = True) -> _Look:
+        """Runs the model once under capture, and once without for each half."""
+        generator = torch.Generator().manual_seed(0)  # no secret: which rows are checked against which
+        halves = _halves(examples, generator)
+        factors = 0.5 + torch.rand(examples, generator=generator, dtype=torch.float64)
+        recorded, draws = self._captured(inputs, examples, generator)
+        weights = [factors * half for half in halves]
+        device = next(iter(self._parameters.values())).device
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in draws) else torch.float32
+        captured, sizes = weighted_sums(recorded, self._parameters, [w.to(device, wide) for w in weights])
+        terms, coarse = _terms(recorded), _is_coarse(recorded)
+        del recorded  # what it holds, before the next forward needs as much memory
+        expected = []
+        for half, weight in zip(halves, weights, strict=True):
+            sources = nearest((half == 0).tolist())
+            other = rearranged(inputs, sources, examples=examples, axis=self._axis) if others_replaced else inputs
+            expected.append(self._own(other, [_weighted(d, weight, self._axis) for d in draws]))
+        return _Look(expected, captured, sizes, terms, coarse)
+
+    def _captured(self, inputs: Any, examples: int, generator: torch.Generator) -> tuple[Recorded, list[Tensor]]:
+        """Runs forward and backward under capture. Returns what was recorded, and the outputs' gradients."""
+        recorded = Recorded(examples=examples)
+        self._restore()
+        self._capture.begin(examples, recorded)
+        try:
+            outputs = differentiable(self._run(inputs))
+            self._capture.end(outputs)
+            draws = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+            torch.autograd.backward(outputs, draws)
+        finally:
+            self._capture.release()
+        return recorded, draws
+
+    def _own(self, inputs: Any, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Returns autograd's own gradients."""
+        self._restore()
+        with self._tripwires.quiet():
+            outputs = differentiable(self._run(inputs))
+            if [o.shape for o in outputs] != [g.shape for g in gradients]:
+                raise UnsupportedModelError(
+                    "the model's outputs have other shapes when some examples of the batch are replaced by copies of "
+                    f"others: {[tuple(o.shape) for o in outputs]} where they had "
+                    f"{[tuple(g.shape) for g in gradients]}. Expected shapes that do not depend on values."
+                )
+            torch.autograd.backward(outputs, list(gradients))
+            return {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+
+    # -- doubt -------------------------------------------------------------------------------------------------------
+
+    def _look_in_double(self, inputs: Any, examples: int, *, others_replaced: bool = True) -> _Look | None:
+        """Returns a look in double precision, or None if the model cannot run in it."""
+        self._restore()
+        with in_double(self._module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return self._look(to_double(inputs), examples, others_replaced=others_replaced)
+            except Exception:  # noqa: BLE001 - whatever a model says that wants one type of number
+                self._capture.release()
+                return None
+
+    def _noise(self, inputs: Any, examples: int, *, double: bool) -> dict[str, float]:
+        """Returns by how much each parameter's sums differ between equal runs."""
+        noise: dict[str, float] = {}
+        looks = []
+        for _ in range(_REPEATS):
+            look = self._look_in_double(inputs, examples) if double else self._look(inputs, examples)
+            if look is not None:
+                looks.append(look)
+        for name, p in self._parameters.items():
+            for side in ("expected", "captured"):
+                for half in range(len(looks[0].expected) if looks else 0):
+                    sums = [_of(getattr(look, side)[half], name, p) for look in looks]
+                    spread = max((float((s - sums[0]).norm()) for s in sums), default=0.0)
+                    noise[name] = max(noise.get(name, 0.0), spread)
+        return noise
+
+    # -- the verdict -------------------------------------------------------------------------------------------------
+
+    def _judged(
+        self, look: _Look, tolerance: _Tolerance, noise: Mapping[str, float] | None = None
+    ) -> tuple[dict[str, str], bool]:
+        """Returns the parameters whose sums differ, with what was captured, and whether all sums are finite."""
+        wrong: dict[str, str] = {}
+        finite = True
+        largest = max(filter(math.isfinite, look.sizes.values()), default=0.0)
+        for name, p in self._parameters.items():
+            sums = [
+                (_of(own, name, p), _of(got, name, p)) for own, got in zip(look.expected, look.captured, strict=True)
+            ]
+            if not all(bool(own.isfinite().all()) for own, _ in sums):
+                finite = False
+                continue
+            for own, got in sums:
+                size = max(_finite(look.sizes.get(name)), float(own.norm()))
+                allowed = tolerance.size * size + tolerance.terms * _finite(look.terms.get(name))
+                allowed += tolerance.largest * largest
+                if noise is not None:  # where all is noise, it may be as large as the gradient, and is still small
+                    allowed += min(8.0 * noise.get(name, 0.0), max(5e-2 * size, 1e-2 * largest))
+                if not float((own - got).norm()) <= allowed:
+                    wrong[name] = "another gradient" if bool(got.any()) else "no gradient"
+        return wrong, finite
+
+    def _error(
+        self, wrong: Mapping[str, str], inputs: Any, examples: int, *, double: bool, tolerance: _Tolerance
+    ) -> PrivetError:
+        """Returns the error for sums that differ: they may do so with the others in their place, or only without."""
+        same = self._look_in_double if double else self._look
+        look = same(inputs, examples, others_replaced=False)
+        still = self._judged(look, tolerance)[0] if look is not None else wrong
+        if not still:
+            return UnsupportedModelError(
+                "examples are mixed inside the model: with other examples beside them, some examples have another "
+                f"gradient of {', '.join(wrong)}. Expected each example's gradient to depend on that example alone. "
+                "Look for statistics over the batch, in the forward, in the backward of a custom autograd Function, "
+                "and in hooks on tensors. Take them over each example."
+            )
+        # No norms, which tell of private data.
+        return CoverageError(
+            "on the batch that was checked, the per-example gradients of half of the examples do not add up to the "
+            "gradient of their outputs:\n  "
+            + "\n  ".join(f"{name}: {kind} was captured" for name, kind in still.items())
+            + "\nEither examples are mixed (a mean over the batch, a "
+            "batch axis that is not where it seems), or a parameter is used in a way that was not captured (a custom "
+            "autograd Function). Keep examples apart, or register a rule for the operation (privet.register_rule)."
+        )
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the outputs that need a gradient, and raises if none does."""
+    found = [o for o in outputs if o.requires_grad]
+    if not found:
+        raise UnsupportedModelError(
+            "no output of the model depends on its trainable parameters. Expected a tensor that needs a gradient, in "
+            "a tuple, list, dict or dataclass."
+        )
+    return found
+
+
+def _halves(examples: int, generator: torch.Generator) -> list[Tensor]:  # (B,) of zeros and ones
+    half = torch.zeros(examples, dtype=torch.float64)
+    half[torch.randperm(examples, generator=generator)[: (examples + 1) // 2]] = 1.0
+    return [half, 1.0 - half] if examples > 1 else [half]
+
+
+def _weighted(draw: Tensor, weights: Tensor, axis: int) -> Tensor:
+    shape = [1] * draw.dim()
+    shape[min(axis, draw.dim() - 1)] = -1
+    return draw * weights.view(shape).to(draw)
+
+
+def _of(sums: Mapping[str, Tensor], name: str, p: nn.Parameter) -> Tensor:
+    found = sums.get(name)
+    if found is None:
+        return torch.zeros(p.shape, device=p.device, dtype=torch.float64)
+    dense = found.detach() if found.layout == torch.strided else found.detach().to_dense()
+    return dense.reshape(p.shape).to(torch.complex128 if found.is_complex() else torch.float64)
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else 0.0
+
+
+def _all_uses(recorded: Recorded) -> list[Use]:
+    return [use for uses in (*recorded.direct.values(), *recorded.derived.values()) for use in uses]
+
+
+def _is_coarse(recorded: Recorded) -> bool:
+    return any(t is not None and t.dtype in _HALF for use in _all_uses(recorded) for t in (use.gradient, *use.data))
+
+
+def _terms(recorded: Recorded) -> dict[str, float]:
+    """Returns a bound of the size of what is added up in each parameter's gradient, within examples too.
+
+    The terms of a bias are the gradients of all positions; those of a weight, their products with the inputs. The
+    biases of keys in attention have a sum of zero, of terms that are not.
+    """
+    squared: dict[str, float] = {}
+    found: list[tuple[str | Derivation, list[Use]]] = [*recorded.direct.items(), *recorded.derived.items()]
+    for target, uses in found:
+        names = target.sources if isinstance(target, Derivation) else (target,)
+        for use in uses:
+            met = [_longest(t) for t in use.data if t is not None and t.is_floating_point()]
+            term = float(torch.linalg.vector_norm(use.gradient.detach(), dtype=_wide(use.gradient))) * max([1.0, *met])
+            for name in names:
+                squared[name] = squared.get(name, 0.0) + term**2
+    return {name: value**0.5 for name, value in squared.items()}
+
+
+def _longest(t: Tensor) -> float:
+    """Returns the largest norm of a vector on the last axis."""
+    if t.dim() == 0 or t.numel() == 0:
+        return 1.0
+    return float(torch.linalg.vector_norm(t.detach(), dim=-1, dtype=_wide(t)).max())
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)

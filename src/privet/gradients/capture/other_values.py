@@ -1,0 +1,96 @@
+"""A model with other numbers in its parameters for a while: moved a little, or in double precision.
+
+The numbers are swapped and not written over: what was there is put back as the same memory, equal to the last bit, and
+a graph that was built before keeps what it saved.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
+
+from privet.batches.tree import mapped
+from privet.gradients.capture.state import floating_tensors
+
+__all__ = ["in_double", "perturbed", "to_double"]
+
+_RELATIVE = 1e-2
+"""By how much of its size each number is moved."""
+_FROM_ZERO = 0.1
+"""Where to a tensor that is all zero is moved, such as a gate that is still closed."""
+_WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
+
+
+@contextmanager
+def perturbed(module: nn.Module) -> Iterator[None]:
+    """Moves the trainable parameters a little inside of this context, and puts them back after it.
+
+    A branch behind a gate of zero has no effect, and no gradient. Moved away from zero it shows what it does.
+    """
+    moving = [p for p in module.parameters() if p.requires_grad and not is_lazy(p)]
+    with _swapped([(p, _moved(p.detach(), place)) for place, p in enumerate(moving)]):
+        yield
+
+
+@torch.no_grad()
+def _moved(value: Tensor, place: int) -> Tensor:
+    if not (value.is_floating_point() or value.is_complex()) or value.numel() == 0 or value.layout != torch.strided:
+        return value
+    generator = torch.Generator(device=value.device).manual_seed(place)  # no secret: it only has to be no special value
+    shift = torch.rand(value.shape, generator=generator, device=value.device).to(value.real.dtype) - 0.5
+    shift = shift + 0.5 * (shift >= 0) - 0.5 * (shift < 0)  # of size 0.5 to 1: never nearly nothing
+    typical = float(value.abs().double().square().mean().sqrt())
+    if typical == 0.0:
+        return value + _FROM_ZERO * shift
+    return torch.where(value == 0, _RELATIVE * typical * shift, value * (1.0 + _RELATIVE * shift)).to(value.dtype)
+
+
+@contextmanager
+def in_double(module: nn.Module) -> Iterator[None]:
+    """Has a module in double precision inside of this context, its plain tensors too, without autocast."""
+    narrow = [t for t in floating_tensors(module) if t.dtype not in {torch.float64, torch.complex128}]
+    with ExitStack() as contexts:
+        for device in {t.device.type for t in narrow} | {"cpu"}:
+            if device in {"cpu", "cuda"}:
+                contexts.enter_context(torch.autocast(device, enabled=False))
+        contexts.enter_context(_swapped([(t, _doubled(t.detach())) for t in narrow]))
+        yield
+
+
+def _doubled(t: Tensor) -> Tensor:
+    return t.to(_WIDE.get(t.dtype, torch.float64))
+
+
+def to_double(inputs: Any) -> Any:
+    """Returns the inputs with floating-point tensors in double precision."""
+
+    def double(leaf: Any, path: str) -> Any:
+        if isinstance(leaf, Tensor):
+            return _doubled(leaf) if leaf.is_floating_point() or leaf.is_complex() else leaf
+        if isinstance(leaf, PackedSequence) and leaf.data.is_floating_point():
+            return leaf.to(torch.float64)
+        return leaf
+
+    return mapped(inputs, double, "the inputs")
+
+
+@contextmanager
+def _swapped(others: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    before = [(t, t.data) for t, _ in others]
+    try:
+        for t, other in others:
+            t.data = other
+        with warnings.catch_warnings():
+            # Only speed suffers from it, and only here.
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            yield
+    finally:
+        for t, data in before:
+            t.data = data
