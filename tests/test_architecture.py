@@ -109,8 +109,11 @@ PRIVILEGES = {
         ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could
     ),
     "talks to other ranks": ({"torch.distributed", "distributed"}, ("training/ranks.py",)),
-    # The coverage check asks gradients random questions, and an audit tosses coins; nothing of what they draw protects.
-    "draws randomness": (DRAWING, ("noise/", "sampling/", "gradients/capture/coverage.py", "audit/")),
+    # Checks ask gradients random questions, and an audit tosses coins; nothing of what they draw protects.
+    "draws randomness": (
+        DRAWING,
+        ("noise/", "sampling/", "gradients/capture/comparison.py", "gradients/capture/other_values.py", "audit/"),
+    ),
     "prints": ({"print", "rich", "pprint", "stdout"}, ("cli/",)),
 }
 LONGEST = 400

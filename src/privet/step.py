@@ -168,7 +168,7 @@ class PrivateStep(Door):
         watch_custom_modules(model, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
         self._first = FirstBatch(
-            model,
+            self._loss,
             self._capture,
             self._tripwires,
             lambda inputs: [self._losses(inputs, count_examples(inputs))],

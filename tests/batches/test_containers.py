@@ -12,7 +12,8 @@ from privet.batches.count import count_examples
 from privet.batches.cut import cut_like, cut_rows, first_examples, without_examples
 from privet.batches.empty import emptied, hollow
 from privet.batches.fill import fill_rows
-from privet.batches.grow import copies_of_first, detached, grown, one_of_zeros
+from privet.batches.grow import detached, grown, one_of_zeros
+from privet.batches.replace import nearest, rearranged
 from privet.batches.structure import Arguments
 from privet.batches.tree import paths_in, taken_apart, tensors_in
 from privet.errors import ConfigurationError
@@ -64,9 +65,11 @@ def test_one_more_example_is_a_copy_of_the_last(form: str) -> None:
 
 
 @EACH
-def test_copies_of_the_first_take_the_place_of_the_others(form: str) -> None:
-    first = torch.zeros(B, dtype=torch.int64)
-    assert same(copies_of_first(made(form), examples=B, axis=0), made(form, X[first], Y[first]))
+def test_examples_take_the_places_of_others(form: str) -> None:
+    sources = nearest([True, False, False, True, True, False][:B])
+    assert sources == [1, 1, 2, 2, 5, 5][:B]
+    order = torch.tensor(sources)
+    assert same(rearranged(made(form), sources, examples=B, axis=0), made(form, X[order], Y[order]))
 
 
 @EACH
@@ -144,7 +147,7 @@ def test_leaves_that_disagree_are_named_by_their_paths(form: str) -> None:
 def test_nothing_changes_the_batch_it_was_given(form: str) -> None:
     batch = made(form)
     grown(batch, examples=B, axis=0)
-    copies_of_first(batch, examples=B, axis=0)
+    rearranged(batch, [0] * B, examples=B, axis=0, factors=[2.0] * B)
     cut_rows(batch, 1, 3, examples=B)
     if FORMS[form].fills:
         fill_rows(batch, 9, examples=B)

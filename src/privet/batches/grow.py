@@ -1,4 +1,4 @@
-"""More examples than a batch has: one more, for a model that is asked where its batch axis is, or copies of one.
+"""More examples than a batch has: one more, for a model that is asked where its batch axis is, or one of zeros.
 
 What is as long as the batch counts as examples, as in `cut.first_examples`.
 """
@@ -26,7 +26,7 @@ from privet.batches.leaves import (
 from privet.batches.packed import detached as detached_sequences
 from privet.batches.tree import mapped, paths_in
 
-__all__ = ["copies_of_first", "detached", "grown", "left_out", "one_of_zeros", "refuse_read_once"]
+__all__ = ["detached", "grown", "left_out", "one_of_zeros", "refuse_read_once"]
 
 _NAME = "the inputs"
 """What the whole is called in paths."""
@@ -41,23 +41,6 @@ def grown(inputs: Any, *, examples: int, axis: int) -> Any:
         return joined(leaf, cut(leaf, examples - 1, examples, axis), axis)  # the last packed sequence is the shortest
 
     return mapped(inputs, grow, _NAME)
-
-
-def copies_of_first(inputs: Any, *, examples: int, axis: int) -> Any:
-    """Returns the inputs with every example replaced by the first, in whatever is as long as the batch."""
-
-    def repeat(leaf: Any, path: str) -> Any:
-        if not shows(leaf, examples, axis):
-            return leaf
-        first = cut(leaf, 0, 1, axis)
-        if isinstance(leaf, Tensor):
-            return first.expand_as(leaf).clone()
-        copies = first
-        for _ in range(examples - 1):
-            copies = joined(copies, first, axis)
-        return copies
-
-    return mapped(inputs, repeat, _NAME)
 
 
 def one_of_zeros(inputs: Any, *, axis: int) -> Any:

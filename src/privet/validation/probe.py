@@ -1,46 +1,49 @@
 """Does the output for one example depend on the others? Asked of the model itself, by running it.
 
 The classes of a model's parts do not show a forward that mixes examples (`h - h.mean(0)`), and a comparison of gradient
-sums cannot: the captured rows then still add up to the whole gradient, only no row belongs to one example. So the probe
-runs the model twice on the first example, once beside the others and once beside copies of itself.
+sums shows it only where a gradient passes. So the probe runs the model again and again: with some examples replaced and
+the others in their place, with one example more, and a second time with the same. An example that was not replaced has
+to have the same output, and the model has to write the same state.
+
+Gradients are enabled, since models branch on that; the parameters are moved a little, since a gate may be closed.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from privet.batches.count import count_examples
-from privet.batches.grow import copies_of_first
+from privet.batches.cut import first_examples
+from privet.batches.grow import detached, grown
 from privet.batches.leaves import cut, shows
+from privet.batches.replace import nearest, rearranged
 from privet.batches.structure import Arguments
 from privet.batches.tree import paths_in, tensors_in
-from privet.errors import ConfigurationError, UnsupportedModelError
+from privet.errors import ConfigurationError, PrivetError, UnsupportedModelError
+from privet.gradients.capture.other_values import in_double, perturbed, to_double
+from privet.gradients.capture.state import State, same
 from privet.gradients.capture.undisturbed import undisturbed
+from privet.validation.idioms import idiom_of
+from privet.validation.separation import replacements, sources_of
 
 __all__ = ["find_mixing", "refuse_mixing"]
 
-
-def _first_rows(output: object, batch: int, axis: int) -> Iterator[tuple[str, Tensor]]:
-    for path, leaf in paths_in(output, "output"):
-        if isinstance(leaf, Tensor | PackedSequence) and shows(leaf, batch, axis):
-            (row,) = tensors_in(cut(leaf, 0, 1, axis))
-            yield path, row.detach()
-
-
-def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    if a.shape != b.shape:
-        return True
-    if not a.is_floating_point():
-        return not torch.equal(a, b)
-    a, b = a.double(), b.double()
-    if not (a.isfinite().all() and b.isfinite().all()):
-        return not torch.equal(a.isfinite(), b.isfinite())
-    return bool((a - b).abs().max() > tolerance * (1e-30 + a.abs().max())) if a.numel() else False
+_EXAMPLES = 16
+"""How many examples the doors look at."""
+_FACTORS = (1.0, 10.0, 0.0)
+"""What floating-point inputs of replaced examples are multiplied by, in turn: some thresholds move only then."""
+_OTHERS = "its row for one example depends on the other examples of the batch"
+_COUNT = "its row for one example depends on how many examples the batch has"
+_MEMORY = "it is another one when the model is run again on the same batch, so the model remembers or draws by itself"
 
 
 def find_mixing(
@@ -51,54 +54,221 @@ def find_mixing(
     batch_axis: int = 0,
     tolerance: float | None = None,
 ) -> list[str]:
-    """Returns the outputs whose first row depends on the other rows, and the buffers that learn from the data.
+    """Returns the outputs in which an example's row depends on other rows, and the state that learns from the data.
 
     The batch is axis `batch_axis` of every tensor that is as long there as the first tensor argument. It needs two
-    examples that differ. Both runs use the same random numbers (dropout), take place in the module's own mode
-    without gradients, and leave its buffers and torch's global generators as they were.
+    examples that differ. For every two examples there is a run in which one is replaced and the other is not. All runs
+    use the same random numbers (dropout), take place in the module's own mode with gradients enabled and the trainable
+    parameters moved by about one percent, and leave its state and torch's global generators as they were.
 
     Guarantees: none that nothing mixes. What it names does mix; a model that mixes only for some inputs, or by less
-    than `tolerance` (relative; by default 1e-3 for half precision, 1e-4 otherwise), goes unseen.
+    than `tolerance` (relative; by default 1e-3 for half precision, 1e-4 otherwise), goes unseen. What differs by more
+    is run again in double precision, so that rounding is not named.
+
+    Example:
+        >>> import torch
+        >>> from privet.validation import find_mixing
+        >>> find_mixing(torch.nn.BatchNorm1d(4, affine=False, track_running_stats=False), (torch.randn(5, 4),))
+        ['output: its row for one example depends on the other examples of the batch']
     """
-    kwargs = dict(kwargs or {})
-    batch = count_examples(Arguments(args, kwargs), batch_axis, name="the arguments")
+    inputs = detached(Arguments(args, dict(kwargs or {})))
+    batch = count_examples(inputs, batch_axis, name="the arguments")
     if batch < 2:
         raise ConfigurationError(f"find_mixing compares examples and needs a batch of at least 2, got {batch}.")
     if tolerance is None:
         half = any(p.dtype in {torch.float16, torch.bfloat16} for p in module.parameters())
         tolerance = 1e-3 if half else 1e-4
-
-    outputs: list[object] = []
-    buffers: list[dict[str, Tensor]] = []
-    alone = copies_of_first(Arguments(args, kwargs), examples=batch, axis=batch_axis)
-    with undisturbed(module) as restore, torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints
-        for positional, named in ((args, kwargs), alone):
-            restore()
-            outputs.append(module(*positional, **named))
-            buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})
-    mixed = [
-        f"{name}: its row for one example depends on the other examples of the batch"
-        for (name, beside_others), (_, beside_itself) in zip(
-            _first_rows(outputs[0], batch, batch_axis), _first_rows(outputs[1], batch, batch_axis), strict=True
-        )
-        if _differ(beside_others, beside_itself, tolerance)
-    ]
-    learned = [
-        f"buffer {name}: it is written from the data, without noise"
-        for name in buffers[0]
-        if name not in buffers[1] or _differ(buffers[0][name], buffers[1][name], 0.0)
-    ]
-    return mixed + learned
+    try:
+        with perturbed(module):
+            return _confirmed(module, inputs, batch, batch_axis, tolerance)
+    except PrivetError:
+        raise
+    except Exception:  # noqa: BLE001 - the model may want parameters inside of bounds; a real mistake is raised again
+        return _confirmed(module, inputs, batch, batch_axis, tolerance)
 
 
 def refuse_mixing(
     module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], *, batch_axis: int = 0
 ) -> None:
-    """Raises if an example's output depends on the other examples of its batch."""
-    mixed = find_mixing(module, args, kwargs, batch_axis=batch_axis)
+    """Raises an UnsupportedModelError if one of the first 16 examples' outputs depends on the others, or state does."""
+    inputs = Arguments(args, dict(kwargs))
+    batch = count_examples(inputs, batch_axis, name="the arguments")
+    mixed: list[str] | None = None
+    if batch > _EXAMPLES:
+        part = first_examples(inputs, _EXAMPLES, examples=batch, axis=batch_axis)
+        try:
+            mixed = find_mixing(module, part.args, part.kwargs, batch_axis=batch_axis)
+        except PrivetError:
+            raise
+        except Exception:  # noqa: BLE001 - some models need the whole batch
+            mixed = None
+    if mixed is None:
+        mixed = find_mixing(module, args, kwargs, batch_axis=batch_axis)
     if mixed:
         raise UnsupportedModelError(
-            "examples are mixed inside the model: " + "; ".join(mixed) + ". Expected each row to depend on its own "
-            "example alone. Take statistics over each example, not over the batch, and keep none in buffers."
+            f"examples are mixed inside the model: {'; '.join(mixed)}. Expected each row to depend on its own "
+            f"example alone, and no state to depend on the data. {idiom_of(module, mixed, batch_axis=batch_axis)}"
         )
+
+
+# -- the runs ----------------------------------------------------------------------------------------------------------
+
+
+def _confirmed(module: nn.Module, inputs: Arguments, batch: int, axis: int, tolerance: float) -> list[str]:
+    """Returns what one look finds, and a second one in double precision does not take for rounding."""
+    found = _look(module, inputs, batch, axis, tolerance)
+    if not found:
+        return []
+    try:
+        with in_double(module):
+            again = _look(module, to_double(inputs), batch, axis, 1e-2 * tolerance)
+    except Exception:  # noqa: BLE001 - a model that wants one type of number
+        again = _look(module, inputs, batch, axis, 10.0 * tolerance)
+    return [each for each in found if each in again]
+
+
+def _look(module: nn.Module, inputs: Arguments, batch: int, axis: int, tolerance: float) -> list[str]:
+    state = State(module)
+    kinds = {name: "parameter" for name, _ in module.named_parameters()}
+    kinds |= {name: "buffer" for name, _ in module.named_buffers()}
+    with undisturbed(module, state) as restore, torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints
+
+        def run(some: Arguments) -> tuple[object, dict[str, Any]]:
+            restore()
+            output = module(*some.args, **some.kwargs)
+            return output, state.changes()
+
+        restore()
+        undrawn = _generators()
+        base, written = run(inputs)
+        generators = _generators()
+        outputs = dict(_outputs(base, batch, axis))
+        found: dict[str, None] = {}  # in order
+        others: list[dict[str, Any]] = []
+        for number, replaced in enumerate(replacements(batch)):
+            output, changes = _beside_others(run, inputs, replaced, number=number, batch=batch, axis=axis)
+            others.append(changes)
+            stays = [index for index, gone in enumerate(replaced) if not gone]
+            for path in _differing(outputs, dict(_outputs(output, batch, axis)), stays, axis, tolerance):
+                found[f"{path}: {_OTHERS}"] = None
+        again, written_again = run(inputs)
+        everything = list(range(batch))
+        remembered = _differing(outputs, dict(_outputs(again, batch, axis)), everything, axis, 10.0 * tolerance)
+        found |= dict.fromkeys(f"{path}: {_MEMORY}" for path in remembered)
+        if not found:
+            with nullcontext() if generators == undrawn else _evaluating(module):  # other masks for another size
+                larger = _larger(run, inputs, batch, axis)
+                still = _generators() == undrawn
+            if larger is not None and still:
+                one, two = (dict(_outputs(o, n, axis)) for o, n in zip(larger, (batch, batch + 1), strict=True))
+                found |= dict.fromkeys(f"{p}: {_COUNT}" for p in _differing(one, two, everything, axis, tolerance))
+    for path in dict.fromkeys(path for changes in (written, *others) for path in changes):
+        values = [changes.get(path) for changes in (written, *others)]
+        slack = 0.0 if same(written.get(path), written_again.get(path)) else 1e-5  # it differs from run to run
+        if slack and not isinstance(values[0], Tensor):
+            continue  # a clock, say
+        if not all(same(values[0], value, tolerance=slack) for value in values):
+            found[f"{kinds.get(path, 'attribute')} {path}: it is written from the data, without noise"] = None
+    return list(found)
+
+
+def _beside_others(
+    run: Callable[[Arguments], Any], inputs: Arguments, replaced: list[bool], *, number: int, batch: int, axis: int
+) -> Any:
+    """Runs the model with some examples replaced by others, which are also scaled where the model accepts that."""
+    factor = _FACTORS[number % len(_FACTORS)]
+    factors = [factor if gone else 1.0 for gone in replaced]
+    sources = sources_of(replaced, seed=number)
+    try:
+        return run(rearranged(inputs, sources, examples=batch, axis=axis, factors=factors))
+    except PrivetError:
+        raise
+    except Exception:  # noqa: BLE001 - it may want examples in order of length, or numbers within bounds
+        return run(rearranged(inputs, nearest(replaced), examples=batch, axis=axis))
+
+
+def _larger(run: Callable[[Arguments], Any], inputs: Arguments, batch: int, axis: int) -> tuple[object, object] | None:
+    """Returns the outputs for B and for B + 1 examples, or None if the model does not run on both."""
+    more = grown(inputs, examples=batch, axis=axis)
+    try:
+        return run(inputs)[0], run(more)[0]
+    except PrivetError:
+        raise
+    except Exception:  # noqa: BLE001 - the check of layouts says so where it matters
+        return None
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _generators() -> tuple[Any, ...]:
+    """Returns the states of the global generators, to be compared."""
+    cuda = [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    numpy = np.random.get_state()  # noqa: NPY002 - users' own
+    return torch.get_rng_state().tolist(), cuda, random.getstate(), str(numpy[1:3]), numpy[1].tobytes()  # type: ignore[index]
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------------
+
+
+def _outputs(output: object, batch: int, axis: int) -> Iterator[tuple[str, Any]]:
+    """Yields what has a row for each example, by path."""
+    for path, leaf in paths_in(output, "output"):
+        if isinstance(leaf, Tensor):
+            if shows(leaf, batch, axis):
+                yield path, leaf.detach()
+        elif isinstance(leaf, PackedSequence) and shows(leaf, batch, axis):
+            yield path, leaf
+
+
+def _differing(
+    one: Mapping[str, Any], two: Mapping[str, Any], rows: list[int], axis: int, tolerance: float
+) -> list[str]:
+    """Returns the paths of outputs that differ in one of the rows."""
+    return [
+        path for path, output in one.items() if path not in two or _differ(output, two[path], rows, axis, tolerance)
+    ]
+
+
+def _differ(a: Any, b: Any, rows: list[int], axis: int, tolerance: float) -> bool:
+    if isinstance(a, PackedSequence) or isinstance(b, PackedSequence):
+        pairs = [(_row(a, row, axis), _row(b, row, axis)) for row in rows]
+        return any(_differ_tensors(x.unsqueeze(0), y.unsqueeze(0), tolerance) for x, y in pairs)
+    if a.dim() != b.dim():
+        return True
+    at = torch.tensor(rows, device=a.device)
+    a, b = (t.index_select(axis, at).movedim(axis, 0) for t in (a, b))
+    return _differ_tensors(a, b, tolerance)
+
+
+def _row(leaf: Any, row: int, axis: int) -> Tensor:
+    (found,) = tensors_in(cut(leaf, row, row + 1, axis))
+    return found.detach()
+
+
+def _differ_tensors(a: Tensor, b: Tensor, tolerance: float) -> bool:  # (R, ...)
+    """Returns whether a row differs by more than `tolerance` of its largest entry, or 1 % of that of the largest."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return True
+    if a.numel() == 0 or torch.equal(a, b):
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return True
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return True
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = (
+        t.to(wide).masked_fill(~t.isfinite(), 0.0).flatten(1) if t.dim() > 1 else t.to(wide)[:, None] for t in (a, b)
+    )
+    sizes = a.abs().amax(1)
+    return bool(((a - b).abs().amax(1) > tolerance * (1e-30 + torch.maximum(sizes, 1e-2 * sizes.max()))).any())

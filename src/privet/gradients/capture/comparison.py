@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.batches.replace import nearest, rearranged
-from privet.errors import CoverageError, PrivetError, UnsupportedModelError
+from privet.errors import CoverageError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.other_values import in_double, to_double
 from privet.gradients.capture.tripwire import Tripwires
@@ -101,8 +101,8 @@ class Comparison:
         """Returns whether all could be compared: gradients that are not finite cannot.
 
         Raises:
-            CoverageError: if what was captured is not what autograd finds, with the parameters by name.
-            UnsupportedModelError: if it is, and an example's gradient depends on the other examples.
+            CoverageError: if what was captured is not what autograd finds, with the parameters by name; also if it is,
+                and an example's gradient depends on the other examples.
         """
         look = self._look(inputs, examples)
         tolerance = _COARSE if look.coarse else _SINGLE
@@ -227,13 +227,13 @@ class Comparison:
 
     def _error(
         self, wrong: Mapping[str, str], inputs: Any, examples: int, *, double: bool, tolerance: _Tolerance
-    ) -> PrivetError:
+    ) -> CoverageError:
         """Returns the error for sums that differ: they may do so with the others in their place, or only without."""
         same = self._look_in_double if double else self._look
         look = same(inputs, examples, others_replaced=False)
         still = self._judged(look, tolerance)[0] if look is not None else wrong
         if not still:
-            return UnsupportedModelError(
+            return CoverageError(
                 "examples are mixed inside the model: with other examples beside them, some examples have another "
                 f"gradient of {', '.join(wrong)}. Expected each example's gradient to depend on that example alone. "
                 "Look for statistics over the batch, in the forward, in the backward of a custom autograd Function, "

@@ -69,8 +69,8 @@ def check_coverage(
 
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
-        CoverageError: if what was captured is not what autograd finds, with the parameters by name.
-        UnsupportedModelError: also if an example's gradient depends on the other examples.
+        CoverageError: if what was captured is not what autograd finds, with the parameters by name; also if an
+            example's gradient depends on the other examples.
     """
     refuse_read_once(inputs)
     inputs = detached(inputs)

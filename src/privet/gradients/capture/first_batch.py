@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from privet.batches.kept import opened, with_squares_kept
-from privet.errors import UnsupportedModelError
+from privet.errors import CoverageError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import GrowthError, check_coverage
 from privet.gradients.capture.tripwire import Tripwires
@@ -95,40 +94,23 @@ class FirstBatch:
             UnsupportedModelError, CoverageError: see `check_coverage`; and whatever the second check raises.
         """
         self._seen = 0
-        known = self._capture.knowledge()
+        also = self._also if self._also is not None and examples > 1 else None
         try:
-            try:
-                conclusive = self._checked(inputs, examples, whole=whole)
-            except GrowthError:
-                kept = with_squares_kept(inputs, examples=examples, axis=self._axis)
-                if kept is inputs:
-                    raise
-                conclusive = self._checked(kept, examples, whole=whole)
-        except BaseException:
-            self._capture.forget_since(known)  # else what a refused batch taught would hold for the next
-            raise
-        if conclusive:
-            self._seen = min(examples, _ENOUGH)
-
-    def _checked(self, inputs: Any, examples: int, *, whole: bool) -> bool:
-        conclusive = check_coverage(
-            self._module,
-            self._capture,
-            lambda inputs: self._outputs(opened(inputs)),
-            inputs,
-            tripwires=self._tripwires,
-            examples=examples,
-            batch_axis=self._axis,
-            whole=whole,
-        )
-        if whole and not conclusive:
-            raise UnsupportedModelError(
-                "it is not certain which rows of this batch belong to which example, and the check that would tell "
-                "met gradients that are not finite. Expected finite gradients on such a batch. Look for an example "
-                "that is NaN, or say whose the rows are (privet.rows_of)."
+            conclusive = check_coverage(
+                self._module,
+                self._capture,
+                self._outputs,
+                inputs,
+                tripwires=self._tripwires,
+                examples=examples,
+                batch_axis=self._axis,
             )
-        if self._also is not None and examples > 1:
-            self._also(inputs)
+        except CoverageError:
+            if also is not None:
+                also(inputs)  # it says more of a model that mixes examples
+            raise
+        if also is not None:
+            also(inputs)
         if conclusive:
             self._seen = min(examples, _ENOUGH)
             self._repeats = self._seen == _ENOUGH

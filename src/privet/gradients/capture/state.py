@@ -23,8 +23,8 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["State", "floating_tensors", "same"]
 
-_OWN = frozenset(vars(nn.Module())) - {"training"}
-"""What torch itself keeps in a module: its parameters, buffers, submodules and hooks."""
+_OWN = frozenset(vars(nn.Module()))
+"""What torch itself keeps in a module: its mode, parameters, buffers, submodules and hooks."""
 _NUMBERS = (bool, int, float, complex)
 _DEPTH = 4
 """How deep containers inside of containers are looked into."""
