@@ -49,8 +49,8 @@ LAYERS = {
     ),
     "training": (
         ("ranks",),
-        ("criterion", "divisor", "guard", "handed_over", "optimizers", "parameters", "performance", "riding_ledger"),
-        ("billing", "logical_sum"),
+        ("divisor", "guard", "handed_over", "memory", "optimizers", "parameters", "performance", "riding_ledger"),
+        ("billing", "criterion", "logical_sum"),
         ("update",),
         ("checkpoint", "materialised", "virtual_steps"),
         ("door", "private_module"),

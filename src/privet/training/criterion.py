@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ from privet.batches.leaves import described
 from privet.batches.structure import Arguments
 from privet.batches.tree import paths_in, taken_apart
 from privet.errors import ConfigurationError
+from privet.gradients.capture.schedule import Schedule
+from privet.training.memory import refuse_memory
 
 __all__ = ["PrivateCriterion"]
 
@@ -48,6 +50,7 @@ class PrivateCriterion(nn.Module):
         self.criterion = criterion
         self.reduction = reduction
         self._examples = examples
+        self._schedule = Schedule()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss of a batch, which falls apart into its examples."""
@@ -60,13 +63,24 @@ class PrivateCriterion(nn.Module):
         """Returns the loss of each example.
 
         Raises:
-            ConfigurationError: if an argument's axis 0 is not the batch, or the criterion refuses a batch of one.
+            ConfigurationError: if an argument's axis 0 is not the batch, the criterion refuses a batch of one, or it
+                remembers earlier examples, which is looked at again on a public schedule of calls.
         """
         inputs = Arguments(args, kwargs)
         tensors, put = taken_apart(inputs, _has_examples, "the arguments")
         size = self._batch(tensors, inputs)
         if size == 0:
             return torch.stack([t.flatten().sum() for t in tensors if t.is_floating_point()]).sum().expand(0)
+
+        def losses(of: Sequence[Tensor]) -> Tensor:
+            return self._losses(of, put)
+
+        if self._schedule.counts():
+            refuse_memory(self, losses, [t.detach() for t in tensors])
+        return losses(tensors)
+
+    def _losses(self, tensors: Sequence[Tensor], put: Callable[[Sequence[Any]], Any]) -> Tensor:
+        size = tensors[0].shape[0]
 
         def one(*rows: Tensor) -> Tensor:
             positional, keyword = put([row.unsqueeze(0) for row in rows])

@@ -1,7 +1,7 @@
 """The check of the model on a batch as one object: when it is due, and what it does.
 
 One check is not enough: a gate that was closed opens, a branch is taken late. So it is repeated after a public schedule
-that counts forwards: the 1st, 4th, 16th, 64th, 256th, 1024th, and then every 1024th.
+that counts forwards (`schedule.py`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from privet.errors import CoverageError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import GrowthError, check_coverage
+from privet.gradients.capture.coverage import check_coverage
+from privet.gradients.capture.schedule import Schedule
 from privet.gradients.capture.tripwire import Tripwires
 
 __all__ = ["FirstBatch"]
 
 _ENOUGH = 2
 """How many examples a check needs to be final: whether examples meet in the backward does not show with one."""
-
-_SPARSEST = 1024
-"""How many forwards pass between two checks at most."""
 
 
 class FirstBatch:
@@ -59,15 +57,12 @@ class FirstBatch:
         self._also = also
         self._seen = 0  # the most examples that a conclusive check has seen, up to `_ENOUGH`
         self._trainable: frozenset[str] = frozenset()
-        self._forwards = 0
-        self._next = 1  # the forward at which the check is due again
+        self._schedule = Schedule()
         self._repeats = False  # whether all that trains was checked before
 
     def trains(self, trainable: frozenset[str]) -> None:
         """Counts one more forward; makes the check due again on schedule, or if other parameters train than before."""
-        self._forwards += 1
-        if self._forwards >= self._next:
-            self._next = min(4 * self._next, self._next + _SPARSEST)
+        if self._schedule.counts():
             self._seen = 0
         if trainable != self._trainable:  # their uses were not looked at
             self._seen = 0

@@ -177,13 +177,22 @@ def _values_in(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
+        if _is_dead(value):
+            return float("nan"), "left by vmap"
         return value.detach().clone()
     return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _is_dead(t: Tensor) -> bool:
+    """Returns whether a tensor belongs to a transform of functions, such as vmap, and cannot be read outside of it."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))  # noqa: SLF001 - there is no public way to ask
 
 
 def same(a: Any, b: Any, *, tolerance: float = 0.0) -> bool:
     """Returns whether two values are equal, NaN to NaN, or differ by at most `tolerance` of the larger one."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if _is_dead(a) or _is_dead(b):
+            return False
         return _same_tensors(a, b, tolerance)
     if type(a) is not type(b):
         return False
