@@ -44,7 +44,7 @@ def idiom_of(module: nn.Module, found: Sequence[str], *, batch_axis: int) -> str
             "State that is written from the data is released without noise: compute it before training from public "
             "data, or return it as an output and keep it outside of the model."
         )
-    if any("run again" in each for each in found):
+    if any("batches before" in each for each in found):
         advice.append("Let the forward depend on its arguments, and draw from torch's global generator.")
     if any("other examples" in each for each in found):
         advice.append(

@@ -10,13 +10,12 @@ Gradients are enabled, since models branch on that; the parameters are moved a l
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -31,19 +30,19 @@ from privet.batches.tree import paths_in, tensors_in
 from privet.errors import ConfigurationError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.other_values import in_double, perturbed, to_double
 from privet.gradients.capture.state import State, same
-from privet.gradients.capture.undisturbed import undisturbed
+from privet.gradients.capture.undisturbed import generators, undisturbed
 from privet.validation.idioms import idiom_of
 from privet.validation.separation import replacements, sources_of
 
 __all__ = ["find_mixing", "refuse_mixing"]
 
-_EXAMPLES = 16
-"""How many examples the doors look at."""
+_EXAMPLES = 8
+"""How many examples the doors look at, in some ten runs."""
 _FACTORS = (1.0, 10.0, 0.0)
 """What floating-point inputs of replaced examples are multiplied by, in turn: some thresholds move only then."""
 _OTHERS = "its row for one example depends on the other examples of the batch"
 _COUNT = "its row for one example depends on how many examples the batch has"
-_MEMORY = "it is another one when the model is run again on the same batch, so the model remembers or draws by itself"
+_MEMORY = "it depends on the batches before, so the model remembers examples, or draws by itself"
 
 
 def find_mixing(
@@ -90,7 +89,7 @@ def find_mixing(
 def refuse_mixing(
     module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], *, batch_axis: int = 0
 ) -> None:
-    """Raises an UnsupportedModelError if one of the first 16 examples' outputs depends on the others, or state does."""
+    """Raises an UnsupportedModelError if one of the first 8 examples' outputs depends on the others, or state does."""
     inputs = Arguments(args, dict(kwargs))
     batch = count_examples(inputs, batch_axis, name="the arguments")
     mixed: list[str] | None = None
@@ -111,6 +110,14 @@ def refuse_mixing(
         )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What one forward returned or left as terms of a loss, by path, and the state that it wrote."""
+
+    outputs: Mapping[str, Any]
+    written: Mapping[str, Any]
+
+
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -128,54 +135,62 @@ def _confirmed(module: nn.Module, inputs: Arguments, batch: int, axis: int, tole
 
 
 def _look(module: nn.Module, inputs: Arguments, batch: int, axis: int, tolerance: float) -> list[str]:
-    state = State(module)
-    kinds = {name: "parameter" for name, _ in module.named_parameters()}
-    kinds |= {name: "buffer" for name, _ in module.named_buffers()}
-    with undisturbed(module, state) as restore, torch.enable_grad(), warnings.catch_warnings():
+    state, rewind = State(module), generators(module)
+    everything = list(range(batch))
+    found: dict[str, None] = {}  # in order
+
+    def run(some: Arguments, *, afresh: bool = True, size: int = batch, thorough: bool = False) -> _Run:
+        if afresh:
+            state.restore()
+        rewind()
+        output = module(*some.args, **some.kwargs)
+        changes = state.changes(thorough=thorough)
+        terms = {path: t for path, t in state.terms().items() if path in changes and shows(t, size, axis)}
+        outputs = {**dict(_outputs(output, size, axis)), **{f"attribute {path}": t for path, t in terms.items()}}
+        return _Run(outputs, {path: value for path, value in changes.items() if path not in terms})
+
+    def compare(one: _Run, two: _Run, rows: list[int], why: str) -> None:
+        for path in _differing(one.outputs, two.outputs, rows, axis, tolerance):
+            found[f"{path}: {why}"] = None
+
+    with undisturbed(module, state), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints
-
-        def run(some: Arguments) -> tuple[object, dict[str, Any]]:
-            restore()
-            output = module(*some.args, **some.kwargs)
-            return output, state.changes()
-
-        restore()
-        undrawn = _generators()
-        base, written = run(inputs)
-        generators = _generators()
-        outputs = dict(_outputs(base, batch, axis))
-        found: dict[str, None] = {}  # in order
-        others: list[dict[str, Any]] = []
+        base = run(inputs, thorough=True)
+        drew = rewind()
+        after_itself = run(inputs, afresh=False)
+        others = []
         for number, replaced in enumerate(replacements(batch)):
-            output, changes = _beside_others(run, inputs, replaced, number=number, batch=batch, axis=axis)
-            others.append(changes)
-            stays = [index for index, gone in enumerate(replaced) if not gone]
-            for path in _differing(outputs, dict(_outputs(output, batch, axis)), stays, axis, tolerance):
-                found[f"{path}: {_OTHERS}"] = None
-        again, written_again = run(inputs)
-        everything = list(range(batch))
-        remembered = _differing(outputs, dict(_outputs(again, batch, axis)), everything, axis, 10.0 * tolerance)
-        found |= dict.fromkeys(f"{path}: {_MEMORY}" for path in remembered)
+            others.append(_beside_others(run, inputs, replaced, number=number, batch=batch, axis=axis))
+            compare(base, others[-1], [index for index, gone in enumerate(replaced) if not gone], _OTHERS)
+        compare(after_itself, run(inputs, afresh=False), everything, _MEMORY)
         if not found:
-            with nullcontext() if generators == undrawn else _evaluating(module):  # other masks for another size
-                larger = _larger(run, inputs, batch, axis)
-                still = _generators() == undrawn
-            if larger is not None and still:
-                one, two = (dict(_outputs(o, n, axis)) for o, n in zip(larger, (batch, batch + 1), strict=True))
-                found |= dict.fromkeys(f"{p}: {_COUNT}" for p in _differing(one, two, everything, axis, tolerance))
-    for path in dict.fromkeys(path for changes in (written, *others) for path in changes):
-        values = [changes.get(path) for changes in (written, *others)]
-        slack = 0.0 if same(written.get(path), written_again.get(path)) else 1e-5  # it differs from run to run
-        if slack and not isinstance(values[0], Tensor):
-            continue  # a clock, say
-        if not all(same(values[0], value, tolerance=slack) for value in values):
-            found[f"{kinds.get(path, 'attribute')} {path}: it is written from the data, without noise"] = None
+            with _evaluating(module) if drew else nullcontext():  # another size draws other masks
+                sizes = _of_both_sizes(run, base if not drew else None, inputs, batch, axis)
+                if sizes is not None and not rewind():
+                    compare(*sizes, everything, _COUNT)
+        written = any(each.written for each in (base, *others))
+        again = run(inputs, thorough=True) if written else base
+    found |= dict.fromkeys(_learned(module, base.written, [each.written for each in others], again.written))
     return list(found)
 
 
+def _learned(
+    module: nn.Module, base: Mapping[str, Any], others: Sequence[Mapping[str, Any]], again: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yields the state in which runs on other data left other values."""
+    kinds = {name: "parameter" for name, _ in module.named_parameters()}
+    kinds |= {name: "buffer" for name, _ in module.named_buffers()}
+    for path in dict.fromkeys(path for changes in (base, *others) for path in changes):
+        slack = 0.0 if same(base.get(path), again.get(path)) else 1e-5  # it differs between equal runs
+        if slack and not isinstance(base.get(path), Tensor):
+            continue  # a clock, say
+        if not all(same(base.get(path), changes.get(path), tolerance=slack) for changes in others):
+            yield f"{kinds.get(path, 'attribute')} {path}: it is written from the data, without noise"
+
+
 def _beside_others(
-    run: Callable[[Arguments], Any], inputs: Arguments, replaced: list[bool], *, number: int, batch: int, axis: int
-) -> Any:
+    run: Callable[..., _Run], inputs: Arguments, replaced: list[bool], *, number: int, batch: int, axis: int
+) -> _Run:
     """Runs the model with some examples replaced by others, which are also scaled where the model accepts that."""
     factor = _FACTORS[number % len(_FACTORS)]
     factors = [factor if gone else 1.0 for gone in replaced]
@@ -188,11 +203,13 @@ def _beside_others(
         return run(rearranged(inputs, nearest(replaced), examples=batch, axis=axis))
 
 
-def _larger(run: Callable[[Arguments], Any], inputs: Arguments, batch: int, axis: int) -> tuple[object, object] | None:
+def _of_both_sizes(
+    run: Callable[..., _Run], base: _Run | None, inputs: Arguments, batch: int, axis: int
+) -> tuple[_Run, _Run] | None:
     """Returns the outputs for B and for B + 1 examples, or None if the model does not run on both."""
     more = grown(inputs, examples=batch, axis=axis)
     try:
-        return run(inputs)[0], run(more)[0]
+        return run(inputs) if base is None else base, run(more, size=batch + 1)
     except PrivetError:
         raise
     except Exception:  # noqa: BLE001 - the check of layouts says so where it matters
@@ -209,13 +226,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def _generators() -> tuple[Any, ...]:
-    """Returns the states of the global generators, to be compared."""
-    cuda = [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    numpy = np.random.get_state()  # noqa: NPY002 - users' own
-    return torch.get_rng_state().tolist(), cuda, random.getstate(), str(numpy[1:3]), numpy[1].tobytes()  # type: ignore[index]
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ class Comparison:
             for side in ("expected", "captured"):
                 for half in range(len(looks[0].expected) if looks else 0):
                     sums = [_of(getattr(look, side)[half], name, p) for look in looks]
-                    spread = max((float((s - sums[0]).norm()) for s in sums), default=0.0)
+                    spread = max((_norm(s - sums[0]) for s in sums), default=0.0)
                     noise[name] = max(noise.get(name, 0.0), spread)
         return noise
 
@@ -212,16 +212,17 @@ class Comparison:
             sums = [
                 (_of(own, name, p), _of(got, name, p)) for own, got in zip(look.expected, look.captured, strict=True)
             ]
-            if not all(bool(own.isfinite().all()) for own, _ in sums):
+            norms = [_norm(own) for own, _ in sums]
+            if not all(map(math.isfinite, norms)):
                 finite = False
                 continue
-            for own, got in sums:
-                size = max(_finite(look.sizes.get(name)), float(own.norm()))
+            for (own, got), norm in zip(sums, norms, strict=True):
+                size = max(_finite(look.sizes.get(name)), norm)
                 allowed = tolerance.size * size + tolerance.terms * _finite(look.terms.get(name))
                 allowed += tolerance.largest * largest
                 if noise is not None:  # where all is noise, it may be as large as the gradient, and is still small
                     allowed += min(8.0 * noise.get(name, 0.0), max(5e-2 * size, 1e-2 * largest))
-                if not float((own - got).norm()) <= allowed:
+                if not _norm(own - got) <= allowed:
                     wrong[name] = "another gradient" if bool(got.any()) else "no gradient"
         return wrong, finite
 
@@ -279,9 +280,14 @@ def _weighted(draw: Tensor, weights: Tensor, axis: int) -> Tensor:
 def _of(sums: Mapping[str, Tensor], name: str, p: nn.Parameter) -> Tensor:
     found = sums.get(name)
     if found is None:
-        return torch.zeros(p.shape, device=p.device, dtype=torch.float64)
+        return torch.zeros(p.shape, device=p.device, dtype=p.dtype)
     dense = found.detach() if found.layout == torch.strided else found.detach().to_dense()
-    return dense.reshape(p.shape).to(torch.complex128 if found.is_complex() else torch.float64)
+    dense = dense.reshape(p.shape)
+    return dense.float() if dense.dtype in _HALF else dense
+
+
+def _norm(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t, dtype=torch.complex128 if t.is_complex() else torch.float64))
 
 
 def _finite(value: float | None) -> float:

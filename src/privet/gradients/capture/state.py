@@ -26,6 +26,7 @@ __all__ = ["State", "floating_tensors", "same"]
 _OWN = frozenset(vars(nn.Module()))
 """What torch itself keeps in a module: its mode, parameters, buffers, submodules and hooks."""
 _NUMBERS = (bool, int, float, complex)
+_SAMPLE = 4096
 _DEPTH = 4
 """How deep containers inside of containers are looked into."""
 
@@ -44,6 +45,7 @@ class State:
 
     def __init__(self, module: nn.Module) -> None:
         self._parts = _parts_of(module)
+        self._closely = False  # whether nothing is only sampled any more
         self._slots = {path: dict(_slots_of(part)) for path, part in self._parts.items()}
         copies: dict[int, Any] = {}  # one copy of each object, by its id
         self._values = {path: copies.setdefault(id(value), _copied(value)) for path, value in self._now()}
@@ -56,17 +58,37 @@ class State:
             for name, value in _slots_of(part):
                 yield from _values_in(value, f"{path}.{name}" if path else name)
 
-    def changes(self) -> dict[str, Any]:
-        """Returns what is new or has another value now, by path, as copies."""
+    def changes(self, *, thorough: bool = True) -> dict[str, Any]:
+        """Returns what is new or has another value now, by path, as copies.
+
+        Args:
+            thorough: whether every number is compared, or of large tensors a sample: that is enough between two
+                thorough looks, and takes much less time.
+        """
         changed = {}
         for path, value in self._now():
-            if path not in self._values or not same(self._values[path], value):
+            if path not in self._values or not self._is_as_before(path, value, thorough=thorough or self._closely):
                 changed[path] = _copied(value)
+                self._closely = self._closely or _is_large(value)  # it may change where no sample shows it
         return changed
 
+    def _is_as_before(self, path: str, value: Any, *, thorough: bool) -> bool:
+        before = self._values[path]
+        if thorough or not _is_large(value) or not isinstance(before, Tensor) or before.shape != value.shape:
+            return same(before, value)
+        return same(_sampled(before), _sampled(value))
+
+    def terms(self) -> dict[str, Tensor]:
+        """Returns the plain tensors that need a gradient, by path: terms of a loss that a forward left for it."""
+        return {
+            path: value.detach()
+            for path, value in self._now()
+            if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
+        }
+
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts values, and the objects that hold them, back as they were."""
+    def restore(self, *, thorough: bool = False) -> None:
+        """Puts values, and the objects that hold them, back as they were; large tensors if a sample has changed."""
         for path, part in self._parts.items():
             before = self._slots[path]
             for name in [name for name, _ in _slots_of(part) if name not in before]:
@@ -74,7 +96,7 @@ class State:
             for name, value in before.items():
                 if _held(part, name) is not value:
                     _hold(part, name, value)
-                self._contents[path][name].put_back()
+                self._contents[path][name].put_back(thorough=thorough or self._closely)
 
 
 # -- the parts, and what each holds ------------------------------------------------------------------------------------
@@ -183,6 +205,15 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 4 * _SAMPLE and value.layout == torch.strided
+
+
+def _sampled(t: Tensor) -> Tensor:
+    """Returns some of a tensor's numbers, spread over all of it."""
+    return t.detach().reshape(-1)[:: t.numel() // _SAMPLE] if t.is_contiguous() else t.detach()
+
+
 def _is_dead(t: Tensor) -> bool:
     """Returns whether a tensor belongs to a transform of functions, such as vmap, and cannot be read outside of it."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))  # noqa: SLF001 - there is no public way to ask
@@ -239,12 +270,13 @@ class _Kept:
             each = value.values() if isinstance(value, dict) else value
             self._inner = [_Kept(v, copies, depth + 1) for v in each]
 
-    def put_back(self) -> None:
+    def put_back(self, *, thorough: bool) -> None:
         """Puts the object's contents back, if it has any that can change."""
         value, kept = self._value, self._copy
         if isinstance(value, Tensor):
-            if kept is not None and not same(value.detach(), kept):  # so that versions stay where nothing was written
-                value.detach().copy_(kept)
+            quick = not thorough and _is_large(value)
+            if kept is not None and not (same(_sampled(value), _sampled(kept)) if quick else same(value, kept)):
+                value.detach().copy_(kept)  # only then: versions stay where nothing was written
         elif isinstance(value, np.ndarray):
             value[...] = kept
         elif isinstance(value, torch.Generator):
@@ -261,7 +293,7 @@ class _Kept:
             value.clear()
             value.extend(kept)
         for inner in self._inner:
-            inner.put_back()
+            inner.put_back(thorough=thorough)
 
 
 def _alike(now: Mapping[Any, Any], kept: Mapping[Any, Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from privet.gradients.capture.state import State
 
-__all__ = ["undisturbed"]
+__all__ = ["generators", "undisturbed"]
 
 
 @contextmanager
@@ -23,21 +23,41 @@ def undisturbed(module: nn.Module, state: State | None = None) -> Iterator[Calla
         module: what is run.
         state: its state now, if the caller keeps it already.
     """
-    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
     state = State(module) if state is None else state
-    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' own
-    cuda = [torch.cuda.get_rng_state(device) for device in devices]
+    rewind = generators(module)
 
     def restore() -> None:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for device, generator in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(generator, device)
+        rewind()
         state.restore()
 
     try:
         yield restore
     finally:
-        restore()
+        rewind()
+        state.restore(thorough=True)
         torch.clear_autocast_cache()
+
+
+def generators(module: nn.Module) -> Callable[[], bool]:
+    """Returns a function that puts the global random generators back as they are now, and says if they had moved."""
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' own
+    cuda = [torch.cuda.get_rng_state(device) for device in devices]
+
+    def rewind() -> bool:
+        now = np.random.get_state()  # noqa: NPY002
+        moved = random.getstate() != python or now[2:] != numpy[2:] or not np.array_equal(now[1], numpy[1])  # type: ignore[index]
+        moved = moved or not torch.equal(torch.get_rng_state(), cpu)
+        moved = moved or any(
+            not torch.equal(torch.cuda.get_rng_state(device), state)
+            for device, state in zip(devices, cuda, strict=True)
+        )
+        if moved:
+            torch.set_rng_state(cpu)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+            for device, state in zip(devices, cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+        return moved
+
+    return rewind
