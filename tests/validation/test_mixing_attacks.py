@@ -273,7 +273,7 @@ def test_a_loss_divided_by_the_size_of_a_batch_is_found_beside_dropout() -> None
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_branch_that_mixes_from_the_second_batch_on_is_found_at_the_fourth(door: str) -> None:
+def test_a_branch_that_mixes_from_the_second_batch_on_is_found_at_the_eighth(door: str) -> None:
     class Later(Net):
         def mixed(self, h: Tensor) -> Tensor:
             return h + h.detach().mean(0) if self.on else h
@@ -282,7 +282,7 @@ def test_a_branch_that_mixes_from_the_second_batch_on_is_found_at_the_fourth(doo
         m.on = batch[1]
         return loss_of(m, batch)
 
-    batches = [(torch.randn(B, D), False), *((torch.randn(B, D), True) for _ in range(2))]
+    batches = [(torch.randn(B, D), False), *((torch.randn(B, D), True) for _ in range(6))]
     door_sum(door, Later(), *batches, loss=loss)  # not yet looked at again
     refused(door, Later(), *batches, batches[-1], loss=loss)
 

@@ -12,6 +12,7 @@ from privet import CoverageError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.tripwire import Tripwires
+from tests.contracts.doors import door_sum
 
 ALL = frozenset({"weight", "bias"})
 
@@ -105,3 +106,34 @@ def test_a_second_check_that_raises_leaves_it_due() -> None:
     with pytest.raises(CoverageError, match="mixed"):
         checked.run(4)
     assert due(checked.first) == [1, 2, 3, 64]
+
+
+def test_it_is_due_again_on_a_public_schedule() -> None:
+    checked, at = Checked(), []
+    for forward in range(1, 3000):
+        checked.first.trains(ALL)
+        if checked.first.due(4):
+            at.append(forward)
+            checked.first._seen = 2  # as after a check that was conclusive
+    assert at == [1, 8, 64, 512, 1536, 2560]
+
+
+def test_a_repeated_check_waits_for_a_backward_that_is_still_to_come() -> None:
+    checked = Checked()
+    checked.first.trains(ALL)
+    assert checked.first.due(4, pending=True), "nothing was checked yet"
+    checked.run(4)
+    for _ in range(7):
+        checked.first.trains(ALL)
+    assert not checked.first.due(4, pending=True)
+    assert checked.first.due(4)
+    checked.first.trains(frozenset({"bias"}))
+    assert checked.first.due(4, pending=True), "other parameters train"
+
+
+def test_two_forwards_that_share_a_backward_pass_the_schedule() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    for first in range(2):
+        door_sum(
+            "paper", model, *[(x,)] * 6, loss=lambda m, b: (m(b[0]) + (m(b[0]) if first else m(b[0]) + m(b[0]))).sum(1)
+        )

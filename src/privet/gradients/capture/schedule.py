@@ -9,7 +9,7 @@ _SPARSEST = 1024
 
 
 class Schedule:
-    """The 1st, 4th, 16th, 64th, 256th and 1024th call, and then every 1024th."""
+    """The 1st, 8th, 64th and 512th call, and then one after every 1024."""
 
     def __init__(self) -> None:
         self._calls = 0
@@ -20,5 +20,5 @@ class Schedule:
         self._calls += 1
         if self._calls < self._next:
             return False
-        self._next = min(4 * self._next, self._next + _SPARSEST)
+        self._next = min(8 * self._next, self._next + _SPARSEST)
         return True
