@@ -131,9 +131,9 @@ def test_a_repeated_check_waits_for_a_backward_that_is_still_to_come() -> None:
     assert checked.first.due(4, pending=True), "other parameters train"
 
 
-def test_two_forwards_that_share_a_backward_pass_the_schedule() -> None:
-    model, x = nn.Linear(3, 2), torch.randn(4, 3)
-    for first in range(2):
-        door_sum(
-            "paper", model, *[(x,)] * 6, loss=lambda m, b: (m(b[0]) + (m(b[0]) if first else m(b[0]) + m(b[0]))).sum(1)
-        )
+@pytest.mark.parametrize("forwards", [2, 3])
+def test_forwards_that_share_a_backward_pass_the_schedule(forwards: int) -> None:
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        return torch.stack([m(batch[0]) for _ in range(forwards)]).sum((0, 2))
+
+    door_sum("paper", nn.Linear(3, 2), *[(torch.randn(4, 3),)] * 6, loss=loss)
