@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from privet import CoverageError, UnsupportedModelError
 from privet.validation import find_mixing
 from tests.contracts.doors import DOORS, door_sum
+from tests.gradients.harness import recorded_of
 
 B, T, D = 6, 4, 4
 
@@ -81,6 +82,13 @@ class GatedScalar(Gated):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(()))
+
+
+class GatedTwice(Gated):
+    """Closed so well that not even the gate has a gradient."""
+
+    def mixed(self, h: Tensor) -> Tensor:
+        return h + self.gate * self.gate * h.detach().roll(1, 0)
 
 
 class DerivedFromData(Gated):
@@ -153,7 +161,7 @@ class ByCount(Net):
 
 
 FORWARD = [
-    Shifted, CumulativeMean, LastRow, Threshold, HardHalf, OnlyWithGradients, Gated, GatedScalar, DerivedFromData,
+    Shifted, CumulativeMean, LastRow, Threshold, HardHalf, OnlyWithGradients, Gated, GatedScalar, GatedTwice, DerivedFromData,
     FrozenRecurrent, FrozenCausal, ByCount,
 ]  # fmt: skip
 BACKWARD = [MixedBackward, HookedBackward, ShiftedBackward]
@@ -181,6 +189,22 @@ def test_what_mixes_is_refused_on_the_first_batch(kind: type[nn.Module], seed: i
 @pytest.mark.parametrize("kind", [Shifted, LastRow, Gated, MixedBackward, ByCount], ids=lambda kind: kind.__name__)
 def test_small_and_large_batches_show_it_too(kind: type[nn.Module], examples: int) -> None:
     refused("paper", kind(), (torch.randn(examples, D),))
+
+
+def test_a_constant_that_needs_a_gradient_is_not_made_a_part_of_a_parameter() -> None:
+    with pytest.raises(UnsupportedModelError, match="needs a gradient and has no batch axis"):
+        recorded_of(DerivedFromData(), (torch.randn(B, D),), loss_of)
+
+
+def test_memory_in_a_place_that_nobody_sees_is_found() -> None:
+    class Remembers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            output = x + sum(remembered[-1:])
+            remembered.append(float(x.sum()))
+            return output
+
+    remembered: list[float] = []
+    assert any("batches before" in each for each in find_mixing(Remembers(), (torch.randn(B, D),)))
 
 
 @pytest.mark.parametrize("examples", [4, 16, 17, 40])
