@@ -161,8 +161,8 @@ class ByCount(Net):
 
 
 FORWARD = [
-    Shifted, CumulativeMean, LastRow, Threshold, HardHalf, OnlyWithGradients, Gated, GatedScalar, GatedTwice, DerivedFromData,
-    FrozenRecurrent, FrozenCausal, ByCount,
+    Shifted, CumulativeMean, LastRow, Threshold, HardHalf, OnlyWithGradients, Gated, GatedScalar, GatedTwice,
+    DerivedFromData, FrozenRecurrent, FrozenCausal, ByCount,
 ]  # fmt: skip
 BACKWARD = [MixedBackward, HookedBackward, ShiftedBackward]
 
