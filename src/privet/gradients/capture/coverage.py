@@ -22,6 +22,7 @@ from privet.batches.structure import REGISTER
 from privet.errors import PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.comparison import Comparison
+from privet.gradients.capture.moved import MovesMet
 from privet.gradients.capture.other_values import perturbed
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
@@ -75,22 +76,25 @@ def check_coverage(
     refuse_read_once(inputs)
     inputs = detached(inputs)
     parts = [(inputs, examples)]
-    if examples > _EXAMPLES:
+    if examples > _EXAMPLES and not whole:
         parts.insert(0, (first_examples(inputs, _EXAMPLES, examples=examples, axis=batch_axis), _EXAMPLES))
-    ways = [(some, count, moved) for some, count in parts for moved in (perturbed, _as_they_are)]
+    # What is told of this very batch has to hold for its forward, which may move rows by what the parameters say.
+    values = (_as_they_are,) if whole else (perturbed, _as_they_are)
+    ways = [(some, count, moved) for some, count in parts for moved in values]
     for place, (some, count, moved) in enumerate(ways):
-        known = capture.layouts.copy()
+        known = capture.knowledge()
         try:
             with moved(module), undisturbed(module) as restore, torch.enable_grad():
                 capture.prefer_channels_last(prefers_channels_last(module))
                 try:
-                    learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                    told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
                 except RuntimeError:
                     if not capture.channels_last:
                         raise
                     # The model may use `view` where it needs the channels outside, for example.
                     capture.prefer_channels_last(False)
-                    learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                    told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
+                capture.tell(told)
                 comparison = Comparison(
                     module, capture, run, tripwires=tripwires, restore=restore, batch_axis=batch_axis
                 )
@@ -103,9 +107,11 @@ def check_coverage(
             if place == len(ways) - 1:
                 raise
             capture.release()
-            capture.layouts.restore(known)
+            capture.forget_since(known)
         finally:
             capture.release()
+            if not whole:
+                capture.tell(None)
     raise AssertionError("the last way returns or raises")
 
 

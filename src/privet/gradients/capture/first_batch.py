@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from privet.errors import CoverageError
+from privet.batches.kept import opened, with_squares_kept
+from privet.errors import CoverageError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import check_coverage
+from privet.gradients.capture.coverage import GrowthError, check_coverage
 from privet.gradients.capture.schedule import Schedule
 from privet.gradients.capture.tripwire import Tripwires
 
@@ -89,23 +90,45 @@ class FirstBatch:
             UnsupportedModelError, CoverageError: see `check_coverage`; and whatever the second check raises.
         """
         self._seen = 0
+        known = self._capture.knowledge()
+        try:
+            try:
+                conclusive = self._checked(inputs, examples, whole=whole)
+            except GrowthError:
+                kept = with_squares_kept(inputs, examples=examples, axis=self._axis)
+                if kept is inputs:
+                    raise
+                conclusive = self._checked(kept, examples, whole=whole)
+        except BaseException:
+            self._capture.forget_since(known)  # else what a refused batch taught would hold for the next
+            raise
+        if conclusive:
+            self._seen = min(examples, _ENOUGH)
+            self._repeats = self._seen == _ENOUGH
+
+    def _checked(self, inputs: Any, examples: int, *, whole: bool) -> bool:
         also = self._also if self._also is not None and examples > 1 else None
         try:
             conclusive = check_coverage(
                 self._module,
                 self._capture,
-                self._outputs,
+                lambda inputs: self._outputs(opened(inputs)),
                 inputs,
                 tripwires=self._tripwires,
                 examples=examples,
                 batch_axis=self._axis,
+                whole=whole,
             )
         except CoverageError:
             if also is not None:
                 also(inputs)  # it says more of a model that mixes examples
             raise
+        if whole and not conclusive:
+            raise UnsupportedModelError(
+                "it is not certain which rows of this batch belong to which example, and the check that would tell "
+                "met gradients that are not finite. Expected finite gradients on such a batch. Look for an example "
+                "that is NaN, or say whose the rows are (privet.rows_of)."
+            )
         if also is not None:
             also(inputs)
-        if conclusive:
-            self._seen = min(examples, _ENOUGH)
-            self._repeats = self._seen == _ENOUGH
+        return conclusive
