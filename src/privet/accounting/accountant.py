@@ -132,8 +132,10 @@ class Accountant(ABC):
         highest = self.epsilon(event, floor, relation=relation, group_size=group_size)
         if highest == math.inf:
             return math.inf
-        # Without its sampling the event is one Gaussian, which lies above the whole curve.
-        plain = math.sqrt(reduce_event(event, relation=relation, group_size=group_size).unamplified)
+        # Without its sampling the event is one Gaussian, which lies above the whole curve. Where it holds an event that
+        # only this accountant knows, that Gaussian is of the other events alone.
+        reduced = reduce_event(event, relation=relation, group_size=group_size)
+        plain = math.inf if reduced.infinite else math.sqrt(reduced.unamplified)
         found = smallest_mu(lambda each: self.delta(event, each, relation=relation, group_size=group_size), highest)
         return min(found, plain)
 
