@@ -22,6 +22,7 @@ LAYERS = {
         ("errors",),
         ("_checks",),
         ("accounting",),
+        ("report",),
         ("batches", "clipping"),
         ("gradients",),
         ("noise",),
@@ -61,6 +62,7 @@ LEVELS = {
 }
 FORBIDDEN = {
     ("accounting", "torch"): "accounting/ is usable without torch",
+    ("report", "torch"): "report/ is usable without torch",
     ("gradients", "privet.accounting"): "gradients/ knows nothing of accounting",
     ("clipping", "privet.accounting"): "clipping/ knows nothing of accounting",
 }
@@ -253,6 +255,8 @@ def test_the_source_keeps_every_law():
         ("gradients/use.py", "def late():\n    import privet.engine"),
         ("clipping/flat.py", "from privet import Poisson"),
         ("accounting/pld.py", "import torch"),
+        ("report/facts.py", "import torch"),
+        ("report/facts.py", "from privet.engine import PrivacyEngine"),
         ("accounting/pld.py", "from torch import Tensor"),
         ("accounting/pld.py", "if TYPE_CHECKING:\n    import torch.nn"),
         ("noise/source.py", "from ..step import PrivateStep"),

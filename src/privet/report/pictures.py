@@ -1,0 +1,66 @@
+"""The pictures of a report: the privacy curve, what an attack can do, and the schedules. None where ε is infinite."""
+
+from __future__ import annotations
+
+import math
+
+from privet.report.described import described
+from privet.report.facts import Facts
+from privet.report.plots import Curve, Plot
+
+__all__ = ["attacks_picture", "curve_picture", "schedule_pictures"]
+
+_MOST_POINTS = 400  # of a schedule's picture, which is no wider than that
+
+
+def curve_picture(facts: Facts) -> list[Plot]:
+    """Returns ε over δ."""
+    points = tuple((delta, epsilon) for delta, epsilon in reversed(facts.curve) if math.isfinite(epsilon))
+    if len(points) < 2:
+        return []
+    caption = f"ε at most, for each δ. At δ = {facts.delta:g} it is {facts.epsilon.upper:.3g}."
+    return [Plot(caption, "δ", "ε", (Curve(points),), log_x=True)]
+
+
+def attacks_picture(facts: Facts) -> list[Plot]:
+    """Returns the most that any test can reach, with the line of a guess beside it."""
+    if not facts.profile:
+        return []
+    rates = [10.0 ** (-4.0 + index / 20.0) for index in range(81)]
+    points = tuple((rate, _power(facts, rate)) for rate in rates)
+    guess = tuple((rate, rate) for rate in rates)
+    caption = (
+        "Above the upper line no attack can be. The lower line is a guess that does not look at what was released."
+    )
+    curves = (Curve(points, label="no attack is above"), Curve(guess, label="a mere guess", faint=True))
+    return [Plot(caption, "false positive rate", "true positive rate", curves, log_x=True)]
+
+
+def _power(facts: Facts, rate: float) -> float:
+    """Returns a bound on the true positive rate: Kairouz, Oh and Viswanath, arXiv 1311.0776, theorem 2.1."""
+    known = [power for each, power in facts.attacks if abs(each - rate) <= 1e-9 * rate]
+    found = min((_implied(rate, epsilon, delta) for epsilon, delta in facts.profile), default=1.0)
+    return max(rate, min([1.0, found, *known]))
+
+
+def _implied(rate: float, epsilon: float, delta: float) -> float:
+    return min(math.exp(epsilon) * rate + delta, 1.0 - math.exp(-epsilon) * (1.0 - delta - rate))
+
+
+def schedule_pictures(facts: Facts) -> list[Plot]:
+    """Returns noise multiplier and sampling rate over the steps, each where it changes."""
+    steps, noise, rate = 0, [], []
+    for phase in facts.phases:
+        words = described(phase.event)
+        noise.append((float(steps), words.noise_multiplier))
+        rate.append((float(steps), words.rate))
+        steps += phase.count
+    named = (("noise multiplier", noise), ("sampling rate", rate))
+    found = []
+    for name, values in named:
+        known = [(start, value) for start, value in values if value is not None]
+        if len(known) == len(values) and len({value for _, value in known}) > 1:
+            every = -(-len(known) // _MOST_POINTS)
+            points = (*known[::every], (float(steps), known[-1][1]))
+            found.append(Plot(f"The {name} over the steps.", "step", name, (Curve(points, steps=True),)))
+    return found
