@@ -21,7 +21,7 @@ from privet.report.words import (
 
 __all__ = ["document_of"]
 
-_MOST_PHASES = 24  # shown as rows; a schedule may have thousands
+_MOST_PHASES = 12  # shown as rows; a schedule may have thousands
 _STATUS = {Status.LIBRARY: "handled by the library", Status.USER: "declared by the user", Status.OPEN: "open"}
 
 
@@ -69,18 +69,19 @@ def _parties(facts: Facts) -> Section:
 
 
 def _ran(facts: Facts) -> Section:
-    shown = facts.phases[:_MOST_PHASES]
-    words = [described(phase.event) for phase in shown]
+    words = [described(phase.event) for phase in facts.phases]
     rows = tuple(
-        (str(index), str(phase.count), each.sampler, each.mechanism)
-        for index, (phase, each) in enumerate(zip(shown, words, strict=True), 1)
+        (str(index), str(phase.count), each.name, _or_dash(each.rate), _or_dash(each.noise_multiplier))
+        for index, (phase, each) in enumerate(zip(facts.phases[:_MOST_PHASES], words, strict=False), 1)
     )
+    first = {each.name: f"{each.sampler}; released is {each.mechanism}." for each in reversed(words)}
     blocks: list[Block] = [
         Paragraph(
             f"{facts.steps} steps or passes were begun, in {len(facts.phases)} phases. Each is on record with the "
-            "sampler that drew its batches and the noise that it got."
+            "sampler that drew its batches and the noise that it got. The first phase with each sampler, in words:"
         ),
-        Table(("phase", "count", "sampler", "mechanism"), rows),
+        Bullets(tuple(text[0].upper() + text[1:] for text in reversed(first.values()))),
+        Table(("phase", "count", "sampler", "sampling rate", "noise multiplier"), rows),
     ]
     if len(facts.phases) > _MOST_PHASES:
         blocks.append(
@@ -95,6 +96,10 @@ def _ran(facts: Facts) -> Section:
         )
     )
     return Section("What ran", tuple(blocks))
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _accounting(facts: Facts) -> Section:

@@ -147,7 +147,7 @@ def gathered(
 def _checked_delta(delta: object, size: int | None) -> float:
     found = check_probability("delta", delta)
     if not 0.0 < found < 1.0:
-        raise ConfigurationError(f"delta must lie between 0 and 1, got {delta!r}.")
+        raise ConfigurationError(f"delta must be above 0 and below 1, got {delta!r}.")
     if size is not None and found >= 1.0 / size:
         raise ConfigurationError(
             f"delta must be below 1/n = {1.0 / size:.3g} for n = {size} records, got {found:g}: a mechanism that "

@@ -66,4 +66,5 @@ def _table(table: Table) -> str:
         cell = f"<td>{escape(first)}</td>" if headed else f'<th scope="row">{escape(first)}</th>'
         rows.append(f"<tr>{cell}{''.join(f'<td>{escape(each)}</td>' for each in others)}</tr>")
     body = f"<tbody>{''.join(rows)}</tbody>"
-    return f'<div class="scroll" tabindex="0"><table>{head if headed else ""}{body}</table></div>\n'
+    opening = "<table>" if headed else '<table class="facts">'
+    return f'<div class="scroll" tabindex="0">{opening}{head if headed else ""}{body}</table></div>\n'

@@ -24,27 +24,14 @@ def curve_picture(facts: Facts) -> list[Plot]:
 
 def attacks_picture(facts: Facts) -> list[Plot]:
     """Returns the most that any test can reach, with the line of a guess beside it."""
-    if not facts.profile:
+    if not facts.promised:
         return []
-    rates = [10.0 ** (-4.0 + index / 20.0) for index in range(81)]
-    points = tuple((rate, _power(facts, rate)) for rate in rates)
-    guess = tuple((rate, rate) for rate in rates)
+    guess = tuple((rate, rate) for rate, _ in facts.receiver)
     caption = (
         "Above the upper line no attack can be. The lower line is a guess that does not look at what was released."
     )
-    curves = (Curve(points, label="no attack is above"), Curve(guess, label="a mere guess", faint=True))
+    curves = (Curve(facts.receiver, label="no attack is above"), Curve(guess, label="a mere guess", faint=True))
     return [Plot(caption, "false positive rate", "true positive rate", curves, log_x=True)]
-
-
-def _power(facts: Facts, rate: float) -> float:
-    """Returns a bound on the true positive rate: Kairouz, Oh and Viswanath, arXiv 1311.0776, theorem 2.1."""
-    known = [power for each, power in facts.attacks if abs(each - rate) <= 1e-9 * rate]
-    found = min((_implied(rate, epsilon, delta) for epsilon, delta in facts.profile), default=1.0)
-    return max(rate, min([1.0, found, *known]))
-
-
-def _implied(rate: float, epsilon: float, delta: float) -> float:
-    return min(math.exp(epsilon) * rate + delta, 1.0 - math.exp(-epsilon) * (1.0 - delta - rate))
 
 
 def schedule_pictures(facts: Facts) -> list[Plot]:

@@ -10,7 +10,7 @@ from html import escape
 __all__ = ["Curve", "Plot"]
 
 _WIDTH, _HEIGHT = 420.0, 260.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 14.0, 46.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 24.0, 14.0, 46.0
 _MOST_TICKS = 6
 
 

@@ -21,10 +21,10 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
     "string": (str,),
 }
-_KNOWN = frozenset(
-    "$schema additionalProperties anyOf const description enum items maximum minimum pattern properties required title "
-    "type".split()
-)
+_KNOWN = {
+    *("$schema", "title", "description", "type", "const", "enum", "anyOf", "minimum", "maximum", "pattern"),
+    *("properties", "required", "additionalProperties", "items"),
+}
 
 
 @cache
