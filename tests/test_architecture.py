@@ -22,7 +22,7 @@ LAYERS = {
         ("errors",),
         ("_checks",),
         ("accounting",),
-        ("report",),
+        ("report", "tuning"),
         ("batches", "clipping"),
         ("gradients",),
         ("noise",),
@@ -63,6 +63,7 @@ LEVELS = {
 FORBIDDEN = {
     ("accounting", "torch"): "accounting/ is usable without torch",
     ("report", "torch"): "report/ is usable without torch",
+    ("tuning", "torch"): "tuning/ is usable without torch",
     ("gradients", "privet.accounting"): "gradients/ knows nothing of accounting",
     ("clipping", "privet.accounting"): "clipping/ knows nothing of accounting",
 }
@@ -112,7 +113,11 @@ PRIVILEGES = {
     ),
     "talks to other ranks": ({"torch.distributed", "distributed"}, ("training/ranks.py",)),
     # The coverage check asks gradients random questions, and an audit tosses coins; nothing of what they draw protects.
-    "draws randomness": (DRAWING, ("noise/", "sampling/", "gradients/capture/coverage.py", "audit/")),
+    # A selection draws how many trials there are.
+    "draws randomness": (
+        DRAWING,
+        ("noise/", "sampling/", "gradients/capture/coverage.py", "audit/", "tuning/select.py"),
+    ),
     "prints": ({"print", "rich", "pprint", "stdout"}, ("cli/",)),
 }
 LONGEST = 400
@@ -256,6 +261,9 @@ def test_the_source_keeps_every_law():
         ("clipping/flat.py", "from privet import Poisson"),
         ("accounting/pld.py", "import torch"),
         ("report/facts.py", "import torch"),
+        ("report/facts.py", "import privet.tuning"),
+        ("tuning/runs.py", "import torch"),
+        ("tuning/runs.py", "from random import SystemRandom"),
         ("report/facts.py", "from privet.engine import PrivacyEngine"),
         ("accounting/pld.py", "from torch import Tensor"),
         ("accounting/pld.py", "if TYPE_CHECKING:\n    import torch.nn"),
