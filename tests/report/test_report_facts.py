@@ -189,9 +189,9 @@ def test_hazards_are_open_until_somebody_settles_them():
 
 
 def test_a_reproducible_key_a_selection_and_a_unit_change_what_is_said():
-    assert status_of(Report.of(quick_ledger(), delta=1e-5), "predicted") is Status.LIBRARY
+    assert status_of(Report.of(quick_ledger(), delta=1e-5), "Keys") is Status.LIBRARY
     keyed = Report.of(quick_ledger(["reproducible key"]), delta=1e-5)
-    assert status_of(keyed, "predicted") is Status.OPEN
+    assert status_of(keyed, "Keys") is Status.OPEN
     assert "this report promises nothing" in keyed.to_markdown().split("## Who is protected")[0]
     tuned = quick_ledger()
     tuned.begin(NegativeBinomialSelectionEvent(1.0, 0.2, GaussianEvent(20.0)))

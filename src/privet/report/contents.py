@@ -8,7 +8,7 @@ from privet.report.declared import TOPICS
 from privet.report.described import described
 from privet.report.document import Block, Bullets, Document, Paragraph, Section, Table
 from privet.report.facts import Facts
-from privet.report.hazards import Status, hazards
+from privet.report.hazards import REPRODUCIBLE, Status, hazards
 from privet.report.pictures import attacks_picture, curve_picture, schedule_pictures
 from privet.report.words import (
     in_plain_words,
@@ -75,9 +75,10 @@ def _ran(facts: Facts) -> Section:
         for index, (phase, each) in enumerate(zip(facts.phases[:_MOST_PHASES], words, strict=False), 1)
     )
     first = {each.name: f"{each.sampler}; released is {each.mechanism}." for each in reversed(words)}
+    noun = "phase" if len(facts.phases) == 1 else "phases"
     blocks: list[Block] = [
         Paragraph(
-            f"{facts.steps} steps or passes were begun, in {len(facts.phases)} phases. Each is on record with the "
+            f"{facts.steps} steps or passes were begun, in {len(facts.phases)} {noun}. Each is on record with the "
             "sampler that drew its batches and the noise that it got. The first phase with each sampler, in words:"
         ),
         Bullets(tuple(text[0].upper() + text[1:] for text in reversed(first.values()))),
@@ -201,9 +202,12 @@ def _record(facts: Facts) -> Section:
 
 
 def _randomness(facts: Facts) -> str:
-    if "reproducible key" in facts.marks:
-        return "a run had a reproducible key"
-    return "no run is marked as reproducible: keys came from the operating system"
+    if REPRODUCIBLE in facts.marks:
+        key = "a run had a reproducible key"
+    else:
+        key = "no run is marked as one with a reproducible key; all other keys come from the operating system"
+    said = facts.declarations.get("randomness")
+    return f"{key}. {'The generator was not declared.' if said is None else f'Declared: {said}'}"
 
 
 def _audits(facts: Facts) -> Section:

@@ -18,6 +18,7 @@ TOPICS: Mapping[str, str] = {
     "other_releases": "what else was or will be released about the same data",
     "preprocessing": "which steps before training looked at the private data",
     "public_data": "which data and models were taken as public, and why they are",
+    "randomness": "which generator drew noise and batches, and whether it is cryptographically secure",
     "side_channels": "what is done about timing, memory and power",
     "statistics": "losses, accuracies and other numbers that left the machine without noise",
     "trust": "who holds the data, and why people may trust them",

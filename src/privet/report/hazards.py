@@ -90,11 +90,13 @@ def _tuning(facts: Facts) -> Hazard:
 
 
 def _key(facts: Facts) -> Hazard:
-    name = "Noise that can be predicted"
+    name = "Keys that can be known"
     if REPRODUCIBLE in facts.marks:
         text = "The ledger says that a run had a reproducible key. Whoever knows its seed can remove the noise."
         return Hazard(name, Status.OPEN, text)
-    text = "No run in the ledger had a reproducible key; keys come from the operating system unless one is given."
+    text = (
+        "No run in the ledger is marked as one with a reproducible key. All other keys come from the operating system."
+    )
     return Hazard(name, Status.LIBRARY, text)
 
 
@@ -157,6 +159,11 @@ _LIST: tuple[Callable[[Facts], Hazard], ...] = (
         "ε is of this ledger alone; what is outside of it adds to it.",
     ),
     _key,
+    _declared(
+        "A generator of noise that is not cryptographically secure",
+        "randomness",
+        "A ledger does not say which generator drew the noise; on accelerators the default is a fast one that is not.",
+    ),
     lambda facts: Hazard(
         "Floating-point numbers",
         Status.OPEN,
