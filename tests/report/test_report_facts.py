@@ -210,15 +210,62 @@ def test_an_audit_that_contradicts_the_ledger_is_said_first():
     assert epsilon == quick_ledger().epsilon(1e-5)  # at the audit's δ, not at the report's
 
 
+def test_audits_of_the_library_are_taken_as_they_are_written():
+    from privet.audit.mechanism import MechanismAudit
+    from privet.audit.training import TrainingAudit
+
+    shared = {"delta": 1e-5, "confidence": 0.999, "canaries": 100, "version": "0.1.0"}
+    mechanism = MechanismAudit(
+        claimed=3.0,
+        lower_bound=math.inf,
+        by_noise=math.inf,
+        by_errors=2.0,
+        noise_ratio=0.0,
+        row_ratio=None,
+        findings=("no noise was found",),
+        steps=10,
+        seconds=1.5,
+        **shared,
+    )
+    training = TrainingAudit(
+        lower_bound=0.2,
+        lower_bound_gaussian=0.3,
+        claimed=None,
+        refuted=None,
+        guesses=20,
+        correct=15,
+        accuracy=0.6,
+        tries=7,
+        **shared,
+    )
+    report = Report.of(
+        quick_ledger(), delta=1e-5, audits=[json.loads(each.to_json()) for each in (mechanism, training)]
+    )
+    text = report.to_markdown()
+    assert text.count("contradicts this report") == 2
+    assert "no noise was found" in text
+    assert [each["kind"] for each in json.loads(report.to_json())["audits"]] == ["mechanism", "training"]
+
+
+def test_an_audit_without_a_needed_key_is_refused():
+    for key in ("kind", "lower_bound", "delta", "confidence", "canaries", "version"):
+        given = {name: value for name, value in AUDIT.items() if name != key}
+        with pytest.raises(ConfigurationError, match=f"Audit 0: .*missing are .*{key}"):
+            Report.of(quick_ledger(), delta=1e-5, audits=[given])
+    with pytest.raises(ConfigurationError, match="Audit 0"):
+        Report.of(quick_ledger(), delta=1e-5, audits=["an audit"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"more": 1}, "exactly the keys"),
+        ({"findings": "none"}, "list of texts"),
         ({"kind": 3}, "must be texts"),
         ({"confidence": 1.0}, "confidence"),
         ({"lower_bound": -1.0}, "lower_bound"),
         ({"lower_bound": math.nan}, "lower_bound"),
         ({"claimed": "much"}, "claimed"),
+        ({"lower_bound": None}, "lower_bound"),
     ],
 )
 def test_an_audit_of_another_form_is_refused(change, message):

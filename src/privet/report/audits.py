@@ -11,7 +11,7 @@ from privet.errors import ConfigurationError
 
 __all__ = ["Audit", "audits_of"]
 
-_KEYS = ("kind", "lower_bound", "claimed", "delta", "confidence", "canaries", "seconds", "version")
+_NEEDED = ("kind", "lower_bound", "delta", "confidence", "canaries", "version")
 
 
 @dataclass(frozen=True)
@@ -20,55 +20,68 @@ class Audit:
 
     Attributes:
         kind: how it was done.
-        lower_bound: ε is at least this much, with the stated confidence.
-        claimed: the ε that was audited, infinity where there was none.
+        lower_bound: ε is at least this much, with the stated confidence. Infinity is what no noise has.
+        claimed: the ε that was audited, or None where the audit knew of none.
         delta: the δ of both.
         confidence: the probability with which a lower bound above the truth does not happen, in (0, 1).
         canaries: how many records were inserted for it.
-        seconds: how long it took.
+        seconds: how long it took, or None where that is not said.
         version: of the program that did it.
+        findings: what else contradicts what is on record, in words.
     """
 
     kind: str
     lower_bound: float
-    claimed: float
+    claimed: float | None
     delta: float
     confidence: float
     canaries: int
-    seconds: float
+    seconds: float | None
     version: str
+    findings: tuple[str, ...] = ()
 
     @staticmethod
     def of(values: object) -> Audit:
-        """Returns the audit that a mapping of JSON describes.
+        """Returns the audit that a mapping of JSON describes, such as `to_json()` of an audit of `privet.audit`.
+
+        claimed, seconds and findings may be missing. Other keys are left aside.
 
         Raises:
-            ConfigurationError: for any other keys, or a value out of its range.
+            ConfigurationError: if a key is missing, or a value is out of its range.
         """
-        if not isinstance(values, Mapping) or set(values) != set(_KEYS):
-            found = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigurationError(f"An audit has exactly the keys {sorted(_KEYS)}, got {found}.")
-        kind, version = values["kind"], values["version"]
+        given = values if isinstance(values, Mapping) else {}
+        missing = [key for key in _NEEDED if key not in given]
+        if missing:
+            raise ConfigurationError(f"An audit has at least the keys {', '.join(_NEEDED)}; missing are {missing}.")
+        kind, version, findings = given["kind"], given["version"], given.get("findings", ())
         if not isinstance(kind, str) or not isinstance(version, str):
             raise ConfigurationError(f"kind and version of an audit must be texts, got {kind!r} and {version!r}.")
-        confidence = check_probability("confidence", values["confidence"])
+        if not isinstance(findings, list | tuple) or not all(isinstance(each, str) for each in findings):
+            raise ConfigurationError(f"findings of an audit must be a list of texts, got {findings!r}.")
+        confidence = check_probability("confidence", given["confidence"])
         if not 0.0 < confidence < 1.0:
             raise ConfigurationError(f"confidence must lie between 0 and 1, got {confidence!r}.")
-        claimed = values["claimed"]
+        claimed, seconds = given.get("claimed"), given.get("seconds")
         return Audit(
             kind=kind,
-            lower_bound=check_at_least("lower_bound", values["lower_bound"]),
-            claimed=math.inf if claimed in ("inf", math.inf) else check_at_least("claimed", claimed),
-            delta=check_probability("delta", values["delta"]),
+            lower_bound=_epsilon("lower_bound", given["lower_bound"]),
+            claimed=None if claimed is None else _epsilon("claimed", claimed),
+            delta=check_probability("delta", given["delta"]),
             confidence=confidence,
-            canaries=check_count("canaries", values["canaries"]),
-            seconds=check_at_least("seconds", values["seconds"]),
+            canaries=check_count("canaries", given["canaries"]),
+            seconds=None if seconds is None else check_at_least("seconds", seconds),
             version=version,
+            findings=tuple(findings),
         )
 
     def to_dict(self) -> dict[str, object]:
         """Returns the audit as plain values."""
         return asdict(self)
+
+
+def _epsilon(name: str, value: object) -> float:
+    """Returns an ε, which may be infinite, as a number or as JSON's text for it."""
+    return math.inf if value in ("inf", math.inf) else check_at_least(name, value)
 
 
 def audits_of(values: Iterable[object]) -> tuple[Audit, ...]:

@@ -218,11 +218,11 @@ def _audits(facts: Facts) -> Section:
             audit.kind,
             f">= {number(audit.lower_bound, up=False)}",
             number(epsilon),
-            number(audit.claimed),
+            "-" if audit.claimed is None else number(audit.claimed),
             f"{audit.delta:g}",
             f"{audit.confidence:g}",
             str(audit.canaries),
-            f"{audit.seconds:.3g}",
+            "-" if audit.seconds is None else f"{audit.seconds:.3g}",
             audit.version,
         )
         for audit, epsilon in facts.audits

@@ -59,8 +59,7 @@ class Report:
             delta: δ in (0, 1), and below 1/n where the number of records is known.
             dataset_size: n, the number of records, where it is public.
             declarations: what the ledger cannot know, by topic (`privet.report.TOPICS`), in words of your own.
-            audits: results of audits, each with the keys kind, lower_bound, claimed, delta, confidence, canaries,
-                seconds and version.
+            audits: results of audits as mappings, such as `json.loads(audit.to_json())` of an audit of `privet.audit`.
             note: a remark of yours.
 
         Raises:

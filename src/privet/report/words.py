@@ -94,6 +94,7 @@ def warnings(facts: Facts) -> tuple[str, ...]:
                 f"at δ = {audit.delta:g} with confidence {audit.confidence:g}, and the ledger says at most "
                 f"{number(epsilon)}. The mechanism that ran is then not the one on record."
             )
+        found += [f"An audit ({audit.kind}) contradicts this report: {each}" for each in audit.findings]
     return tuple(found)
 
 
