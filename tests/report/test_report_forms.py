@@ -111,7 +111,8 @@ def test_points_lie_inside_of_their_picture():
     places = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) ([\d.]+)", numbers[0])]
     assert len(places) == 3
     assert all(58.0 <= x <= 396.0 and 14.0 <= y <= 214.0 for x, y in places)
-    assert places == sorted(places)  # along x, and downwards as the values fall
+    for along in zip(*places, strict=True):
+        assert list(along) == sorted(along)  # to the right, and downwards as the values fall
     assert "1e-12" in plot.to_svg()
 
 
