@@ -195,7 +195,11 @@ def test_a_reproducible_key_a_selection_and_a_unit_change_what_is_said():
     assert "this report promises nothing" in keyed.to_markdown().split("## Who is protected")[0]
     tuned = quick_ledger()
     tuned.begin(NegativeBinomialSelectionEvent(1.0, 0.2, GaussianEvent(20.0)))
-    assert status_of(Report.of(tuned, delta=1e-5), "Hyperparameters") is Status.LIBRARY
+    selected = Report.of(tuned, delta=1e-5)
+    assert status_of(selected, "Hyperparameters") is Status.LIBRARY
+    for words in ("the best of them released, and that alone", "the runs that were not the best", "sees the best run"):
+        assert words in selected.to_markdown()
+        assert words not in keyed.to_markdown()
     users = Ledger(unit=Unit.USER)
     users.begin(GaussianEvent(4.0))
     assert status_of(Report.of(users, delta=1e-5), "One person") is Status.USER

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from privet.report.declared import TOPICS
-from privet.report.described import described
+from privet.report.described import described, holds_selection
 from privet.report.document import Block, Bullets, Document, Paragraph, Section, Table
 from privet.report.facts import Facts
 from privet.report.hazards import REPRODUCIBLE, Status, hazards
@@ -78,8 +78,9 @@ def _ran(facts: Facts) -> Section:
     noun = "phase" if len(facts.phases) == 1 else "phases"
     blocks: list[Block] = [
         Paragraph(
-            f"{facts.steps} steps or passes were begun, in {len(facts.phases)} {noun}. Each is on record with the "
-            "sampler that drew its batches and the noise that it got. The first phase with each sampler, in words:"
+            f"On record: {facts.steps} begun, each of them a step, a pass of a partition, or a whole selection, in "
+            f"{len(facts.phases)} {noun}. Each has the sampler that drew its batches and the noise that it got. The "
+            "first phase with each sampler, in words:"
         ),
         Bullets(tuple(text[0].upper() + text[1:] for text in reversed(first.values()))),
         Table(("phase", "count", "sampler", "sampling rate", "noise multiplier"), rows),
@@ -144,7 +145,7 @@ def _attacks(facts: Facts) -> Section:
 
 
 def _covered(facts: Facts) -> Section:
-    covered = (
+    covered: tuple[str, ...] = (
         (
             "Everything that the steps on record released: every noisy sum, and with it every checkpoint, the final "
             "model, and whatever is computed from them and from public data."
@@ -152,6 +153,8 @@ def _covered(facts: Facts) -> Section:
         "Every step that was begun, also those that broke off.",
         "Choices that depend on earlier releases, as gradients depend on the weights.",
     )
+    if holds_selection(facts.phases):
+        covered = (*covered, "Of a selection among several runs: all that the best of them released, and that alone.")
     outside = {
         "tuning": "hyperparameters chosen by runs that are not in this ledger",
         "preprocessing": "preprocessing that looked at the private data",
@@ -159,7 +162,8 @@ def _covered(facts: Facts) -> Section:
         "statistics": "losses, accuracies and other statistics released without noise",
         "other_releases": "other releases about the same data",
     }
-    not_covered = tuple(
+    runs = ("Of a selection: the runs that were not the best, how many there were, and how long they took.",)
+    not_covered = runs * holds_selection(facts.phases) + tuple(
         f"{text[0].upper()}{text[1:]}. "
         + ("Nothing was declared." if topic not in facts.declarations else f"Declared: {facts.declarations[topic]}")
         for topic, text in outside.items()
@@ -171,7 +175,7 @@ def _covered(facts: Facts) -> Section:
 
 
 def _threats(facts: Facts) -> Section:
-    items = (
+    items: tuple[str, ...] = (
         "The adversary sees everything that was released: all noisy gradients of all steps, and so all checkpoints.",
         (
             "The adversary knows all records but one, the model, the code, the hyperparameters, rates and numbers of "
@@ -183,6 +187,9 @@ def _threats(facts: Facts) -> Section:
         ),
         "The adversary does not take part in training.",
     )
+    if holds_selection(facts.phases):
+        text = "Of a selection among several runs the adversary sees the best run alone, and not how many there were."
+        items = (*items, text)
     return Section("Threat model", (Bullets(items),))
 
 
