@@ -220,6 +220,13 @@ def test_what_lies_beside_a_selection_adds_to_it_and_bounds_it_from_below():
         assert accountant.delta(both, bound.upper * 1.001) <= 1e-5
 
 
+def test_nothing_beside_a_selection_leaves_it_the_tighter_bound():
+    alone = get_epsilon(SELECTIONS[2], 1e-5)
+    for nothing in (NoEvent(), SelfComposedEvent(RUN, 0), ComposedEvent(())):
+        assert get_epsilon(ComposedEvent((nothing, SELECTIONS[2])), 1e-5) == alone
+    assert alone < 0.8 * get_epsilon(SELECTIONS[2], 1e-5, accountant="rdp")
+
+
 def test_the_relation_and_the_size_of_a_group_reach_the_run_inside():
     replaced = PoissonSelectionEvent(10.0, GaussianEvent(2.0))
     for name in ("rdp", "pld"):

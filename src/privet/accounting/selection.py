@@ -16,7 +16,6 @@ from privet.accounting.event import (
     NoEvent,
     PoissonSelectionEvent,
     SelfComposedEvent,
-    repeated,
 )
 
 __all__ = ["SelectionEvent", "Separated", "separated"]
@@ -44,12 +43,12 @@ def separated(event: Event) -> Separated | None:
 
     A selection inside of a sampled event stays in the rest, where it is an event that nobody knows: ε is infinite.
     """
-    rest: dict[Event, int] = {}
+    rest: list[Event] = []
     selections: dict[SelectionEvent, int] = {}
     waiting = [(event, 1)]
     while waiting:
         each, count = waiting.pop()
-        if count == 0:
+        if count == 0 or isinstance(each, NoEvent):
             continue
         if isinstance(each, PoissonSelectionEvent | NegativeBinomialSelectionEvent):
             selections[each] = selections.get(each, 0) + count
@@ -57,9 +56,8 @@ def separated(event: Event) -> Separated | None:
             waiting.append((each.event, count * each.count))
         elif isinstance(each, ComposedEvent):
             waiting += [(one, count) for one in reversed(each.events)]
-        else:
-            rest[each] = rest.get(each, 0) + count
+        else:  # not `repeated`: a composition of steps is not always a whole phase
+            rest.append(each if count == 1 else SelfComposedEvent(each, count))
     if not selections:
         return None
-    others = tuple(repeated(each, count) for each, count in rest.items())
-    return Separated(NoEvent() if not others else ComposedEvent(others), selections)
+    return Separated(ComposedEvent(tuple(rest)) if rest else NoEvent(), selections)
