@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from privet.report.declared import TOPICS
 from privet.report.described import described, holds_selection
 from privet.report.document import Block, Bullets, Document, Paragraph, Section, Table
 from privet.report.facts import Facts
@@ -250,9 +249,7 @@ def _hazards(facts: Facts) -> Section:
         "checked them."
     )
     rows = tuple((each.name, _STATUS[each.status], each.detail) for each in found)
-    others = tuple(f"{TOPICS[topic]}: {text}" for topic, text in facts.declarations.items() if topic == "clip_norm")
-    blocks: tuple[Block, ...] = (Paragraph(text), Table(("hazard", "status", "how"), rows))
-    return Section("Hazards", (*blocks, Bullets(others)) if others else blocks)
+    return Section("Hazards", (Paragraph(text), Table(("hazard", "status", "how"), rows)))
 
 
 def _verify(facts: Facts) -> Section:

@@ -7,6 +7,7 @@ import math
 from privet.report.described import described
 from privet.report.facts import Facts
 from privet.report.plots import Curve, Plot
+from privet.report.words import number
 
 __all__ = ["attacks_picture", "curve_picture", "schedule_pictures"]
 
@@ -18,7 +19,7 @@ def curve_picture(facts: Facts) -> list[Plot]:
     points = tuple((delta, epsilon) for delta, epsilon in reversed(facts.curve) if math.isfinite(epsilon))
     if len(points) < 2:
         return []
-    caption = f"ε at most, for each δ. At δ = {facts.delta:g} it is {facts.epsilon.upper:.3g}."
+    caption = f"ε at most, for each δ. At δ = {facts.delta:g} it is {number(facts.epsilon.upper, digits=3)}."
     return [Plot(caption, "δ", "ε", (Curve(points),), log_x=True)]
 
 
