@@ -18,6 +18,7 @@ from privet.accounting import (
     GaussianEvent,
     Ledger,
     NoEvent,
+    NonPrivateEvent,
     PartitionEvent,
     PoissonEvent,
     Relation,
@@ -241,6 +242,18 @@ def test_a_trials_ledger_gives_what_was_declared_step_by_step():
     assert parent.steps == 0
     with pytest.raises(LedgerError, match="takes no steps from another"):
         ledger.load_state_dict(Ledger(relation=Relation.ZERO_OUT).state_dict())
+
+
+def test_a_release_without_protection_in_a_trial_reaches_the_ledger_that_pays():
+    def trial(own):
+        own.begin(RUN)
+        own.begin(NonPrivateEvent())
+        return Trial(1.0, None)
+
+    ledger = Ledger(budget=Budget(epsilon=100.0, delta=1e-5))
+    chosen(trial, ledger, runs=Fixed(2))
+    assert ledger.epsilon(1e-5) == math.inf
+    assert ledger.budget == Budget(epsilon=100.0, delta=1e-5)
 
 
 def test_training_is_selected_at_the_explicit_door():

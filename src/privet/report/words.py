@@ -30,6 +30,14 @@ _MARKS = {
         "batches of a pass were left out and billed all the same; if the choice depended on what was in them, ε does "
         "not cover it"
     ),
+    "batches read ahead or left out": (
+        "batches were drawn that no step was seen to take, and they were billed; if they were left out because of "
+        "what was in them, ε does not cover it"
+    ),
+    "a parameter changed while p.grad was not private": (
+        "a parameter changed by hand while a gradient without noise could be seen; the ledger counts it as a release "
+        "without protection"
+    ),
 }
 
 

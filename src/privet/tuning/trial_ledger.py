@@ -15,6 +15,7 @@ from privet.accounting import (
     Event,
     LedgerLike,
     NoEvent,
+    NonPrivateEvent,
     PartitionEvent,
     Phase,
     SelfComposedEvent,
@@ -63,9 +64,21 @@ class TrialLedger(AbstractLedger):
     def begin(self, event: Event, count: int = 1) -> None:
         """Takes `count` steps of `event` from what is left of the declared run.
 
+        A release without protection has happened already when it is put on record: it goes to the parent, whose ε is
+        then infinite.
+
         Raises:
             BudgetExceededError: if that is not enough. Nothing is begun then.
         """
+        if isinstance(event, NonPrivateEvent):
+            budget, self._parent.budget = self._parent.budget, None
+            try:
+                self._parent.begin(event, count)
+            finally:
+                self._parent.budget = budget
+            with LOCK:
+                self._record.add(self._run.value, Phase(event, count))
+            return
         wanted = _steps(event, check_count("count", count, 1))
         with LOCK:
             left = dict(self._left)
