@@ -27,6 +27,7 @@ LAYERS = {
         ("gradients",),
         ("noise",),
         ("sampling",),
+        ("parallel",),
         ("mechanism",),
         ("validation",),
         ("training",),
@@ -49,8 +50,17 @@ LAYERS = {
         ("passes",),
     ),
     "training": (
-        ("ranks",),
-        ("criterion", "divisor", "guard", "handed_over", "optimizers", "parameters", "performance", "riding_ledger"),
+        (
+            "criterion",
+            "divisor",
+            "guard",
+            "handed_over",
+            "optimizers",
+            "parameters",
+            "performance",
+            "riding_ledger",
+            "start",
+        ),
         ("billing", "logical_sum"),
         ("update",),
         ("checkpoint", "materialised", "virtual_steps"),
@@ -111,7 +121,9 @@ PRIVILEGES = {
         HOOKS,
         ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could
     ),
-    "talks to other ranks": ({"torch.distributed", "distributed"}, ("training/ranks.py",)),
+    "talks to other ranks": ({"torch.distributed", "distributed"}, ("parallel/",)),
+    # The slices of ranks, each of which is private, become one gradient: nowhere else is one made of other values.
+    "puts private gradients together": ({"assembled"}, ("noise/", "parallel/")),
     # The coverage check asks gradients random questions, and an audit tosses coins; nothing of what they draw protects.
     # A selection draws how many trials there are.
     "draws randomness": (
@@ -289,6 +301,10 @@ def test_the_source_keeps_every_law():
         ("step.py", "import torch.distributed as dist"),
         ("noise/gaussian.py", "from torch import distributed"),
         ("engine.py", "torch.distributed.all_reduce(x)"),
+        ("training/update.py", "from privet.parallel.role import Ranks\nimport torch.distributed as dist"),
+        ("training/update.py", "gradient = private.assembled(values)"),
+        ("sampling/loader.py", "from privet.parallel.role import Ranks"),
+        ("noise/gaussian.py", "from privet.parallel.reduction import Reduced"),
         ("gradients/clipped_sum.py", "x = torch.randn(3)"),
         ("engine.py", "p.normal_()"),
         ("clipping/adaptive.py", "import os\nkey = os.urandom(16)"),
@@ -316,6 +332,7 @@ def test_a_planted_violation_is_seen(path, source):
         ("gradients/capture/watched.py", "class Capture(TorchFunctionMode):\n    def __torch_function__(self): ..."),
         ("noise/secure.py", "key = os.urandom(32)"),
         ("sampling/poisson.py", "torch.rand(3)"),
+        ("parallel/reduction.py", "import torch.distributed as dist\nprivate = own.assembled(values)"),
         (
             "gradients/__init__.py",
             "from privet.gradients import rules\nfrom privet.gradients.passes.role import Losses",
