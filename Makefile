@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting clean
+.PHONY: help venv demo test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -32,6 +32,7 @@ help:
 	@echo '     bench-layers      single layers beside torch.nn and Opacus, time and memory (a quarter of an hour)'
 	@echo '     bench-compiled    compiled steps, compile time included, beside compiled non-private PyTorch'
 	@echo '     bench-accounting  how near an ε is and how long it takes, beside three other libraries (a quarter of an hour)'
+	@echo '     bench-distributed steps on one process and on two, beside DistributedDataParallel (ten minutes)'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
 
@@ -75,7 +76,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting
+bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed
 
 bench-spine: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
@@ -93,6 +94,10 @@ bench-layers: $(BENCH_STAMP) $(STAMP)
 bench-compiled: $(BENCH_STAMP)
 	@echo '==> Timing compiled steps, compilation included (benchmarks/compiled.py, up to an hour)'
 	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks.compiled --out benchmarks/results --again
+
+bench-distributed: $(STAMP)
+	@echo '==> Timing steps on one process and on two (benchmarks/distributed.py)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distributed --out benchmarks/results
 
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Asking the accountants for ε beside three others, in .venv-crosscheck (benchmarks/accounting.py)'

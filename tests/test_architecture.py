@@ -22,10 +22,12 @@ LAYERS = {
         ("errors",),
         ("_checks",),
         ("accounting",),
+        ("report", "tuning"),
         ("batches", "clipping"),
         ("gradients",),
         ("noise",),
         ("sampling",),
+        ("parallel",),
         ("mechanism",),
         ("validation",),
         ("training",),
@@ -48,8 +50,17 @@ LAYERS = {
         ("passes",),
     ),
     "training": (
-        ("ranks",),
-        ("divisor", "guard", "handed_over", "memory", "optimizers", "parameters", "performance", "riding_ledger"),
+        (
+            "divisor",
+            "guard",
+            "handed_over",
+            "memory",
+            "optimizers",
+            "parameters",
+            "performance",
+            "riding_ledger",
+            "start",
+        ),
         ("billing", "criterion", "logical_sum"),
         ("update",),
         ("checkpoint", "materialised", "virtual_steps"),
@@ -61,6 +72,8 @@ LEVELS = {
 }
 FORBIDDEN = {
     ("accounting", "torch"): "accounting/ is usable without torch",
+    ("report", "torch"): "report/ is usable without torch",
+    ("tuning", "torch"): "tuning/ is usable without torch",
     ("gradients", "privet.accounting"): "gradients/ knows nothing of accounting",
     ("clipping", "privet.accounting"): "clipping/ knows nothing of accounting",
 }
@@ -108,11 +121,17 @@ PRIVILEGES = {
         HOOKS,
         ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could
     ),
-    "talks to other ranks": ({"torch.distributed", "distributed"}, ("training/ranks.py",)),
+    "talks to other ranks": ({"torch.distributed", "distributed"}, ("parallel/",)),
+    # The slices of ranks, each of which is private, become one gradient: nowhere else is one made of other values.
+    "puts private gradients together": ({"assembled"}, ("noise/", "parallel/")),
     # Checks ask gradients random questions, and an audit tosses coins; nothing of what they draw protects.
+    # A selection draws how many trials there are.
     "draws randomness": (
         DRAWING,
-        ("noise/", "sampling/", "gradients/capture/comparison.py", "gradients/capture/other_values.py", "audit/"),
+        (
+            *("noise/", "sampling/", "audit/", "tuning/select.py"),
+            *("gradients/capture/comparison.py", "gradients/capture/other_values.py"),
+        ),
     ),
     "prints": ({"print", "rich", "pprint", "stdout"}, ("cli/",)),
 }
@@ -256,6 +275,11 @@ def test_the_source_keeps_every_law():
         ("gradients/use.py", "def late():\n    import privet.engine"),
         ("clipping/flat.py", "from privet import Poisson"),
         ("accounting/pld.py", "import torch"),
+        ("report/facts.py", "import torch"),
+        ("report/facts.py", "import privet.tuning"),
+        ("tuning/runs.py", "import torch"),
+        ("tuning/runs.py", "from random import SystemRandom"),
+        ("report/facts.py", "from privet.engine import PrivacyEngine"),
         ("accounting/pld.py", "from torch import Tensor"),
         ("accounting/pld.py", "if TYPE_CHECKING:\n    import torch.nn"),
         ("noise/source.py", "from ..step import PrivateStep"),
@@ -280,6 +304,10 @@ def test_the_source_keeps_every_law():
         ("step.py", "import torch.distributed as dist"),
         ("noise/gaussian.py", "from torch import distributed"),
         ("engine.py", "torch.distributed.all_reduce(x)"),
+        ("training/update.py", "from privet.parallel.role import Ranks\nimport torch.distributed as dist"),
+        ("training/update.py", "gradient = private.assembled(values)"),
+        ("sampling/loader.py", "from privet.parallel.role import Ranks"),
+        ("noise/gaussian.py", "from privet.parallel.reduction import Reduced"),
         ("gradients/clipped_sum.py", "x = torch.randn(3)"),
         ("engine.py", "p.normal_()"),
         ("clipping/adaptive.py", "import os\nkey = os.urandom(16)"),
@@ -307,6 +335,7 @@ def test_a_planted_violation_is_seen(path, source):
         ("gradients/capture/watched.py", "class Capture(TorchFunctionMode):\n    def __torch_function__(self): ..."),
         ("noise/secure.py", "key = os.urandom(32)"),
         ("sampling/poisson.py", "torch.rand(3)"),
+        ("parallel/reduction.py", "import torch.distributed as dist\nprivate = own.assembled(values)"),
         (
             "gradients/__init__.py",
             "from privet.gradients import rules\nfrom privet.gradients.passes.role import Losses",

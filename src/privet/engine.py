@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, final, overload
 
@@ -20,13 +19,15 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.weights import groups_of
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import noise_for, noise_key
+from privet.parallel import bare
 from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.checkpoint import File, load, save
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import Door, door_ledger
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
-from privet.training.private_module import GradSampleMode, PrivateModule, modes
+from privet.training.private_module import GradSampleMode, PrivateModule, hold_private, modes, refuse_private
+from privet.training.start import facts_of
 from privet.training.update import PrivateUpdate
 from privet.validation import Issue, get_compatible_module, require_valid, validate
 
@@ -48,9 +49,6 @@ class _Options(TypedDict, total=False):
     dataset_size: int | None
     noise_generator: torch.Generator | None
     grad_sample_mode: GradSampleMode
-
-
-_PRIVATE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @final
@@ -192,39 +190,54 @@ class PrivacyEngine(Door):
         policy = policy_for(clipping, max_grad_norm)
         _check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         _check_choice("grad_sample_mode", grad_sample_mode, modes())
-        refuse_optimizer(optimizer)
-        parameters = private_parameters(module, optimizer)
-        self._refuse_private(module, optimizer)
-        require_valid(module)
-        groups_of(policy, list(parameters))
-        key = noise_key(secure_mode=self._secure_mode, generator=noise_generator)
-        loader = privatize_loader(
-            data_loader, poisson=poisson_sampling, sampling=sampling, key=key, dataset_size=dataset_size
-        )
-        mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)
+        ranks, inner = self._ranks_for(module), bare(module)
+        with ranks.together():
+            refuse_optimizer(optimizer)
+            parameters = private_parameters(inner, optimizer)
+            refuse_private(inner, optimizer)
+            require_valid(inner)
+            groups_of(policy, list(parameters))
+            key = noise_key(secure_mode=self._secure_mode, generator=noise_generator)
+        key = ranks.key(key)
+        mean = loss_reduction == "mean"
+        with ranks.together():
+            loader = privatize_loader(
+                data_loader,
+                poisson=poisson_sampling,
+                sampling=sampling,
+                key=key,
+                dataset_size=dataset_size,
+                share=ranks.share,
+            )
+            mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)
+            divisor = loader.expected_batch_size if mean else 1.0
+            facts = facts_of(parameters, mechanism=mechanism, optimizer=optimizer, divisor=divisor)
+        ranks.compare({**facts, "loader": loader.facts})
+        self._join_ranks(ranks)
 
         device = next(iter(parameters.values())).device
-        mean = loss_reduction == "mean"
         update = PrivateUpdate(
             parameters,
             mechanism=mechanism,
             noise=noise.mechanism(noise_for(device, secure_mode=self._secure_mode, key=key)),
             ledger=self.ledger,
-            divisor=loader.expected_batch_size if mean else 1.0,
+            divisor=divisor,
             follows_rate=mean,
+            ranks=ranks,
         )
         private_criterion = None
         if criterion is not None:  # what can fail comes before anything is touched
             private_criterion = PrivateCriterion(
                 criterion, reduction=loss_reduction, examples=lambda: watched.instrument.examples
             )
-        watched = PrivateModule(module, update, batch_first=batch_first, mean=mean, mode=grad_sample_mode)
+        ranks.begin(module)
+        watched = PrivateModule(inner, update, batch_first=batch_first, mean=mean, mode=grad_sample_mode)
         if key.predictable:
             self.ledger.mark("reproducible key")
         watched.attach(optimizer)
         update.follow(loader)
         self._watched.append(watched)
-        _PRIVATE.update((module, optimizer))
+        hold_private(inner, optimizer)
         if private_criterion is None:
             return module, optimizer, loader
         return module, optimizer, loader, private_criterion
@@ -339,20 +352,6 @@ class PrivacyEngine(Door):
     def get_compatible_module(module: nn.Module) -> nn.Module:
         """Returns a copy of the module in which the offending layers are replaced."""
         return get_compatible_module(module)
-
-    def _refuse_private(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for thing in (module, optimizer):
-            if thing in _PRIVATE:
-                raise ProtocolError(
-                    f"this {type(thing).__name__} was made private before: its gradients would be clipped and noised "
-                    "twice. Expected one make_private for each module. Build a new module and optimizer, or go on "
-                    "with the ones that make_private returned."
-                )
-        inside = [name for name, child in module.named_modules() if name and child in _PRIVATE]
-        if inside:
-            raise ProtocolError(
-                f"parts of the module were made private before: {', '.join(inside)}. Make one of the two private."
-            )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

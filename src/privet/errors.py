@@ -8,6 +8,7 @@ PrivetError
 ├── BudgetExceededError (RuntimeError)  the next step would exceed the budget; raised before it is taken
 ├── OutOfMemoryError (MemoryError)      memory ran out with the smallest physical batch that there is
 ├── AccountingError (ArithmeticError)   an accountant could not reach a bound that it can vouch for
+├── RanksError (RuntimeError)           ranks of a distributed run that differ, or one that failed or has left
 └── LedgerError (ValueError)            a ledger that is damaged, or whose entries do not fit together
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "OutOfMemoryError",
     "PrivetError",
     "ProtocolError",
+    "RanksError",
     "UnsupportedModelError",
 ]
 
@@ -58,3 +60,7 @@ class AccountingError(PrivetError, ArithmeticError):
 
 class LedgerError(PrivetError, ValueError):
     """A ledger that is damaged, or whose entries do not fit together."""
+
+
+class RanksError(PrivetError, RuntimeError):
+    """Ranks of a distributed run differ where they must not, or one of them failed or has left."""

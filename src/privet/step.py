@@ -38,6 +38,7 @@ from privet.gradients.use import Recorded
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import NoiseKey, noise_for, noise_key
+from privet.parallel import bare
 from privet.sampling import PrivateLoader, loader_for
 from privet.sampling.partition import with_batch_size
 from privet.sampling.physical import PhysicalSize
@@ -46,6 +47,7 @@ from privet.training.door import Door, door_ledger
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
 from privet.training.performance import Performance
+from privet.training.start import facts_of
 from privet.training.update import PrivateUpdate
 from privet.validation import refuse_mixing, require_valid
 
@@ -128,24 +130,30 @@ class PrivateStep(Door):
         noise_generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(door_ledger(ledger, accountant=accountant, budget=budget, relation=relation, unit=unit))
-        if expected_batch_size is not None:
-            check_positive("expected_batch_size", expected_batch_size)
-        refuse_optimizer(optimizer)
-        require_valid(model)
-        performance = Performance() if performance is None else performance
-        for name, value, kind in (("mechanism", mechanism, Mechanism), ("performance", performance, Performance)):
-            if not isinstance(value, kind):
-                raise ConfigurationError(f"{name} must be a privet.{kind.__name__}, got {type(value).__name__}.")
-        mechanism = mechanism.drawn_under(with_batch_size(mechanism.sampling, expected_batch_size))
-        if not callable(loss_per_example):
-            raise ConfigurationError(
-                f"loss_per_example must be a function of model and batch, got {type(loss_per_example).__name__}."
-            )
-        parameters = private_parameters(model, optimizer)
-        groups_of(mechanism.clipping, list(parameters))
-        if performance.passes == 2:
-            refuse_several_weights(mechanism.clipping, list(parameters))
-        key = noise_key(secure_mode=secure_mode, generator=noise_generator)
+        ranks, inner = self._ranks_for(model), bare(model)
+        with ranks.together():
+            if expected_batch_size is not None:
+                check_positive("expected_batch_size", expected_batch_size)
+            refuse_optimizer(optimizer)
+            require_valid(inner)
+            performance = Performance() if performance is None else performance
+            for name, value, kind in (("mechanism", mechanism, Mechanism), ("performance", performance, Performance)):
+                if not isinstance(value, kind):
+                    raise ConfigurationError(f"{name} must be a privet.{kind.__name__}, got {type(value).__name__}.")
+            mechanism = mechanism.drawn_under(with_batch_size(mechanism.sampling, expected_batch_size))
+            if not callable(loss_per_example):
+                raise ConfigurationError(
+                    f"loss_per_example must be a function of model and batch, got {type(loss_per_example).__name__}."
+                )
+            parameters = private_parameters(inner, optimizer)
+            groups_of(mechanism.clipping, list(parameters))
+            if performance.passes == 2:
+                refuse_several_weights(mechanism.clipping, list(parameters))
+            key = noise_key(secure_mode=secure_mode, generator=noise_generator)
+        ranks.compare(facts_of(parameters, mechanism=mechanism, optimizer=optimizer, divisor=expected_batch_size))
+        key = ranks.key(key)
+        self._join_ranks(ranks)
+        ranks.begin(model)
         device = next(iter(parameters.values())).device
         self.model = model
         self.optimizer = optimizer
@@ -158,14 +166,15 @@ class PrivateStep(Door):
             noise=mechanism.noise.mechanism(noise_for(device, secure_mode=secure_mode, key=key)),
             ledger=self._ledger,
             divisor=expected_batch_size,
+            ranks=ranks,
         )
         self._size = PhysicalSize("physical_batch_size", self._physical_size())
-        self._loss = _Loss(model, loss_per_example)
+        self._loss = _Loss(inner, loss_per_example)
         self._key = key
         self._has_loader = False
         self._capture = Capture(parameters, within=self._loss.forward)
         self._way = self._way_to_sums()
-        watch_custom_modules(model, self._capture)
+        watch_custom_modules(inner, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
         self._first = FirstBatch(
             self._loss,
@@ -229,14 +238,18 @@ class PrivateStep(Door):
             ConfigurationError: if the expected batch size that was given contradicts the sampling and the dataset.
         """
         sampling = self.mechanism.sampling
-        loader = loader_for(
-            dataset,
-            sampling=sampling,
-            key=self._sampling_key(),
-            steps=self.mechanism.steps if sampling.billed_per == "step" else None,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-        )
+        ranks, key = self._update.ranks, self._sampling_key()
+        with ranks.together():
+            loader = loader_for(
+                dataset,
+                sampling=sampling,
+                key=key,
+                steps=self.mechanism.steps if sampling.billed_per == "step" else None,
+                collate_fn=collate_fn,
+                num_workers=num_workers,
+                share=ranks.share,
+            )
+        ranks.compare({"loader": loader.facts})
         self._update.divisor.learn(loader.dataset_size)
         if self._size.most is None and not self._size.auto:
             self._size = PhysicalSize("physical_batch_size", self._physical_size())
@@ -252,14 +265,14 @@ class PrivateStep(Door):
         if size is not None or not self.performance.fixed_shapes or expected is None:
             return size
         spread = 2.0 * math.sqrt(expected) if self.mechanism.sampling.random_size else 0.0
-        return max(1, math.ceil(expected + spread))
+        return max(1, math.ceil((expected + spread) / self._update.ranks.share.ranks))
 
     def _sampling_key(self) -> NoiseKey:
         """Returns the step's own key for its first loader, and a fresh one for each further loader."""
         if self._key.predictable or not self._has_loader:
             self._has_loader = True
             return self._key
-        return NoiseKey.fresh()
+        return self._update.ranks.key(NoiseKey.fresh())
 
     def __call__(self, batch: Any) -> Tensor:  # (B,)
         """Takes one step, and returns the examples' losses, detached. They are not private: look, and do not publish.
@@ -269,13 +282,14 @@ class PrivateStep(Door):
             BudgetExceededError: if the step would exceed the budget. It was not taken.
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
-        examples = count_examples(batch)
-        self._update.discard()  # what a step that was interrupted may have left: nothing of it was released
-        self._first.trains(refuse_thawed(self.model, self._update.parameters))
-        self._tripwires.renew()
-        self._update.recognize(tensors_in(batch), anew=True)
-        losses, clipped = self._summed(batch, examples)
-        self._update.receive(clipped, examples=examples)
+        with self._update.ranks.telling():
+            examples = count_examples(batch)
+            self._update.discard()  # what a step that was interrupted may have left: nothing of it was released
+            self._first.trains(refuse_thawed(bare(self.model), self._update.parameters))
+            self._tripwires.renew()
+            self._update.recognize(tensors_in(batch), anew=True)
+            losses, clipped = self._summed(batch, examples)
+            self._update.receive(clipped, examples=examples)
         try:
             self.optimizer.step()
         except BaseException:

@@ -159,3 +159,28 @@ def test_a_forked_run_draws_other_noise(seen_by, kind):
         check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_a_shared_key_is_renewed_alike_on_all_ranks_and_never_comes_back():
+    here, there = NoiseKey.shared(bytes(range(32))), NoiseKey.shared(bytes(range(32)))
+    seen = [here.derive("noise")]
+    for _ in range(3):
+        before = here.generation
+        here.renew()
+        there.renew()
+        assert here.generation != before
+        assert here.derive("noise") == there.derive("noise")
+        seen.append(here.derive("noise"))
+    assert len(set(seen)) == 4
+    assert not here.predictable
+
+
+def test_a_copy_and_a_fork_of_a_shared_key_have_fresh_keys_which_no_other_rank_has():
+    here, there = NoiseKey.shared(bytes(range(32))), NoiseKey.shared(bytes(range(32)))
+    copies = [copy.copy(here), copy.deepcopy(here), pickle.loads(pickle.dumps(here))]
+    there.after_fork()
+    there.renew()
+    here.renew()
+    for each in copies:
+        each.renew()
+    assert len({key.derive("noise") for key in (here, there, *copies)}) == 5

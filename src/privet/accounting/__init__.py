@@ -25,10 +25,12 @@ from privet.accounting.event import (
     Event,
     FixedSizeEvent,
     GaussianEvent,
+    NegativeBinomialSelectionEvent,
     NoEvent,
     NonPrivateEvent,
     PartitionEvent,
     PoissonEvent,
+    PoissonSelectionEvent,
     Relation,
     SelfComposedEvent,
     TruncatedPoissonEvent,
@@ -42,6 +44,7 @@ from privet.accounting.ledger import AbstractLedger, Ledger
 from privet.accounting.phases import Phase
 from privet.accounting.pld import PldAccountant
 from privet.accounting.rdp import RdpAccountant
+from privet.accounting.read_ledger import read_ledger
 from privet.accounting.role import LedgerLike
 
 __all__ = [
@@ -59,12 +62,14 @@ __all__ = [
     "GdpAccountant",
     "Ledger",
     "LedgerLike",
+    "NegativeBinomialSelectionEvent",
     "NoEvent",
     "NonPrivateEvent",
     "PartitionEvent",
     "Phase",
     "PldAccountant",
     "PoissonEvent",
+    "PoissonSelectionEvent",
     "RdpAccountant",
     "Relation",
     "SelfComposedEvent",
@@ -79,6 +84,7 @@ __all__ = [
     "get_delta",
     "get_epsilon",
     "known_accountants",
+    "read_ledger",
     "register_accountant",
     "repeated",
 ]

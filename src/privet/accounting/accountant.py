@@ -132,8 +132,10 @@ class Accountant(ABC):
         highest = self.epsilon(event, floor, relation=relation, group_size=group_size)
         if highest == math.inf:
             return math.inf
-        # Without its sampling the event is one Gaussian, which lies above the whole curve.
-        plain = math.sqrt(reduce_event(event, relation=relation, group_size=group_size).unamplified)
+        # Without its sampling the event is one Gaussian, which lies above the whole curve. Where it holds an event that
+        # only this accountant knows, that Gaussian is of the other events alone.
+        reduced = reduce_event(event, relation=relation, group_size=group_size)
+        plain = math.inf if reduced.infinite else math.sqrt(reduced.unamplified)
         found = smallest_mu(lambda each: self.delta(event, each, relation=relation, group_size=group_size), highest)
         return min(found, plain)
 
@@ -146,20 +148,35 @@ class Accountant(ABC):
         relation: Relation = Relation.ADD_OR_REMOVE_ONE,
         group_size: int = 1,
     ) -> float:
-        """Returns an upper bound on the true positive rate of any membership test at a false positive rate.
+        """Returns an upper bound on the true positive rate of any membership test at a false positive rate."""
+        return self.true_positive_rates(event, [false_positive_rate], relation=relation, group_size=group_size)[0]
 
-        Every (ε, δ) on the curve bounds it by e^ε FPR + δ and by 1 - e^-ε (1 - δ - FPR): Kairouz, Oh and Viswanath,
-        arXiv 1311.0776, theorem 2.1. Any choice of ε is valid; the best of many is reported.
+    @final
+    def true_positive_rates(
+        self,
+        event: Event,
+        false_positive_rates: Sequence[float],
+        *,
+        relation: Relation = Relation.ADD_OR_REMOVE_ONE,
+        group_size: int = 1,
+    ) -> tuple[float, ...]:
+        """Returns upper bounds on the true positive rates of any membership test at false positive rates.
+
+        Every (ε, δ) on the curve bounds them by e^ε FPR + δ and by 1 - e^-ε (1 - δ - FPR): Kairouz, Oh and Viswanath,
+        arXiv 1311.0776, theorem 2.1. Any choice of ε is valid; the best of many is reported. The curve is asked for
+        once, for all rates.
         """
-        rate = check_probability("false_positive_rate", false_positive_rate)
-        best = 1.0
-        smallest = max(rate * 1e-3, 1e-12)
+        rates = [check_probability("false_positive_rate", rate) for rate in false_positive_rates]
+        smallest = max(min(rates, default=0.0) * 1e-3, 1e-12)
         highest = min(self.epsilon(event, smallest, relation=relation, group_size=group_size), 700.0)
+        best = [1.0] * len(rates)
         for index in range(65):
             epsilon = highest * index / 64.0
             delta = self.delta(event, epsilon, relation=relation, group_size=group_size)
-            best = min(best, math.exp(epsilon) * rate + delta, 1.0 - math.exp(-epsilon) * (1.0 - delta - rate))
-        return max(rate, best)
+            for place, rate in enumerate(rates):
+                implied = min(math.exp(epsilon) * rate + delta, 1.0 - math.exp(-epsilon) * (1.0 - delta - rate))
+                best[place] = min(best[place], implied)
+        return tuple(max(rate, power) for rate, power in zip(rates, best, strict=True))
 
 
 _FACTORIES: dict[str, Callable[[], Accountant]] = {}

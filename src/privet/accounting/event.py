@@ -9,11 +9,12 @@ relation does.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol, runtime_checkable
 
-from privet._checks import check_at_least, check_count, check_probability
+from privet._checks import check_at_least, check_count, check_positive, check_probability
 from privet.errors import ConfigurationError
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "Event",
     "FixedSizeEvent",
     "GaussianEvent",
+    "NegativeBinomialSelectionEvent",
     "NoEvent",
     "NonPrivateEvent",
     "PartitionEvent",
     "PoissonEvent",
+    "PoissonSelectionEvent",
     "Relation",
     "SelfComposedEvent",
     "TruncatedPoissonEvent",
@@ -33,6 +36,8 @@ __all__ = [
     "WholePhase",
     "repeated",
 ]
+
+_LEAST_SUCCESS = 1e-100  # nobody runs anything so often; below it the formulas leave the range of float64
 
 
 class Relation(enum.Enum):
@@ -261,6 +266,65 @@ class SelfComposedEvent(Event, kind="self_composed"):
 
     def __post_init__(self) -> None:
         _set(self, event=_check_event("event", self.event), count=check_count("count", self.count))
+
+
+@dataclass(frozen=True)
+class PoissonSelectionEvent(Event, kind="poisson_selection"):
+    """The best of K runs of `event`, where K is secret and Poisson with this mean; K = 0 releases that there was none.
+
+    Papernot and Steinke, arXiv 2110.03620. `event` is one run as a whole: it draws its hyperparameters from a fixed
+    public distribution, trains, and gives its result a score. The score is a function of what the run releases and of
+    public data, or `event` includes what the score costs. Nothing else of any run is released.
+
+    Example:
+        >>> from privet.accounting import GaussianEvent, PoissonSelectionEvent, get_epsilon
+        >>> one_run = GaussianEvent(4.0)
+        >>> get_epsilon(one_run, 1e-6) < get_epsilon(PoissonSelectionEvent(10.0, one_run), 1e-6) < 3.5
+        True
+    """
+
+    mean: float
+    event: Event
+
+    def __post_init__(self) -> None:
+        _set(self, mean=check_positive("mean", self.mean), event=_check_event("event", self.event))
+
+    @property
+    def mean_runs(self) -> float:
+        """The mean of K."""
+        return self.mean
+
+
+@dataclass(frozen=True)
+class NegativeBinomialSelectionEvent(Event, kind="negative_binomial_selection"):
+    """The best of K >= 1 runs of `event`, where K is secret and truncated negative binomial; runs as for Poisson's law.
+
+    Papernot and Steinke, arXiv 2110.03620, definition 1. `shape` is their η > -1 and `success` their γ in (0, 1):
+    P(K = k) is proportional to (1 - γ)^k Π (ℓ + η) / (ℓ + 1) over ℓ < k. A shape of 1 is the geometric law, with mean
+    1 / γ; a shape of 0 is the logarithmic law.
+    """
+
+    shape: float
+    success: float
+    event: Event
+
+    def __post_init__(self) -> None:
+        given: object = self.shape
+        success = check_positive("success", self.success)
+        if isinstance(given, bool) or not isinstance(given, int | float) or not -1.0 < given < math.inf:
+            raise ConfigurationError(f"shape must be a finite number above -1, got {given!r}.")
+        if not _LEAST_SUCCESS <= success < 1.0:
+            raise ConfigurationError(
+                f"success must be a number of at least {_LEAST_SUCCESS:g} and below 1, got {self.success!r}."
+            )
+        _set(self, shape=float(given), success=success, event=_check_event("event", self.event))
+
+    @property
+    def mean_runs(self) -> float:
+        """The mean of K: η (1 - γ) / (γ (1 - γ^η)), and at η = 0 its limit (1 / γ - 1) / log(1 / γ)."""
+        log_success, odds = math.log(self.success), (1.0 - self.success) / self.success
+        exponent = self.shape * log_success
+        return odds / -log_success if exponent == 0.0 else self.shape * odds / -math.expm1(exponent)
 
 
 @runtime_checkable

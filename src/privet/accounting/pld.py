@@ -24,8 +24,10 @@ from privet.accounting.goal import CUTS, Goal, Place
 from privet.accounting.grid import Grid
 from privet.accounting.moments import Law, laws, rarest_epsilon_below
 from privet.accounting.planning import grid_for
+from privet.accounting.profiled import ProfiledSelections
 from privet.accounting.rdp import renyi_delta, renyi_epsilon, trivial_epsilon
 from privet.accounting.renyi import Cumulant
+from privet.accounting.selection import separated
 from privet.accounting.terms import Pair, Part, Reduced, Term, reduce_event
 
 __all__ = ["PldAccountant"]
@@ -59,11 +61,15 @@ class PldAccountant(Accountant):
     def __init__(self, *, tolerance: float = 1e-4) -> None:
         self.tolerance = check_positive("tolerance", tolerance)
         self._grids: OrderedDict[Goal, Grid] = OrderedDict()
+        self._selections = ProfiledSelections(self)
 
     # -- the two questions -------------------------------------------------------------------------------------------
 
     def bound_epsilon(self, event: Event, delta: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns bounds on ε at δ."""
+        parts = separated(event)
+        if parts is not None:
+            return self._selections.epsilon(event, parts, delta, relation=relation, group_size=group_size, lower=lower)
         reduced = reduce_event(event, relation=relation, group_size=group_size)
         value = trivial_epsilon(reduced, delta)
         if value is None and not reduced.terms:
@@ -94,6 +100,9 @@ class PldAccountant(Accountant):
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns bounds on δ at ε."""
+        parts = separated(event)
+        if parts is not None:
+            return self._selections.delta(event, parts, epsilon, relation=relation, group_size=group_size, lower=lower)
         reduced = reduce_event(event, relation=relation, group_size=group_size)
         value: float | None = None
         if reduced.infinite:

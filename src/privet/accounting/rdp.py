@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 from privet.accounting.accountant import Accountant, Bound
 from privet.accounting.certificate import Claim, certified_delta, certified_epsilon
 from privet.accounting.event import Event, Relation
 from privet.accounting.moments import rarest_epsilon_below
 from privet.accounting.renyi import Cumulant
+from privet.accounting.selected import EventCumulant
+from privet.accounting.selection import Separated, separated
 from privet.accounting.terms import Reduced, reduce_event
 
 __all__ = [
+    "AnyCumulant",
     "RdpAccountant",
     "best_order",
     "renyi_delta",
@@ -23,6 +27,19 @@ __all__ = [
 ]
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+SELECTED = "the best of a random number of runs is bounded by Rényi divergences of one run (arXiv 2110.03620)"
+
+
+class AnyCumulant(Protocol):
+    """K(α) of something, for 1 < α <= `largest_order`."""
+
+    largest_order: float
+
+    def __call__(self, order: float) -> float:
+        """Returns K(α), or an upper bound."""
+
+    def sketch(self) -> AnyCumulant:
+        """Returns about the same cumulant: where to look, and no bound."""
 
 
 def best_order(objective: Callable[[float], float], largest: float) -> tuple[float, float]:
@@ -67,24 +84,24 @@ def best_order(objective: Callable[[float], float], largest: float) -> tuple[flo
     return min(found)
 
 
-def renyi_epsilon_at(cumulant: Cumulant, order: float, delta: float) -> float:
+def renyi_epsilon_at(cumulant: AnyCumulant, order: float, delta: float) -> float:
     """Returns ε at δ by one order. Canonne, Kamath and Steinke, arXiv 2004.00010, proposition 12."""
     return (cumulant(order) - math.log(delta) - math.log(order)) / (order - 1.0) + math.log1p(-1.0 / order)
 
 
-def renyi_delta_at(cumulant: Cumulant, order: float, epsilon: float) -> float:
+def renyi_delta_at(cumulant: AnyCumulant, order: float, epsilon: float) -> float:
     """Returns log δ at ε by one order: the same proposition, solved for δ."""
     return cumulant(order) - (order - 1.0) * (epsilon - math.log1p(-1.0 / order)) - math.log(order)
 
 
-def renyi_epsilon(cumulant: Cumulant, delta: float) -> tuple[float, float]:
+def renyi_epsilon(cumulant: AnyCumulant, delta: float) -> tuple[float, float]:
     """Returns the least (ε, α). With many terms the order is sought on a sketch, and the bound is of all of them."""
     sketch = cumulant.sketch()
     order = best_order(lambda order: renyi_epsilon_at(sketch, order, delta), cumulant.largest_order)[1]
     return max(0.0, renyi_epsilon_at(cumulant, order, delta)), order
 
 
-def renyi_delta(cumulant: Cumulant, epsilon: float) -> tuple[float, float]:
+def renyi_delta(cumulant: AnyCumulant, epsilon: float) -> tuple[float, float]:
     """Returns the least (log δ, α), in the same way."""
     sketch = cumulant.sketch()
     order = best_order(lambda order: renyi_delta_at(sketch, order, epsilon), cumulant.largest_order)[1]
@@ -109,6 +126,9 @@ class RdpAccountant(Accountant):
 
     def bound_epsilon(self, event: Event, delta: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns Rényi's bound on ε, or the one without amplification where that is less; its lower bound is weak."""
+        parts = separated(event)
+        if parts is not None:
+            return self.selected_epsilon(event, parts, delta, relation=relation, group_size=group_size, lower=lower)
         reduced = reduce_event(event, relation=relation, group_size=group_size)
         trivial = trivial_epsilon(reduced, delta)
         if trivial is not None:
@@ -129,6 +149,9 @@ class RdpAccountant(Accountant):
 
     def bound_delta(self, event: Event, epsilon: float, *, relation: Relation, group_size: int, lower: bool) -> Bound:
         """Returns Rényi's bound on δ, or the one without amplification where that is less; its lower bound is weak."""
+        parts = separated(event)
+        if parts is not None:
+            return self.selected_delta(event, parts, epsilon, relation=relation, group_size=group_size, lower=lower)
         reduced = reduce_event(event, relation=relation, group_size=group_size)
         trivial = 1.0 if reduced.infinite else None
         if trivial is None and not reduced.terms and reduced.squared_mu == 0.0:
@@ -145,3 +168,26 @@ class RdpAccountant(Accountant):
             method=claim.method,
             notes=reduced.notes + notes,
         )
+
+    def selected_epsilon(
+        self, event: Event, parts: Separated, delta: float, *, relation: Relation, group_size: int, lower: bool
+    ) -> Bound:
+        """Returns Rényi's bound on ε of an event with selections; what is beside them bounds it from below."""
+        known = self.bound_epsilon(parts.rest, delta, relation=relation, group_size=group_size, lower=lower)
+        cumulant = EventCumulant(event, relation=relation, group_size=group_size)
+        if delta >= 1.0:
+            value = 0.0
+        elif cumulant.infinite or delta == 0.0:
+            value = math.inf
+        else:
+            value = renyi_epsilon(cumulant, delta)[0]
+        return Bound(value, min(known.lower, value), self.name, (*cumulant.notes, SELECTED))
+
+    def selected_delta(
+        self, event: Event, parts: Separated, epsilon: float, *, relation: Relation, group_size: int, lower: bool
+    ) -> Bound:
+        """Returns Rényi's bound on δ of an event with selections; what is beside them bounds it from below."""
+        known = self.bound_delta(parts.rest, epsilon, relation=relation, group_size=group_size, lower=lower)
+        cumulant = EventCumulant(event, relation=relation, group_size=group_size)
+        value = 1.0 if cumulant.infinite else math.exp(renyi_delta(cumulant, epsilon)[0])
+        return Bound(value, min(known.lower, value), self.name, (*cumulant.notes, SELECTED))

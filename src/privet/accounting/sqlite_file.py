@@ -45,13 +45,17 @@ class LedgerFile:
     Args:
         path: the file, made if it does not exist. It is absolute and has no links in it, so that neither a link nor a
             `chdir` leads to another file or another journal.
-        fill: writes the first rows of a new file.
+        fill: writes the first rows of a new file; None to read a file that exists, which nothing then changes.
     """
 
-    def __init__(self, path: Path, fill: Callable[[sqlite3.Connection], None]) -> None:
+    def __init__(self, path: Path, fill: Callable[[sqlite3.Connection], None] | None) -> None:
         self.path = path
         self._identity: tuple[int, int] | None = None
+        self._mode = "ro" if fill is None else "rw"
         with LOCK:
+            if fill is None:
+                self.transact(self._check, write=False)
+                return
             try:
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
             except FileExistsError:
@@ -89,10 +93,16 @@ class LedgerFile:
             return result
 
     def _open(self) -> sqlite3.Connection:
-        # By URI and mode=rw, because an ordinary connection makes a file that is missing.
+        # By URI with a mode, because an ordinary connection makes a file that is missing.
         connection = sqlite3.connect(
-            self.path.as_uri() + "?mode=rw", uri=True, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
+            self.path.as_uri() + f"?mode={self._mode}",
+            uri=True,
+            timeout=_PATIENCE,
+            isolation_level=None,
+            check_same_thread=False,
         )
+        if self._mode == "ro":
+            return connection
         try:
             # A rollback journal, not a write-ahead log: the log is not safe on network drives, and a copy of the file
             # alone would lack what the log holds. EXTRA is FULL, and flushes the folder once the journal is gone from

@@ -125,8 +125,8 @@ def audit_mechanism(
         ...         optimizer.step()
         ...     return engine
         >>> data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.randint(2, (20,)))
-        >>> audit = audit_mechanism(train, model=torch.nn.Linear(4, 2), dataset=data, canaries=2000, seed=1)
-        >>> audit.passed and audit.lower_bound > 0.8 * audit.claimed
+        >>> audit = audit_mechanism(train, model=torch.nn.Linear(4, 2), dataset=data, canaries=4000, rows=False)
+        >>> audit.passed and audit.lower_bound > 0.7 * audit.claimed
         True
     """
     check_count("canaries", canaries, 8)

@@ -1,4 +1,4 @@
-"""The command line: `privet epsilon`, `delta`, `noise`, `steps`, `rate`, `mu` and `curve`. Only this package prints."""
+"""The command line, `privet`: what a run costs, and reports of what one promised. Only this package prints."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from privet.cli.options import (
     steps_option,
 )
 from privet.cli.plot import check_plot, plot_curve
+from privet.cli.report import report
 from privet.cli.sampler import Sampler
 from privet.errors import PrivetError
 
@@ -38,7 +39,7 @@ _UNREACHABLE, _WRONG, _ABOVE, _INTERRUPTED = 1, 2, 3, 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="privet")
 def cli() -> None:
-    """Differential privacy accounting: what a training run costs, before it runs.
+    """Differential privacy accounting: what a training run costs, before it runs, and what it promised afterwards.
 
     \b
     Exit status:
@@ -46,6 +47,7 @@ def cli() -> None:
       1    there is no answer: the target is out of reach
       2    an option or a value is wrong
       3    ε is above --max-epsilon, or infinite where --max-epsilon is given
+      4    a report is not of the ledger, or differs from it
       130  interrupted
     """  # noqa: D301  the escape is click's mark for text that keeps its lines
 
@@ -274,6 +276,7 @@ def curve(
 
 
 cli.add_command(audit)
+cli.add_command(report)
 
 
 def _asked(sampler: Sampler, group_size: int, accountant: str) -> dict[str, object]:

@@ -64,6 +64,13 @@ class PrivateGradient:
         """Returns the number of the logical step."""
         return self._step
 
+    def assembled(self, values: Mapping[str, Tensor]) -> PrivateGradient:
+        """Returns the gradient of all ranks, where this one has the elements that one rank added noise to.
+
+        `values` are such elements of all ranks, put together. Each rank's are private already.
+        """
+        return PrivateGradient(values, std=self._std, step=self._step, seal=_SEAL)
+
     def __reduce__(self) -> tuple[Any, ...]:
         raise ProtocolError("A PrivateGradient is not copied or pickled: use its values.")
 

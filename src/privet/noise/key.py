@@ -11,6 +11,7 @@ process hold another key, so that no noise value is met twice.
     copy, deepcopy, pickle    a new key             the same key
     fork                      a new key             the same key
     resume (`renew`)          a new key             the same key
+    resume, a shared key      the next key, which is the same on all ranks
     `predictable`             False                 True: it says so in ledger and report
 
 Keys per purpose are HMAC-SHA256 of the master key, the expansion step of HKDF (RFC 5869, section 2.3) for outputs of
@@ -39,11 +40,12 @@ _LIVE: weakref.WeakSet[NoiseKey] = weakref.WeakSet()
 class NoiseKey:
     """A 256-bit master key. Build one with `fresh`, `from_generator` (reproducible) or `from_secret`."""
 
-    def __init__(self, secret: bytes, *, predictable: bool, claimed: Iterable[str] = ()) -> None:
+    def __init__(self, secret: bytes, *, predictable: bool, claimed: Iterable[str] = (), shared: bool = False) -> None:
         if len(secret) != KEY_BYTES:
             raise ConfigurationError(f"A noise key has {KEY_BYTES} bytes, got {len(secret)}.")
         self._secret = bytes(secret)
         self._predictable = predictable
+        self._shared = shared
         self._process = os.getpid()
         self._generation = _unique()
         self._claimed = set(claimed)
@@ -71,6 +73,15 @@ class NoiseKey:
         The sender gives `key.derive(...)`, never its master key. Using one secret for two runs repeats the noise.
         """
         return cls(secret, predictable=False)
+
+    @classmethod
+    def shared(cls, secret: bytes) -> NoiseKey:
+        """Returns the key that all ranks of one run hold, of 32 bytes that one of them has just drawn and sent.
+
+        On a resume it is renewed without a message: every rank derives the same next secret. So it must never be made
+        of bytes that a run before has used. A copy and a forked child have a fresh key of their own, as for any key.
+        """
+        return cls(secret, predictable=False, shared=True)
 
     @property
     def predictable(self) -> bool:
@@ -104,7 +115,7 @@ class NoiseKey:
     def renew(self) -> None:
         """Replaces the secret by a fresh one, unless the key is reproducible: a resumed run never repeats noise."""
         if not self._predictable:
-            self._secret = os.urandom(KEY_BYTES)
+            self._secret = self.derive("renewal") if self._shared else os.urandom(KEY_BYTES)
             self._generation = _unique()
 
     def fingerprint(self) -> str | None:
@@ -113,7 +124,7 @@ class NoiseKey:
 
     def after_fork(self) -> None:
         """Renews the key in a forked process: called by Python's own hook, or by the first use under another pid."""
-        self._process = os.getpid()
+        self._process, self._shared = os.getpid(), False
         self.renew()
 
     def __copy__(self) -> NoiseKey:

@@ -5,5 +5,15 @@ from privet.sampling.build import loader_for, privatize_loader
 from privet.sampling.loader import PrivateLoader
 from privet.sampling.partition import Partition
 from privet.sampling.poisson import Poisson
+from privet.sampling.shards import ShardedDataset
 
-__all__ = ["BatchTicket", "Partition", "Poisson", "PrivateLoader", "Sampling", "loader_for", "privatize_loader"]
+__all__ = [
+    "BatchTicket",
+    "Partition",
+    "Poisson",
+    "PrivateLoader",
+    "Sampling",
+    "ShardedDataset",
+    "loader_for",
+    "privatize_loader",
+]

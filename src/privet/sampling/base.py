@@ -102,6 +102,7 @@ class BatchTicket:
     last: bool = True  # whether it ends its logical batch; False for all but the last of several physical ones
     first: bool = True  # whether it begins its logical batch
     sampling: Sampling | None = None  # the law that it was drawn under, if that may differ from today's
+    digest: int = 0  # of the whole logical batch, by which ranks see that they share one
     source: int = field(
         default=0, compare=False
     )  # which loader it is of; a loader that was set back has another number than before

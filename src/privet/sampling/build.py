@@ -36,6 +36,8 @@ from privet.sampling.loader import PrivateLoader
 from privet.sampling.partition import Partition
 from privet.sampling.poisson import Poisson
 from privet.sampling.sampler import LogicalBatches
+from privet.sampling.shards import share_of
+from privet.sampling.share import WHOLE, Share
 
 __all__ = ["loader_for", "privatize_loader"]
 
@@ -47,6 +49,7 @@ def privatize_loader(
     sampling: Sampling | None = None,
     key: NoiseKey | None = None,
     dataset_size: int | None = None,
+    share: Share = WHOLE,
 ) -> PrivateLoader:
     """Returns a private loader with the options of the user's own.
 
@@ -57,6 +60,7 @@ def privatize_loader(
         sampling: a sampling in place of these two, such as one of the user's own.
         key: what batches are drawn from; by default a fresh one.
         dataset_size: a public number in place of the dataset's length, which then stays secret and may differ by one.
+        share: the part of each batch that the loader hands over, where several ranks train together.
 
     Raises:
         ConfigurationError: for a loader whose batches have no known law, or for options that contradict each other.
@@ -105,7 +109,9 @@ def privatize_loader(
         "persistent_workers": loader.persistent_workers,
         **({"pin_memory_device": loader.pin_memory_device} if loader.pin_memory_device else {}),
     }
-    batches = LogicalBatches(sampling, key=key or NoiseKey.fresh(), size=size, steps=steps)
+    batches = LogicalBatches(
+        sampling, key=key or NoiseKey.fresh(), size=size, steps=steps, share=share_of(loader.dataset, share)
+    )
     return PrivateLoader(
         loader.dataset,
         batches=batches,
@@ -126,6 +132,7 @@ def loader_for(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     num_workers: int = 0,
     drop_last: bool = False,
+    share: Share = WHOLE,
 ) -> PrivateLoader:
     """Returns a private loader of a dataset.
 
@@ -138,6 +145,7 @@ def loader_for(
         collate_fn: as in torch's DataLoader.
         num_workers: as in torch's DataLoader.
         drop_last: of a partition that does not say its own.
+        share: the part of each batch that the loader hands over, where several ranks train together.
 
     Raises:
         ConfigurationError: for options that contradict the sampling.
@@ -158,6 +166,7 @@ def loader_for(
         key=key or NoiseKey.fresh(),
         size=size,
         steps=sampling.steps_per_pass(size) if steps is None else check_count("steps", steps, least=1),
+        share=share_of(dataset, share),
     )
     return PrivateLoader(
         dataset,

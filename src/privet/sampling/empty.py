@@ -20,10 +20,14 @@ __all__ = ["EmptyBatch"]
 
 
 class EmptyBatch:
-    """Makes empty batches of one dataset and collate function; found once, on first need or when asked."""
+    """Makes empty batches of one dataset and collate function; found once, on first need or when asked.
 
-    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
+    `example` is the index of the example whose structure is looked at.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], *, example: int = 0) -> None:
         self._dataset = dataset
+        self._example = example
         self._collate_fn = collate_fn
         self._pair: tuple[Any, Any] | None = None
 
@@ -48,7 +52,7 @@ class EmptyBatch:
             numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - what users seed
             try:
                 with torch.random.fork_rng(devices=[]):  # an augmentation must not notice that it was asked once more
-                    example = self._dataset[0]
+                    example = self._dataset[self._example]
                     pair = self._collate_fn([example]), self._collate_fn([example, example])
             except Exception as failure:
                 raise ConfigurationError(

@@ -57,7 +57,7 @@ class PrivateLoader(DataLoader[Any]):
         options: Mapping[str, Any],  # of torch's DataLoader, those that cannot change what is drawn
     ) -> None:
         self._batches = batches
-        self._empty = EmptyBatch(dataset, collate_fn)
+        self._empty = EmptyBatch(dataset, collate_fn, example=batches.share.readable)
         self._listeners: list[Listener] = []
         self._steps_done = 0
         self._handed_over = 0
@@ -85,6 +85,13 @@ class PrivateLoader(DataLoader[Any]):
     def passes_begun(self) -> int:
         """Returns how many passes over the data have begun."""
         return self._batches.passes
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Returns what must be the same on all ranks for them to draw the same batches."""
+        state = self._batches.state_dict(handed_over=0)
+        shards = getattr(self._batches.share, "starts", None)
+        return {**state, "dataset_size": self.dataset_size, "num_workers": self.num_workers, "shards": shards}
 
     def on_batch(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener(ticket)` just before each batch is handed over; returns a function that ends this."""
@@ -135,6 +142,7 @@ class PrivateLoader(DataLoader[Any]):
             first=found.first,
             last=found.last,
             sampling=found.sampling,
+            digest=found.digest,
             source=self._source,
             ends_pass=found.place == len(self._batches) - 1,
         )

@@ -14,6 +14,7 @@ from privet.noise.key import NoiseKey
 from privet.noise.keystream import Keystream
 from privet.sampling.base import Sampling
 from privet.sampling.draw import MOST_STEPS
+from privet.sampling.share import WHOLE, Share
 
 __all__ = ["Drawn", "LogicalBatches", "Pass"]
 
@@ -28,6 +29,7 @@ class Drawn(NamedTuple):
     first: bool  # whether it begins its logical batch
     last: bool  # whether it ends it
     sampling: Sampling  # the law that it was drawn under
+    digest: int = 0  # of the whole logical batch, where ranks share it
     loaded: bool = True  # whether the loader loads something for it: if it is empty, an example to be thrown away
 
 
@@ -43,22 +45,23 @@ class Pass:
         self.started = False
 
     def draw(self) -> Iterator[list[int]]:
-        """Yields the examples of every batch that has some, in parts; `drawn` also learns of batches that have none."""
+        """Yields the examples of this share of every batch, in parts; `drawn` also learns of shares that have none."""
         self.started = True
         while self._next < len(self._batches):
             index = self._next
             self._next += 1
             sampling = self._batches.sampling
-            examples = self._batches.examples(self.number, index)
+            whole = self._batches.examples(self.number, index)
+            digest, examples = self._batches.share.digest(whole), self._batches.share.of(whole)
             if not examples:
-                self.drawn.append(Drawn(index, 0, True, True, sampling, loaded=self._batches.evenly))
+                self.drawn.append(Drawn(index, 0, True, True, sampling, digest, loaded=self._batches.evenly))
                 if self._batches.evenly:
-                    yield [0]
+                    yield [self._batches.share.readable]
             start = 0
             while start < len(examples):
                 stop = start + ((self.most() if self.most else None) or len(examples))
                 part = examples[start:stop]
-                self.drawn.append(Drawn(index, len(part), start == 0, stop >= len(examples), sampling))
+                self.drawn.append(Drawn(index, len(part), start == 0, stop >= len(examples), sampling, digest))
                 yield part
                 start = stop
 
@@ -77,6 +80,7 @@ class LogicalBatches(Sampler[list[int]]):
         key: NoiseKey,
         size: int,  # examples to draw from
         steps: int,  # batches in a pass
+        share: Share = WHOLE,  # the part of each batch that is handed over here
     ) -> None:
         key.claim("sampling")
         self._key = key
@@ -86,6 +90,7 @@ class LogicalBatches(Sampler[list[int]]):
         if steps > MOST_STEPS:
             raise ConfigurationError(f"A pass has at most 2**32 batches, got {steps}: give a number of steps.")
         self.sampling = sampling
+        self.share = share
         # How far ahead of the training batches are drawn must not depend on which are empty once the law may change: a
         # rate that holds from one step on or the next, depending on who was sampled, would tell who was.
         self.evenly = False
@@ -118,7 +123,7 @@ class LogicalBatches(Sampler[list[int]]):
         return self._steps
 
     def examples(self, number: int, index: int) -> list[int]:
-        """Returns the examples of one batch of one pass."""
+        """Returns the examples of one whole batch of one pass, those of other shares included."""
         wanted = (self._key.generation, number)  # a fresh key has another order
         if self._shared is None or self._shared[0] != wanted:
             self._shared = (wanted, self.sampling.shared(self._stream, size=self._size, number=number))

@@ -40,9 +40,10 @@ class Billing:
         self.handed_over = HandedOver()
         self._paid: dict[tuple[int, int], Event] = {}  # the passes that were written lately, and their events
         self._warned: set[str] = set()
+        self._written: list[Event] = []  # of the step at hand
 
-    def begin(self, mechanism: Mechanism, match: Match | None, *, parts_of: BatchTicket | None = None) -> None:
-        """Writes everything that a step makes due. Call it before the noise is drawn.
+    def begin(self, mechanism: Mechanism, match: Match | None, *, parts_of: BatchTicket | None = None) -> list[Event]:
+        """Writes everything that a step makes due, and returns it. Call it before the noise is drawn.
 
         Args:
             mechanism: what the step releases.
@@ -52,6 +53,7 @@ class Billing:
         Raises:
             BudgetExceededError: if something of it would exceed the budget. What was written before that stays.
         """
+        self._written = []
         if match is None:
             self._warn(
                 "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
@@ -60,16 +62,17 @@ class Billing:
             )
             key = self.handed_over.current_pass if parts_of is None else parts_of.pass_key
             self._begin_left_out(mechanism, key, before=parts_of)
-            self.ledger.begin(mechanism.noise.event)
+            self._write(mechanism.noise.event)
             if parts_of is not None:
                 self.handed_over.take(parts_of)
-            return
+            return self._written
         self._begin_left_out(mechanism, match.ticket.pass_key, before=match.ticket)
         if len(match.possible) > 1:
             self._begin_in_doubt(mechanism, match)
         waiting = self.handed_over.find(match.ticket)
         self._pay(mechanism, Waiting(match.ticket) if waiting is None else waiting)
         self.handed_over.take(match.ticket)
+        return self._written
 
     def resumed(self) -> None:
         """Forgets which pass was paid for: a pass that goes on after a resume is billed again."""
@@ -109,13 +112,17 @@ class Billing:
         event, key = drawn.event(1), waiting.ticket.pass_key
         if drawn.sampling.billed_per == "pass":
             if self._paid.get(key) != event:
-                self.ledger.begin(event)
+                self._write(event)
                 self._paid[key] = event
                 for old in list(self._paid)[:-_PASSES]:
                     del self._paid[old]
         elif waiting.paid != event:
-            self.ledger.begin(event)  # one by one: a budget may be met in the middle
+            self._write(event)  # one by one: a budget may be met in the middle
             waiting.paid = event
+
+    def _write(self, event: Event) -> None:
+        self.ledger.begin(event)
+        self._written.append(event)
 
     def _warn(self, message: str) -> None:
         """Warns once of each thing."""

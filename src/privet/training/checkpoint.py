@@ -12,6 +12,8 @@ from torch import nn
 
 from privet.accounting.role import LedgerLike
 from privet.errors import ConfigurationError
+from privet.parallel.mesh import bare
+from privet.parallel.names import canonical_names
 from privet.training.update import PrivateUpdate
 
 __all__ = ["File", "load", "load_state", "save", "state_of"]
@@ -96,6 +98,18 @@ def _refuse_other_shapes(source: object, saved: Mapping[str, Any], now: Mapping[
         )
 
 
+def _names(module: nn.Module) -> dict[str, str]:
+    """Returns each name of a module's state without what wrappers put into it, by the name with it."""
+    return canonical_names(module, module.state_dict())
+
+
+def _named(module: nn.Module) -> dict[str, Any]:
+    """Returns the state of a module by the names that it has without wrappers, which a resumed run may not have."""
+    inner = bare(module)
+    state = inner.state_dict()
+    return {name: state[own] for own, name in _names(inner).items()}
+
+
 def save(
     file: File,
     *,
@@ -105,10 +119,15 @@ def save(
     updates: Sequence[PrivateUpdate],
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint to a path or an open file. A file at a path is complete or not there at all."""
+    """Writes a checkpoint to a path or an open file. A file at a path is complete or not there at all.
+
+    Of several ranks, which all hold the same, only rank 0 writes. Others need not call it.
+    """
+    if not all(update.ranks.first for update in updates):
+        return
     state = {
         **state_of(ledger, updates),
-        "module": module.state_dict(),
+        "module": _named(module),
         "optimizer": optimizer.state_dict(),
         "extra": dict(extra or {}),
     }
@@ -140,9 +159,10 @@ def load(
     """
     state = torch.load(file, map_location="cpu", weights_only=True)
     _refuse_state(file, state, updates)
-    _refuse_other_shapes(file, state["module"], module.state_dict())
+    _refuse_other_shapes(file, state["module"], _named(module))
     load_state(file, state, ledger=ledger, updates=updates)
-    module.load_state_dict(state["module"])
+    inner = bare(module)
+    inner.load_state_dict({own: state["module"][name] for own, name in _names(inner).items()})
     optimizer.load_state_dict(state["optimizer"])
     extra = state["extra"]
     assert isinstance(extra, dict)

@@ -8,6 +8,8 @@ from enum import Enum
 from html import escape
 from typing import Any, NoReturn, TypeVar, final
 
+from torch import nn
+
 from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
@@ -15,6 +17,7 @@ from privet.accounting.ledger import Ledger
 from privet.accounting.role import LedgerLike, check_door_ledger
 from privet.errors import ConfigurationError, PrivetError
 from privet.mechanism import Mechanism
+from privet.parallel import Ranks, ranks_for
 from privet.training.checkpoint import load_state, state_of
 from privet.training.update import PrivateUpdate
 
@@ -76,6 +79,29 @@ class Door(ABC):
 
     def __init__(self, ledger: LedgerLike) -> None:
         self._ledger = ledger
+        self._ranks: Ranks | None = None
+
+    @final
+    def _ranks_for(self, module: nn.Module) -> Ranks:
+        """Returns the ranks that train a module, and which this door's ledger is for.
+
+        Raises:
+            ConfigurationError: if another module of this door has others.
+        """
+        found = ranks_for(module)
+        if self._ranks is not None and self._ranks.found != found.found:
+            raise ConfigurationError(
+                f"this {type(self).__name__} trains a module on {self._ranks.found}, and another on {found.found}. "
+                "Expected all of them on the same ranks. Initialize the process group before the first one."
+            )
+        return found if self._ranks is None else self._ranks
+
+    @final
+    def _join_ranks(self, ranks: Ranks) -> None:
+        """Takes the ledger of rank 0 for this door's, before anything is written to it here."""
+        if self._ranks is None:
+            ranks.compare({"ledger": f"{self._ledger.relation.value}, one {self._ledger.unit.value}"})
+            self._ranks, self._ledger = ranks, ranks.ledger(self._ledger)
 
     @abstractmethod
     def _updates(self) -> Sequence[PrivateUpdate]:
@@ -176,6 +202,7 @@ class Door(ABC):
             ("ε", spent),
             ("budget", "none" if budget is None else f"ε = {budget.epsilon:g} at δ = {budget.delta:g}"),
             ("accountant", ledger.accountant.name),
+            *([] if self._ranks is None else [("ranks", self._ranks.found)]),
             (
                 "ledger",
                 f"{type(ledger).__name__}, {ledger.steps} begun, {ledger.relation.value}, one {ledger.unit.value}",

@@ -95,6 +95,11 @@ class LogicalSum:
         """Returns the ticket of the batch that the sum holds parts of, if a loader handed it over."""
         return next((part.ticket for part in reversed(self._parts) if part.ticket is not None), None)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Returns the parameters that the sum which waits is of, in the order of their names."""
+        return tuple(sorted(name for part in self._parts if part.summed for name in part.summed.values))
+
     # -- what happens to it ------------------------------------------------------------------------------------------
 
     def announce(self, ticket: BatchTicket) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from privet.errors import ConfigurationError
-from privet.training.ranks import refuse_ranks
+from privet.parallel.names import canonical_names
 
 __all__ = ["private_parameters"]
 
@@ -20,7 +20,6 @@ def private_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
     """
     if not isinstance(module, nn.Module):
         raise ConfigurationError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
-    refuse_ranks(module)
     named = dict(module.named_parameters())
     ours = {id(p): name for name, p in named.items()}
     theirs = {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -43,4 +42,5 @@ def private_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
         raise ConfigurationError(
             "the module has no trainable parameter. Expected at least one with requires_grad=True."
         )
-    return trainable
+    names = canonical_names(module, trainable)
+    return {names[name]: p for name, p in trainable.items()}

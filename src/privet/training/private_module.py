@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from privet.batches.kept import opening
+from privet.errors import ProtocolError
 from privet.gradients.capture.instrument import Instrument
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
+from privet.parallel.mesh import refuse_late_wrapper
 from privet.training.materialised import Materialised, clear_with_zero_grad
 from privet.training.update import PrivateUpdate
 from privet.validation import refuse_mixing
 
-__all__ = ["GradSampleMode", "PrivateModule", "modes"]
+__all__ = ["GradSampleMode", "PrivateModule", "hold_private", "modes", "refuse_private"]
 
 GradSampleMode = Literal["auto", "hooks", "functorch"]
 _MODES: dict[GradSampleMode, tuple[bool, bool]] = {
@@ -25,11 +28,33 @@ _MODES: dict[GradSampleMode, tuple[bool, bool]] = {
     "functorch": (True, True),
 }
 """By name: whether per-example gradients are shown on the parameters, and whether all of them come from vmap."""
+_PRIVATE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def modes() -> tuple[str, ...]:
     """Returns the names of all modes."""
     return get_args(GradSampleMode)
+
+
+def refuse_private(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ProtocolError if the module, a part of it, or the optimizer was made private before."""
+    for thing in (module, optimizer):
+        if thing in _PRIVATE:
+            raise ProtocolError(
+                f"this {type(thing).__name__} was made private before: its gradients would be clipped and noised "
+                "twice. Expected one make_private for each module. Build a new module and optimizer, or go on "
+                "with the ones that make_private returned."
+            )
+    inside = [name for name, child in module.named_modules() if name and child in _PRIVATE]
+    if inside:
+        raise ProtocolError(
+            f"parts of the module were made private before: {', '.join(inside)}. Make one of the two private."
+        )
+
+
+def hold_private(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Makes `refuse_private` raise for both from now on."""
+    _PRIVATE.update((module, optimizer))
 
 
 class PrivateModule:
@@ -51,17 +76,22 @@ class PrivateModule:
         self.update = update
         self.materialised = Materialised(update) if shown else None
         self._mean = mean
+        self._axis = 0 if batch_first else 1
         self.instrument = Instrument(
             module,
             update.parameters,
             batch_first=batch_first,
             mapped=mapped,
             on_backward=self._received,
-            on_check=lambda args, kwargs: refuse_mixing(
-                opening(module, (args, kwargs)), args, kwargs, batch_axis=0 if batch_first else 1
-            ),
+            on_check=self._checked,
+            telling=update.ranks.telling,
             on_forward=lambda tensors, anew: update.recognize(tensors, anew=anew),
         )
+
+    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises if the module was wrapped since it was made private, or if its forward mixes examples."""
+        refuse_late_wrapper()
+        refuse_mixing(opening(self.module, (args, kwargs)), args, kwargs, batch_axis=self._axis)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes the optimizer's steps release, and guards `zero_grad`: no gradient is lost in silence."""
@@ -82,6 +112,10 @@ class PrivateModule:
         return guarded
 
     def _received(self, recorded: Recorded) -> None:
+        with self.update.ranks.telling():
+            self._receive(recorded)
+
+    def _receive(self, recorded: Recorded) -> None:
         examples = recorded.examples or 0
         scale = float(max(examples, 1)) if self._mean else 1.0
         if self.materialised is not None:

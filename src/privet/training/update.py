@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from privet.accounting.role import LedgerLike
-from privet.errors import BudgetExceededError, ConfigurationError, ProtocolError
+from privet.errors import BudgetExceededError, ConfigurationError, ProtocolError, RanksError
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.rows import of_type
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import NoiseMechanism
+from privet.parallel.role import Alone, Due, Ranks
 from privet.sampling.base import BatchTicket, refuse_change
 from privet.sampling.loader import PrivateLoader
 from privet.training.billing import Billing
@@ -26,7 +27,6 @@ from privet.training.divisor import Divisor
 from privet.training.guard import Guard
 from privet.training.logical_sum import LogicalSum
 from privet.training.optimizers import StepHooks
-from privet.training.ranks import refuse_ranks
 from privet.training.riding_ledger import RidingLedger
 
 __all__ = ["LateSum", "PrivateUpdate", "Scheduled", "update_of"]
@@ -72,6 +72,7 @@ class PrivateUpdate:
         divisor: a public constant: the expected batch size for a mean loss, 1 for a sum. None if it is not known yet;
             then no step may be taken.
         follows_rate: whether the divisor is an expected batch size, and so changes with the sampling rate.
+        ranks: those that train together; by default this process alone.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class PrivateUpdate:
         ledger: LedgerLike,
         divisor: float | None,
         follows_rate: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         self.parameters = dict(parameters)
-        self.noise = noise
+        self.ranks: Ranks = Alone() if ranks is None else ranks
+        self.noise = self.ranks.noise(noise)
         self.divisor = Divisor(divisor, sampling=mechanism.sampling if follows_rate else None)
         self.steps = 0
         self.schedules: list[Scheduled] = []
@@ -275,24 +278,23 @@ class PrivateUpdate:
 
         Raises:
             ProtocolError: if there is no sum to release, or physical batches of its logical batch are still to come.
-            ConfigurationError: if the expected batch size is not known, or several processes train.
-            BudgetExceededError: if the step would exceed the budget; then nothing was released, and the sum is
-                forgotten, so that everything is as it was before the batch.
+            ConfigurationError: if the expected batch size is not known.
+            RanksError: if another rank failed, or is about to take another step.
+            BudgetExceededError: if the step would exceed the budget.
+            After the last two nothing was released, and the sum is forgotten, so that everything is as it was before
+            the batch.
         """
-        refuse_ranks()
-        self._bring()
-        self._sum.require()
-        match = self._sum.match()
-        drawn = self._mechanism.drawn_under(None if match is None else match.ticket.sampling)
-        divisor = self.divisor.under(drawn.sampling)
-        self._riding.say_what_is_unknown()
         # The ledger comes first. If anything fails after it, the step is paid for and not taken; the other way round a
         # gradient could reach the optimizer that nothing paid for.
         try:
-            self.billing.begin(self._mechanism, match, parts_of=self._sum.parts_of)
-        except BudgetExceededError:
+            ticket, parts_of = self.ranks.agreed(self._due), self._sum.parts_of
+            match = None if ticket is None else self._sum.match()
+            self._riding.say_what_is_unknown()
+            self.ranks.written(lambda: self.billing.begin(self._mechanism, match, parts_of=parts_of), self.ledger)
+        except (BudgetExceededError, RanksError):
             self.discard()
             raise
+        divisor = self._divisor(ticket)
         clipped = self._sum.take()
         if self._late is not None:
             self._late.summed(clipped)
@@ -307,6 +309,26 @@ class PrivateUpdate:
                 gradient = of_type(divided, parameter.dtype)
                 shaped = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
                 self.guard.release(parameter, shaped)
+
+    def _due(self) -> Due:
+        """Returns what this process is about to release, or raises if it cannot."""
+        self._bring()
+        self._sum.require()
+        match = self._sum.match()
+        if match is not None and len(match.possible) > 1 and self.ranks.share.ranks > 1:
+            raise ProtocolError(
+                "batches are read ahead, in tensors of their own, so that it cannot be told which of several batches "
+                "of one size this is. On several ranks it has to be the same one: an example could be in two shares. "
+                "Expected the loader's own tensors, or no reading ahead. Move batches to the device in the loop."
+            )
+        ticket = None if match is None else match.ticket
+        self._divisor(ticket)
+        return Due(ticket, step=self.steps, words=lambda: f"{self._mechanism} of {self._sum.names}")
+
+    def _divisor(self, ticket: BatchTicket | None) -> float:
+        """Returns what the noisy sum of a batch is divided by."""
+        drawn = self._mechanism.drawn_under(None if ticket is None else ticket.sampling)
+        return self.divisor.under(drawn.sampling)
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -76,6 +77,7 @@ class Instrument:
         mapped: whether vmap takes the place of every rule.
         on_backward: gets what each backward recorded: no use, and 0 examples, of a batch without examples.
         on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
+        telling: a context for what is checked, which tells the other ranks of an error in it.
         on_forward: called with all tensors that a training forward is given, and whether it is the first of a backward.
     """
 
@@ -88,12 +90,14 @@ class Instrument:
         mapped: bool = False,
         on_backward: Callable[[Recorded], None],
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+        telling: Callable[[], AbstractContextManager[None]] = nullcontext,
         on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
         self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, within=module.forward)
         self._module = module
         self._axis = 0 if batch_first else 1
         self._on_backward = on_backward
+        self._telling = telling
         self._on_forward = on_forward
         self._suspended = False  # while the check runs the model
         self._inputs: Arguments | None = None  # of the forward that runs
@@ -285,6 +289,7 @@ class Instrument:
         """Checks one batch, with the hooks suspended while the check calls the module."""
         self._suspended = True
         try:
-            self._first.run(inputs, examples, whole=whole)
+            with self._telling():
+                self._first.run(inputs, examples, whole=whole)
         finally:
             self._suspended = False

@@ -1,0 +1,35 @@
+"""The example trains on two processes of torchrun, and says the same ε as in one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def said(*command):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    ran = subprocess.run(
+        [sys.executable, *command, str(ROOT / "examples" / "ddp.py"), "--epochs", "3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.deep
+def test_the_example_runs_under_torchrun_and_prints_once():
+    several = said("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert "ranks: 2 ranks, DistributedDataParallel on each, gloo" in several
+    epsilons = [re.findall(r"at ε = ([\d.]+),", text) for text in (several, said())]
+    assert epsilons == [["8.00"], ["8.00"]]
