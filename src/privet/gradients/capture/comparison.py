@@ -316,7 +316,7 @@ def _terms(recorded: Recorded) -> dict[str, float]:
             met = [_longest(t) for t in use.data if t is not None and t.is_floating_point()]
             term = float(torch.linalg.vector_norm(use.gradient.detach(), dtype=_wide(use.gradient))) * max([1.0, *met])
             for name in names:
-                squared[name] = squared.get(name, 0.0) + term**2
+                squared[name] = squared.get(name, 0.0) + term * term  # a power overflows with an error
     return {name: value**0.5 for name, value in squared.items()}
 
 

@@ -30,7 +30,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
@@ -49,6 +49,8 @@ from privet.gradients.tracing import tracing
 __all__ = ["KnownMoves", "MovedRows", "MovesMet", "codes_of"]
 
 _UNSEEN: Any = object()
+_PADS = nn.utils.rnn.pad_packed_sequence.__code__
+"""Puts the steps of a packed sequence back by example, in the order of the examples."""
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -215,7 +217,7 @@ class MovedRows(TorchFunctionMode):
         self, cycle: Cycle, mover: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         move = None
-        if mover is not None and not any(map(self._is_root, args[:2])):
+        if mover is not None and not any(map(self._is_root, args[:2])) and _caller().f_code is not _PADS:
             move = move_of(mover, args, kwargs)
         if self._met is not None:
             if move is not None:
