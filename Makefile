@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed clean
+.PHONY: help venv demo attack test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -22,6 +22,7 @@ CPUS ?=
 help:
 	@echo 'make demo        train on the digits with differential privacy, and show what it costs (about two minutes)'
 	@echo 'make test        install what the tests need and run them all'
+	@echo 'make attack      try to break the guarantee in over a hundred ways, and show what becomes of each (a minute)'
 	@echo 'make test-cpus   the tests that touch numbers, as other processors run them (many minutes)'
 	@echo 'make explore     the tests again, on other random examples than the ones of every other run, and the deep ones (hours)'
 	@echo 'make check       format, lint, types, documentation, tests'
@@ -52,6 +53,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo '==> Running every test'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+attack: $(STAMP)
+	@echo '==> Attacking the guarantee (python -m attacks): a table, docs/attacks.md, and status 1 if anything is BROKEN'
+	OMP_NUM_THREADS=1 $(BIN)/python -m attacks --out docs/attacks.md
 
 test-cpus: $(STAMP)
 	@echo '==> Running the tests that touch numbers with the kernels of other processors (scripts/test_cpus.py)'

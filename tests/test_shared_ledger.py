@@ -48,7 +48,7 @@ class Paper:
     def train(self, steps: int) -> None:
         for _, (x,) in zip(range(steps), self.loader, strict=False):
             self.optimizer.zero_grad()
-            self.net(x).square().sum().backward()
+            self.net(x).square().mean().backward()
             self.optimizer.step()
 
     def epsilon(self) -> float:
@@ -124,7 +124,7 @@ def test_batches_left_out_are_marked_in_the_file(tmp_path: Path) -> None:
         for index, (x,) in zip(range(3), run.loader, strict=False):
             if index != 1:
                 run.optimizer.zero_grad()
-                run.net(x).square().sum().backward()
+                run.net(x).square().mean().backward()
                 run.optimizer.step()
 
     with pytest.warns(UserWarning, match="left out"):

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from privet._checks import check_at_least, check_count, check_positive
+from privet._checks import check_at_least, check_choice, check_count, check_positive, check_target_delta
 from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
 from privet.accounting.role import LedgerLike
 from privet.clipping import ClippingPolicy, policy_for
 from privet.errors import ConfigurationError, ProtocolError
+from privet.gradients.capture.loss_watch import LossWatch
 from privet.gradients.weights import groups_of
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import noise_for, noise_key
@@ -24,12 +25,14 @@ from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.checkpoint import File, load, save
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import Door, door_ledger
+from privet.training.once import made_private, refuse_private
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
-from privet.training.private_module import GradSampleMode, PrivateModule, hold_private, modes, refuse_private
+from privet.training.plausible import refuse_budget_without_noise, warn_of_mechanism
+from privet.training.private_module import MODES_ELSEWHERE, GradSampleMode, PrivateModule, modes
 from privet.training.start import facts_of
 from privet.training.update import PrivateUpdate
-from privet.validation import Issue, get_compatible_module, require_valid, validate
+from privet.validation import Issue, get_compatible_module, refuse_mixed_records, require_valid, validate
 
 __all__ = ["PrivacyEngine"]
 
@@ -188,14 +191,15 @@ class PrivacyEngine(Door):
         """
         noise = Gaussian(check_at_least("noise_multiplier", noise_multiplier))
         policy = policy_for(clipping, max_grad_norm)
-        _check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        _check_choice("grad_sample_mode", grad_sample_mode, modes())
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        check_choice("grad_sample_mode", grad_sample_mode, modes(), elsewhere=MODES_ELSEWHERE)
         ranks, inner = self._ranks_for(module), bare(module)
         with ranks.together():
             refuse_optimizer(optimizer)
             parameters = private_parameters(inner, optimizer)
-            refuse_private(inner, optimizer)
+            refuse_private(inner, optimizer, parameters)
             require_valid(inner)
+            refuse_mixed_records(getattr(data_loader, "dataset", None), getattr(data_loader, "collate_fn", None))
             groups_of(policy, list(parameters))
             key = noise_key(secure_mode=self._secure_mode, generator=noise_generator)
         key = ranks.key(key)
@@ -210,6 +214,7 @@ class PrivacyEngine(Door):
                 share=ranks.share,
             )
             mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)
+            refuse_budget_without_noise(mechanism, has_budget=self.budget is not None)
             divisor = loader.expected_batch_size if mean else 1.0
             facts = facts_of(parameters, mechanism=mechanism, optimizer=optimizer, divisor=divisor)
         ranks.compare({**facts, "loader": loader.facts})
@@ -225,19 +230,25 @@ class PrivacyEngine(Door):
             follows_rate=mean,
             ranks=ranks,
         )
+        losses = LossWatch(mean=mean, axis=0 if batch_first else 1, expects_criterion=criterion is not None)
         private_criterion = None
         if criterion is not None:  # what can fail comes before anything is touched
             private_criterion = PrivateCriterion(
-                criterion, reduction=loss_reduction, examples=lambda: watched.instrument.examples
+                criterion,
+                reduction=loss_reduction,
+                examples=lambda: watched.instrument.examples,
+                on_losses=losses.trust,
             )
         ranks.begin(module)
-        watched = PrivateModule(inner, update, batch_first=batch_first, mean=mean, mode=grad_sample_mode)
+        watched = PrivateModule(inner, update, batch_first=batch_first, mean=mean, mode=grad_sample_mode, losses=losses)
         if key.predictable:
             self.ledger.mark("reproducible key")
         watched.attach(optimizer)
         update.follow(loader)
         self._watched.append(watched)
-        hold_private(inner, optimizer)
+        made_private(inner, optimizer)
+        self._know_records(loader.dataset_size)
+        warn_of_mechanism(mechanism, batch_size=loader.expected_batch_size)
         if private_criterion is None:
             return module, optimizer, loader
         return module, optimizer, loader, private_criterion
@@ -303,6 +314,7 @@ class PrivacyEngine(Door):
             Either leaves everything as it was.
         """
         check_positive("target_epsilon", target_epsilon)
+        check_target_delta("target_delta", target_delta)
         check_count("epochs", epochs, 1)
         if self.ledger.phases:
             raise ConfigurationError(
@@ -311,6 +323,8 @@ class PrivacyEngine(Door):
                 "noise_multiplier of your own."
             )
         planned = privatize_loader(data_loader, poisson=poisson_sampling, sampling=sampling, dataset_size=dataset_size)
+        self._know_records(planned.dataset_size)
+        self._ask_about("target_delta", target_delta)
         steps = epochs * len(planned) if planned.sampling.billed_per == "step" else epochs
         mechanism = Mechanism(
             sampling=planned.sampling, clipping=policy_for(clipping, max_grad_norm), noise=Gaussian(1.0), steps=steps
@@ -384,8 +398,3 @@ class PrivacyEngine(Door):
                 "this module is not private here. Call make_private first, with the settings of the saved run."
             )
         return found
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -47,9 +47,10 @@ from privet.training.door import Door, door_ledger
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
 from privet.training.performance import Performance
+from privet.training.plausible import refuse_budget_without_noise, warn_of_mechanism
 from privet.training.start import facts_of
 from privet.training.update import PrivateUpdate
-from privet.validation import refuse_mixing, require_valid
+from privet.validation import refuse_mixed_records, refuse_mixing, require_valid
 
 __all__ = ["PrivateStep"]
 
@@ -145,6 +146,7 @@ class PrivateStep(Door):
                 raise ConfigurationError(
                     f"loss_per_example must be a function of model and batch, got {type(loss_per_example).__name__}."
                 )
+            refuse_budget_without_noise(mechanism, has_budget=self.budget is not None)
             parameters = private_parameters(inner, optimizer)
             groups_of(mechanism.clipping, list(parameters))
             if performance.passes == 2:
@@ -184,6 +186,7 @@ class PrivateStep(Door):
             also=lambda inputs: refuse_mixing(opening(self._loss, inputs), (inputs,), {}),
         )
         self._anew = Anew(self._capture, lambda batch, examples: self._first.run(batch, examples, whole=True))
+        warn_of_mechanism(mechanism, batch_size=self._update.divisor.value)
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(model, optimizer)
 
@@ -237,6 +240,7 @@ class PrivateStep(Door):
         Raises:
             ConfigurationError: if the expected batch size that was given contradicts the sampling and the dataset.
         """
+        refuse_mixed_records(dataset, collate_fn)
         sampling = self.mechanism.sampling
         ranks, key = self._update.ranks, self._sampling_key()
         with ranks.together():
@@ -251,6 +255,7 @@ class PrivateStep(Door):
             )
         ranks.compare({"loader": loader.facts})
         self._update.divisor.learn(loader.dataset_size)
+        self._know_records(loader.dataset_size)
         if self._size.most is None and not self._size.auto:
             self._size = PhysicalSize("physical_batch_size", self._physical_size())
         self._update.follow(loader)
@@ -363,6 +368,8 @@ class PrivateStep(Door):
         losses = self._loss(batch)
         if not isinstance(losses, Tensor) or losses.shape != (examples,):
             found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            if isinstance(losses, Tensor) and losses.shape == (examples, examples) and examples > 1:
+                found += " (outputs of (B, 1) broadcast against targets of (B,), or every example with every other?)"
             raise ConfigurationError(
                 f"loss_per_example returned {found} for a batch of {examples}. Expected one loss for each example, of "
                 f"shape ({examples},): use reduction='none', and take the mean or sum over all axes but the first."

@@ -77,6 +77,12 @@ POINTS = [
 ]
 
 
+def test_a_delta_of_1_is_no_target():
+    for calibrate in (calibrate_noise_multiplier, calibrate_rate):
+        with pytest.raises(ConfigurationError, match="any mechanism meets"):
+            calibrate(1.0, 1.0, GaussianEvent)
+
+
 @pytest.mark.parametrize("by", ["pld", "rdp"])
 @pytest.mark.parametrize("point", POINTS)
 def test_each_number_takes_few_questions(point, by):
@@ -218,11 +224,11 @@ def test_an_epsilon_of_0_is_a_target_like_any_other():
 
 
 def test_where_everything_fits_the_answer_is_the_limit():
-    found = calibrate_noise_multiplier(1.0, 1.0, GaussianEvent)
-    assert (found.value, found.epsilon, found.outside, found.epsilon_outside) == (0.0, 0.0, None, None)
-    rate = calibrate_rate(0.0, 1.0, lambda q: PoissonEvent(q, GaussianEvent(1.0)))
-    assert (rate.value, rate.outside) == (1.0, None)
     needy = Curve(lambda sigma: 0.0)
+    found = calibrate_noise_multiplier(1.0, 1e-5, GaussianEvent, accountant=needy)
+    assert (found.value, found.epsilon, found.outside, found.epsilon_outside) == (0.0, 0.0, None, None)
+    rate = calibrate_rate(0.0, 1e-5, lambda q: GaussianEvent(2.0 - q), accountant=needy)
+    assert (rate.value, rate.outside) == (1.0, None)
 
     def positive(sigma):
         if sigma <= 0.0:

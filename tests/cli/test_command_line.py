@@ -249,3 +249,17 @@ def test_help(capsys, command):
     code, out, _ = run(capsys, *command, "--help")
     assert code == 0
     assert "Usage: privet" in out
+
+
+def test_a_delta_of_one_over_n_is_said_beside_the_answer(capsys):
+    asked = ("epsilon", "--noise-multiplier", 1, "--steps", 10, "--batch-size", 10, "--dataset-size", 1000)
+    code, out, err = run(capsys, *asked, "--delta", 0.01, "--json")
+    assert (code, "1/n or more, with n = 1000" in err) == (0, True)
+    assert json.loads(out)["delta"] == 0.01
+    assert run(capsys, *asked, "--delta", 1e-5, "--json")[2] == ""
+
+
+def test_a_target_delta_of_one_is_refused(capsys):
+    code, _, err = run(capsys, "noise", "--epsilon", 1, "--delta", 1, "--steps", 10, "--rate", 0.1)
+    assert code == 2
+    assert "any mechanism meets" in err

@@ -163,14 +163,15 @@ class Run:
             )
             self.loader = self.step.batches(dataset)
             self.update = self.step._update
-        self.door = door
+        self.door, self.mean = door, mean
         self.seen = taken(self.net, self.optimizer)
 
     def train(self, steps: int = 1) -> list[Tensor]:
         for batch in itertools.islice(self.loader, steps):
             if self.door == "paper":
                 self.optimizer.zero_grad()
-                self.net(batch[0]).sum().backward()
+                losses = self.net(batch[0]).sum(1)
+                (losses.mean() if self.mean else losses.sum()).backward()
                 self.optimizer.step()
             else:
                 self.step(batch)
@@ -216,7 +217,7 @@ def test_private_training_leaves_the_global_generator_alone() -> None:
     expected = torch.rand(3)
     torch.manual_seed(0)
     batch = torch.zeros(4, 60)
-    run.net(batch).sum().backward()
+    run.net(batch).mean().backward()
     with pytest.warns(UserWarning, match="did not come"):
         run.optimizer.step()
     assert torch.equal(torch.rand(3), expected)
@@ -276,7 +277,7 @@ def test_a_copy_between_forward_and_backward_is_an_ordinary_copy() -> None:
     twin = copy.deepcopy(run.net)
     assert all(type(p) is nn.Parameter for p in twin.parameters())
     assert {type(t) for t in run.net.state_dict().values()} == {Tensor}
-    output.sum().backward()
+    output.mean().backward()
 
 
 def test_a_copied_update_draws_other_noise() -> None:
@@ -311,7 +312,7 @@ def test_a_forked_run_draws_other_noise() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     run.optimizer.zero_grad()
-    run.net(batch[0]).sum().backward()
+    run.net(batch[0]).mean().backward()
     run.optimizer.step()
     noise = run.seen[-1]["weight"].flatten()
     if child == 0:  # no pytest in here
@@ -404,7 +405,7 @@ def test_an_optimizer_that_calls_its_closure_twice_is_stopped() -> None:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = net(x).sum()
+        loss = net(x).mean()
         loss.backward()
         return loss
 
@@ -431,7 +432,7 @@ def test_an_optimizer_that_refines_another_takes_one_step_a_gradient(closure: bo
 
         def evaluate() -> Tensor:
             optimizer.zero_grad()
-            loss = net(x).sum()  # noqa: B023
+            loss = net(x).mean()  # noqa: B023
             loss.backward()
             return loss
 
@@ -458,7 +459,7 @@ def test_positions_are_told_from_examples_whatever_the_sizes_of_the_batches() ->
     for _ in range(60):  # a pass has none of that size with probability 0.4
         for (x,) in private:
             optimizer.zero_grad()
-            squares(model(x)).sum().backward()
+            squares(model(x)).mean().backward()
             optimizer.step()
             sizes.append(len(x))
         if T in sizes[1:]:

@@ -54,7 +54,7 @@ class Run:
 
     def step(self, x: torch.Tensor) -> None:
         self.optimizer.zero_grad()
-        self.net(x).square().sum().backward()
+        self.net(x).square().mean().backward()
         self.optimizer.step()
 
     def save(self, path: Path, **extra: Any) -> None:

@@ -24,7 +24,10 @@ CASES: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
     "of tokens": (nn.CrossEntropyLoss(ignore_index=0), (torch.randn(4, 5, 3), torch.randint(1, 5, (4, 3)))),
     "summed": (nn.CrossEntropyLoss(reduction="sum"), (torch.randn(4, 5), torch.randint(5, (4,)))),
     "not reduced": (nn.CrossEntropyLoss(reduction="none"), (torch.randn(4, 5), torch.randint(5, (4,)))),
-    "weighted classes": (nn.CrossEntropyLoss(weight=torch.rand(5)), (torch.randn(4, 5), torch.randint(5, (4,)))),
+    "weighted classes": (
+        nn.CrossEntropyLoss(weight=torch.rand(5), reduction="sum"),
+        (torch.randn(4, 5), torch.randint(5, (4,))),
+    ),
     "negative likelihood": (nn.NLLLoss(), (torch.randn(4, 5), torch.randint(5, (4,)))),
     "binary": (nn.BCEWithLogitsLoss(), (torch.randn(4, 1), torch.rand(4, 1))),
     "square": (nn.MSELoss(), (torch.randn(4, 2, 3), torch.randn(4, 2, 3))),
@@ -119,3 +122,25 @@ def test_structures_keywords_and_numbers_pass_through() -> None:
     o, y = {"a": torch.randn(4, 2), "b": torch.randn(4)}, torch.randn(4, 2)
     found = split(criterion).per_example(o, y, factor=2.0, names="n")
     assert torch.allclose(found, 2.0 * (o["a"] - y).square().mean(1) + o["b"])
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(weight=torch.rand(5)),
+        nn.NLLLoss(weight=torch.rand(5)),
+        nn.Sequential(nn.Identity(), nn.CrossEntropyLoss(weight=torch.rand(5))),
+        lambda o, y: 2.0 * F.cross_entropy(o, y, weight=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])),
+        lambda o, y: F.nll_loss(o.log_softmax(1), y, weight=torch.ones(5)) + o.square().mean(),
+    ],
+    ids=["module", "likelihood", "inside", "function", "one term"],
+)
+def test_a_mean_weighted_by_class_is_refused_with_the_line_to_write(criterion: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"no effect.*reduction='sum'"):
+        split(criterion)(torch.randn(4, 5, requires_grad=True), torch.randint(5, (4,)))
+
+
+def test_weights_that_are_not_divided_out_have_their_effect() -> None:
+    weight, o, y = torch.tensor([1.0, 5.0]), torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 1, 0])
+    found = split(nn.CrossEntropyLoss(weight=weight, reduction="sum"))(o, y)
+    assert torch.allclose(found, (weight[y] * F.cross_entropy(o, y, reduction="none")).mean())

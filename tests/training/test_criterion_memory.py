@@ -80,7 +80,7 @@ def test_memory_that_begins_later_is_found_on_the_schedule() -> None:
     "inner",
     [
         nn.CrossEntropyLoss(),
-        nn.CrossEntropyLoss(weight=torch.rand(3)),
+        nn.CrossEntropyLoss(weight=torch.rand(3), reduction="sum"),
         Rescaled("none"),
         nn.BCEWithLogitsLoss(),
         nn.BCELoss(),

@@ -202,7 +202,8 @@ def get_accountant(accountant: str | Accountant = "pld") -> Accountant:
     given: object = accountant
     if not isinstance(given, str) or given not in _FACTORIES:
         known = ", ".join(repr(name) for name in known_accountants())
-        raise ConfigurationError(f"accountant must be one of {known} or an Accountant, got {accountant!r}.")
+        hint = " 'pld' is the numerical one here, and at least as tight." if given == "prv" else ""
+        raise ConfigurationError(f"accountant must be one of {known} or an Accountant, got {accountant!r}.{hint}")
     return _FACTORIES[accountant]()
 
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from privet._checks import check_at_least, check_probability
+from privet._checks import check_at_least, check_target_delta
 from privet.accounting.accountant import Accountant
 from privet.accounting.dominance import coarser, dominates, drift, shape, worst
 from privet.accounting.event import Event, Relation
@@ -43,7 +43,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epsilon", check_at_least("epsilon", self.epsilon))
-        object.__setattr__(self, "delta", check_probability("delta", self.delta))
+        object.__setattr__(self, "delta", check_target_delta("delta", self.delta, least=0.0))
 
 
 class BudgetMeter:

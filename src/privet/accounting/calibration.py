@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from privet._checks import check_at_least, check_count, check_positive, check_probability
+from privet._checks import check_at_least, check_count, check_positive, check_target_delta
 from privet.accounting.accountant import Accountant, get_accountant
 from privet.accounting.event import Event, Relation
 from privet.accounting.rdp import RdpAccountant
@@ -67,7 +67,7 @@ class _Target:
 
     def __post_init__(self) -> None:
         check_at_least("target_epsilon", self.epsilon)
-        check_probability("delta", self.delta)
+        check_target_delta("delta", self.delta, least=0.0)
         check_count("group_size", self.group_size, 1)
         given: object = self.event_of
         if not callable(given):

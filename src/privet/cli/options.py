@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 
@@ -53,7 +54,9 @@ def sampler_options(*, seeks_rate: bool = False) -> Callable[[Command], Command]
             **others: object,
         ) -> None:
             options = {"rate": rate, "batch_size": batch_size, "dataset_size": dataset_size, "cap": cap}
-            command(sampler=sampler_of(sampler, relation, options, seeks_rate=seeks_rate), **others)
+            described = sampler_of(sampler, relation, options, seeks_rate=seeks_rate)
+            _warn_of_delta(others.get("delta"), described.dataset_size)
+            command(sampler=described, **others)
 
         kind = click.option(
             "--sampler",
@@ -66,6 +69,16 @@ def sampler_options(*, seeks_rate: bool = False) -> Callable[[Command], Command]
         return _with([kind, *rates, *_DESCRIBING], with_sampler)
 
     return add
+
+
+def _warn_of_delta(delta: object, records: int | None) -> None:
+    """Says on the error stream if δ is 1/n or more."""
+    if isinstance(delta, float) and records is not None and delta * records >= 1.0:
+        print(
+            f"privet: δ = {delta:g} is 1/n or more, with n = {records} records: to publish one record at random, in "
+            f"clear, has that δ too. Give {0.1 / records:.1g} or less.",
+            file=sys.stderr,
+        )
 
 
 def privacy_options(command: Command) -> Command:

@@ -54,6 +54,12 @@ def policy_for(clipping: str | ClippingPolicy, max_grad_norm: float | Mapping[st
             f"max_grad_norm is missing, and clipping={clipping!r} has no clip norm without it. Give a number, such as "
             "max_grad_norm=1.0."
         )
+    bounds: object = max_grad_norm
+    if isinstance(bounds, list | tuple):
+        raise ConfigurationError(
+            f"max_grad_norm is a {type(bounds).__name__} of {len(bounds)}. Expected one number; or, with "
+            "clipping='per_layer', a mapping from the path of each layer to its bound, such as {'features.0': 0.5}."
+        )
     if isinstance(max_grad_norm, Mapping) and kind is not PerLayer:
         raise ConfigurationError(f"max_grad_norm maps layers to bounds. Expected one number for clipping={clipping!r}.")
     return kind(max_grad_norm)  # type: ignore[call-arg]  # every policy that has a name takes its clip norm first

@@ -78,8 +78,8 @@ def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: in
         return Layout.SECOND
     raise UnsupportedModelError(
         f"cannot tell which rows belong to which example in {site}: its shape is {tuple(first)} for {small} examples "
-        f"and {tuple(second)} for {large}. Expected one axis that grows with the batch: axis 0 (alone, or merged with "
-        "positions) or axis 1. Keep the batch on axis 0 there."
+        f"and {tuple(second)} for {large}{_packed(site)}. Expected one axis that grows with the "
+        "batch: axis 0 (alone, or merged with positions) or axis 1. Keep the batch on axis 0 there."
     )
 
 
@@ -123,6 +123,13 @@ class Told:
     def all(self, site: Site, t: Tensor) -> set[Layout]:
         """Returns all layouts of tensors of the shape of `t` at the site, where no order is known."""
         return set(self._layouts.get((site, tuple(t.shape)), ()))
+
+
+def _packed(site: Site) -> str:
+    """Returns what to do if a recurrent layer met a packed sequence, whose rows lie by time."""
+    if getattr(site.operation, "__name__", "") not in {"lstm", "gru", "rnn_tanh", "rnn_relu"}:
+        return ""
+    return ", as of a packed sequence: pad the sequences instead (batch_first=True), and mask the outputs"
 
 
 @dataclass

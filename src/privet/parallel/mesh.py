@@ -101,6 +101,9 @@ def _meeting(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
 
 def _refuse_wrappers(module: nn.Module) -> None:
     """Raises for what wraps the module, or a part of it, in a way that is not supported."""
+    given: object = module
+    if not isinstance(given, nn.Module):  # it is refused where its parameters are asked for
+        return
     for name, child in module.named_modules():
         kinds = {kind.__name__ for kind in type(child).__mro__}
         where = f"{name or 'the module'} is"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from privet.batches.leaves import described
 from privet.batches.structure import Arguments
 from privet.batches.tree import paths_in, taken_apart
 from privet.errors import ConfigurationError
+from privet.gradients.capture.loss_graph import graph_of
+from privet.gradients.capture.loss_rules import is_weighted_mean
 from privet.gradients.capture.schedule import Schedule
+from privet.gradients.capture.undisturbed import undisturbed
 from privet.training.memory import refuse_memory
 
 __all__ = ["PrivateCriterion"]
@@ -24,13 +27,15 @@ __all__ = ["PrivateCriterion"]
 class PrivateCriterion(nn.Module):
     """The sum or mean over the batch of `criterion` applied to each example alone.
 
-    A token average with `ignore_index`, class weights with a mean, a root of a mean: all are split as the criterion
-    itself would treat a batch of one. So one example's loss depends on that example alone.
+    A token average with `ignore_index`, a root of a mean, a norm: all are split as the criterion itself would treat a
+    batch of one. So one example's loss depends on that example alone. A mean weighted by class is refused: for a batch
+    of one it divides the weight of the class by itself.
 
     Args:
         criterion: a callable of tensors whose axis 0 is the batch; it returns the loss of a batch.
         reduction: how the examples' losses are put together.
         examples: returns the number of examples of the forward that is being trained on, or None if there is none.
+        on_losses: gets the losses of each batch.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class PrivateCriterion(nn.Module):
         *,
         reduction: Literal["mean", "sum"],
         examples: Callable[[], int | None],
+        on_losses: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         if not callable(criterion):
@@ -47,10 +53,22 @@ class PrivateCriterion(nn.Module):
             raise ConfigurationError(
                 "criterion has trainable parameters, whose gradients would not be clipped. Make it a part of the model."
             )
+        for part in criterion.modules() if isinstance(criterion, nn.Module) else ():
+            weighted = isinstance(part, nn.CrossEntropyLoss | nn.NLLLoss) and part.weight is not None
+            if weighted and part.reduction == "mean":
+                raise _weights_without_effect()
         self.criterion = criterion
         self.reduction = reduction
+        self._looked_at = False  # whether the criterion's own graph was, which a class does not show
         self._examples = examples
+        self._on_losses = on_losses
         self._schedule = Schedule()
+
+    def __iter__(self) -> NoReturn:
+        raise ConfigurationError(
+            "a criterion was iterated over, as if it were a loader. Expected the order module, optimizer, data_loader, "
+            "criterion of what make_private returns. Swap the last two."
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss of a batch, which falls apart into its examples."""
@@ -66,6 +84,12 @@ class PrivateCriterion(nn.Module):
             ConfigurationError: if an argument's axis 0 is not the batch, the criterion refuses a batch of one, or it
                 remembers earlier examples, which is looked at again on a public schedule of calls.
         """
+        losses = self._evaluated(args, kwargs)
+        if self._on_losses is not None:
+            self._on_losses(losses)
+        return losses
+
+    def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         inputs = Arguments(args, kwargs)
         tensors, put = taken_apart(inputs, _has_examples, "the arguments")
         size = self._batch(tensors, inputs)
@@ -75,6 +99,10 @@ class PrivateCriterion(nn.Module):
         def losses(of: Sequence[Tensor]) -> Tensor:
             return self._losses(of, put)
 
+        if not self._looked_at:
+            with undisturbed(self):
+                looked_at = self._look_at([t[0] for t in tensors], put)
+            self._looked_at = looked_at
         if self._schedule.counts():
             refuse_memory(self, losses, [t.detach() for t in tensors])
         return losses(tensors)
@@ -83,8 +111,7 @@ class PrivateCriterion(nn.Module):
         size = tensors[0].shape[0]
 
         def one(*rows: Tensor) -> Tensor:
-            positional, keyword = put([row.unsqueeze(0) for row in rows])
-            return self._scalar(self.criterion(*positional, **keyword))
+            return self._one(rows, put)
 
         try:
             with warnings.catch_warnings():
@@ -100,6 +127,24 @@ class PrivateCriterion(nn.Module):
                     f"criterion cannot be evaluated on one example: {error} Expected a criterion that accepts a batch "
                     "of size 1."
                 ) from error
+
+    def _one(self, rows: Sequence[Tensor], put: Callable[[Sequence[Any]], Any]) -> Tensor:
+        """Returns the loss of one example."""
+        positional, keyword = put([row.unsqueeze(0) for row in rows])
+        return self._scalar(self.criterion(*positional, **keyword))
+
+    def _look_at(self, rows: list[Tensor], put: Callable[[Sequence[Any]], Any]) -> bool:
+        """Returns whether it could look; raises if the criterion is a mean weighted by class, however it is written."""
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in rows]
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is said where all examples are evaluated
+            try:
+                graph = graph_of(self._one(leaves, put), leaves)
+            except RuntimeError:  # it cannot be evaluated on one example, and is told so where all of them are
+                return False
+        if graph is not None and any(map(is_weighted_mean, graph.operations)):
+            raise _weights_without_effect()
+        return True
 
     def _batch(self, tensors: list[Any], inputs: Arguments) -> int:
         expected = self._examples()
@@ -120,6 +165,16 @@ class PrivateCriterion(nn.Module):
     def _scalar(loss: Tensor) -> Tensor:
         """Returns one example's loss: the sum of what a criterion without reduction gives."""
         return loss if loss.dim() == 0 else loss.sum()
+
+
+def _weights_without_effect() -> ConfigurationError:
+    return ConfigurationError(
+        "criterion is a mean weighted by class (weight= with reduction='mean'), which divides by the weights of its "
+        "labels. For one example alone that is the weight by itself, so that weights would have no effect; for a batch "
+        "it lets one example's class rescale the others. Expected weights that are not divided out. Write "
+        "reduction='sum': each example's loss is then weight[label] times its negative log-likelihood, and the batch's "
+        "is their mean over its rows. The weights are public numbers: do not count them in the private data."
+    )
 
 
 def _has_examples(leaf: Any) -> bool:

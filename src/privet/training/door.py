@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar, final
 
 from torch import nn
 
+from privet._checks import check_probability, check_target_delta
 from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
@@ -19,6 +20,7 @@ from privet.errors import ConfigurationError, PrivetError
 from privet.mechanism import Mechanism
 from privet.parallel import Ranks, ranks_for
 from privet.training.checkpoint import load_state, state_of
+from privet.training.plausible import warn_of_delta
 from privet.training.update import PrivateUpdate
 
 __all__ = ["Door", "door_ledger"]
@@ -79,6 +81,8 @@ class Door(ABC):
 
     def __init__(self, ledger: LedgerLike) -> None:
         self._ledger = ledger
+        self._records: int | None = None  # the least number of examples in the data of a loader, once one is known
+        self._warned_of_delta = False
         self._ranks: Ranks | None = None
 
     @final
@@ -141,7 +145,12 @@ class Door(ABC):
 
     @final
     def set_budget(self, *, epsilon: float, delta: float) -> None:
-        """Makes the step that would exceed the budget raise BudgetExceededError before it is taken."""
+        """Makes the step that would exceed the budget raise BudgetExceededError before it is taken.
+
+        Raises:
+            ConfigurationError: if δ is 0 or 1, which bound nothing.
+        """
+        self._ask_about("delta", check_target_delta("delta", delta))
         self._ledger.budget = Budget(epsilon, delta)
 
     @final
@@ -153,12 +162,25 @@ class Door(ABC):
             >>> PrivacyEngine().epsilon(delta=1e-5)  # nothing was released yet
             0.0
         """
+        self._ask_about("delta", delta)
         return self.ledger.epsilon(delta, accountant=accountant)
 
     @final
     def get_epsilon(self, delta: float) -> float:
         """Returns ε at `delta` of everything on the ledger: the name that the paper gives to `epsilon`."""
+        self._ask_about("delta", delta)
         return self.ledger.epsilon(delta)
+
+    @final
+    def _ask_about(self, name: str, delta: object) -> None:
+        """Warns once if δ is 1/n or more, where n is known."""
+        if not self._warned_of_delta:
+            self._warned_of_delta = warn_of_delta(name, check_probability(name, delta), self._records)
+
+    @final
+    def _know_records(self, records: int) -> None:
+        """Takes note of how many examples the data of a loader has."""
+        self._records = records if self._records is None else min(self._records, records)
 
     @final
     @property

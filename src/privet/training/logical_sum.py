@@ -118,7 +118,10 @@ class LogicalSum:
         if self.pending:
             raise ProtocolError(
                 "a second backward came before the optimizer's step. Expected one backward for each step: add the "
-                "losses and call backward once, or use virtual steps to accumulate physical batches."
+                "losses and call backward once. To accumulate gradients, use virtual steps: give the loader the whole "
+                "batch size and go through it with BatchMemoryManager, which cuts it into physical batches, and step "
+                "after each; in a trainer, leave its own accumulation at 1. A backward that only looks for adversarial "
+                "inputs belongs in eval()."
             )
 
     def receive(self, clipped: ClippedSum, *, examples: int, match: Match | None) -> None:

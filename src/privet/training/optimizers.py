@@ -50,6 +50,9 @@ class StepHooks:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Follows the steps of the optimizer from now on."""
+        if "_step_supports_amp_scaling" not in vars(optimizer):
+            # A GradScaler then leaves its step to the optimizer, where it can be refused by name.
+            optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # noqa: SLF001
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -59,6 +62,13 @@ class StepHooks:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         """Releases the pending sum; with a closure, releases what the closure brings. An optimizer's step pre-hook."""
+        if getattr(optimizer, "found_inf", None) is not None or "grad_scaler" in kwargs:
+            raise ProtocolError(
+                "a GradScaler stepped a private optimizer. It multiplies the loss, so that every gradient would be "
+                "clipped as if it were that much longer, and it skips steps by what it finds in the gradients. "
+                "Expected no scaler. Train in bfloat16 (autocast with dtype=torch.bfloat16), which needs none, or make "
+                "it GradScaler(enabled=False)."
+            )
         self._refuse_other_gradients(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # If the step of a subclass calls the step of its base, torch runs these hooks twice for one step. The second
@@ -87,7 +97,8 @@ class StepHooks:
                 raise ProtocolError(
                     f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient that nothing clipped: "
                     "it was frozen, or not there, when training became private. Expected the same parameters all "
-                    "along. Make the whole model private anew, or give the parameter an optimizer of its own."
+                    "along. To train it, build a new module, load_state_dict() what this one learned, and make that "
+                    "private; or give the parameter an optimizer of its own."
                 )
 
     def _released_after(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:

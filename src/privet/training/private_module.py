@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 
 from privet.batches.kept import opening
-from privet.errors import ProtocolError
 from privet.gradients.capture.instrument import Instrument
+from privet.gradients.capture.loss_watch import LossWatch
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
 from privet.parallel.mesh import refuse_late_wrapper
@@ -19,7 +18,7 @@ from privet.training.materialised import Materialised, clear_with_zero_grad
 from privet.training.update import PrivateUpdate
 from privet.validation import refuse_mixing
 
-__all__ = ["GradSampleMode", "PrivateModule", "hold_private", "modes", "refuse_private"]
+__all__ = ["MODES_ELSEWHERE", "GradSampleMode", "PrivateModule", "modes"]
 
 GradSampleMode = Literal["auto", "hooks", "functorch"]
 _MODES: dict[GradSampleMode, tuple[bool, bool]] = {
@@ -28,33 +27,17 @@ _MODES: dict[GradSampleMode, tuple[bool, bool]] = {
     "functorch": (True, True),
 }
 """By name: whether per-example gradients are shown on the parameters, and whether all of them come from vmap."""
-_PRIVATE: weakref.WeakSet[Any] = weakref.WeakSet()
+MODES_ELSEWHERE = {
+    "ghost": "'auto' is ghost clipping, with the loss of your own",
+    "ew": "'auto' takes its place",
+    "no_op": "it would not clip",
+}
+"""Modes of Opacus, and what takes their place."""
 
 
 def modes() -> tuple[str, ...]:
     """Returns the names of all modes."""
     return get_args(GradSampleMode)
-
-
-def refuse_private(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ProtocolError if the module, a part of it, or the optimizer was made private before."""
-    for thing in (module, optimizer):
-        if thing in _PRIVATE:
-            raise ProtocolError(
-                f"this {type(thing).__name__} was made private before: its gradients would be clipped and noised "
-                "twice. Expected one make_private for each module. Build a new module and optimizer, or go on "
-                "with the ones that make_private returned."
-            )
-    inside = [name for name, child in module.named_modules() if name and child in _PRIVATE]
-    if inside:
-        raise ProtocolError(
-            f"parts of the module were made private before: {', '.join(inside)}. Make one of the two private."
-        )
-
-
-def hold_private(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Makes `refuse_private` raise for both from now on."""
-    _PRIVATE.update((module, optimizer))
 
 
 class PrivateModule:
@@ -66,10 +49,18 @@ class PrivateModule:
         batch_first: whether inputs have the batch on axis 0, else on axis 1.
         mean: whether the loss is a mean over the rows of the batch, else a sum.
         mode: how per-example gradients are computed, and whether they are shown.
+        losses: looks at the loss that is computed from the module's outputs.
     """
 
     def __init__(
-        self, module: nn.Module, update: PrivateUpdate, *, batch_first: bool, mean: bool, mode: GradSampleMode
+        self,
+        module: nn.Module,
+        update: PrivateUpdate,
+        *,
+        batch_first: bool,
+        mean: bool,
+        mode: GradSampleMode,
+        losses: LossWatch,
     ) -> None:
         shown, mapped = _MODES[mode]
         self.module = module
@@ -84,6 +75,7 @@ class PrivateModule:
             mapped=mapped,
             on_backward=self._received,
             on_check=self._checked,
+            losses=losses,
             telling=update.ranks.telling,
             on_forward=lambda tensors, anew: update.recognize(tensors, anew=anew),
         )

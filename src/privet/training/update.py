@@ -335,7 +335,9 @@ class PrivateUpdate:
         if self.pending:
             raise ProtocolError(
                 "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
-                "Expected zero_grad() before backward, or after step."
+                "Expected zero_grad() before backward, or after step. A backward that is not trained on, such as the "
+                "search for adversarial inputs, belongs in eval(); a discriminator that the generator trains through "
+                "is held fixed with eval() and requires_grad_(False)."
             )
 
     def settle(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from privet.validation.fix import FixedNorm, get_compatible_module
+from privet.validation.fix import get_compatible_module
+from privet.validation.norms import FixedNorm
 from privet.validation.probe import find_mixing, refuse_mixing
+from privet.validation.records import refuse_mixed_records
 from privet.validation.rules import Issue, is_compatible, require_valid, validate
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "find_mixing",
     "get_compatible_module",
     "is_compatible",
+    "refuse_mixed_records",
     "refuse_mixing",
     "require_valid",
     "validate",

@@ -104,7 +104,21 @@ def _observer(module: nn.Module) -> Iterator[Finding]:
         )
 
 
-_RULES: tuple[Callable[[nn.Module], Iterator[Finding]], ...] = (_batch_norm, _instance_norm, _embedding, _observer)
+def _script(module: nn.Module) -> Iterator[Finding]:
+    if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
+        yield (
+            "it was made by torch.jit.script or torch.jit.trace: what its parameters do in there is not seen.",
+            "the module that it was made from; script or trace it after training.",
+        )
+
+
+_RULES: tuple[Callable[[nn.Module], Iterator[Finding]], ...] = (
+    _batch_norm,
+    _instance_norm,
+    _embedding,
+    _observer,
+    _script,
+)
 
 
 def _parameter(parameter: nn.Parameter) -> Iterator[Finding]:

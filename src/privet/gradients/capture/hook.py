@@ -10,7 +10,7 @@ from torch import nn
 
 from privet.errors import ProtocolError
 
-__all__ = ["Hook", "nothing", "refuse_copy"]
+__all__ = ["Hook", "is_copy", "nothing", "refuse_copy"]
 
 
 class Hook:
@@ -19,6 +19,11 @@ class Hook:
     def __init__(self, function: Callable[..., Any], in_copy: Callable[..., Any]) -> None:
         self._function = function
         self._in_copy = in_copy
+
+    @property
+    def of_copy(self) -> bool:
+        """Returns whether the module that carries it is a copy."""
+        return self._function is self._in_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Does the instrument's work."""
@@ -32,12 +37,19 @@ class Hook:
         return (Hook, (self._in_copy, self._in_copy))
 
 
+def is_copy(module: nn.Module) -> bool:
+    """Returns whether the module is a copy of a private one."""
+    hooks = module._forward_pre_hooks.values()  # noqa: SLF001 - there is no public way to see them
+    return any(isinstance(hook, Hook) and hook.of_copy for hook in hooks)
+
+
 def refuse_copy(module: nn.Module, *rest: Any) -> None:
     """Raises if a copy of a private module is to be trained."""
     if module.training and torch.is_grad_enabled():
         raise ProtocolError(
             "this is a copy of a private model, and trains without privacy. Expected eval() or no_grad() of a copy. "
-            "Copy the model before make_private, and make each copy private that is to be trained."
+            "Copy the model before make_private, and make each copy private that is to be trained; or load its "
+            "state_dict() into a new module, and make that private."
         )
 
 

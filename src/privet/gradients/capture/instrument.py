@@ -27,6 +27,7 @@ from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.hook import Hook, nothing, refuse_copy
+from privet.gradients.capture.loss_watch import LossWatch
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.derived import Derivation
 from privet.gradients.use import Recorded, Use
@@ -77,6 +78,7 @@ class Instrument:
         mapped: whether vmap takes the place of every rule.
         on_backward: gets what each backward recorded: no use, and 0 examples, of a batch without examples.
         on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
+        losses: looks at the loss that is computed from the outputs.
         telling: a context for what is checked, which tells the other ranks of an error in it.
         on_forward: called with all tensors that a training forward is given, and whether it is the first of a backward.
     """
@@ -90,6 +92,7 @@ class Instrument:
         mapped: bool = False,
         on_backward: Callable[[Recorded], None],
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+        losses: LossWatch | None = None,
         telling: Callable[[], AbstractContextManager[None]] = nullcontext,
         on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
@@ -97,6 +100,7 @@ class Instrument:
         self._module = module
         self._axis = 0 if batch_first else 1
         self._on_backward = on_backward
+        self._losses = losses
         self._telling = telling
         self._on_forward = on_forward
         self._suspended = False  # while the check runs the model
@@ -193,6 +197,8 @@ class Instrument:
         self.capture.end(outputs)
         if not cycle.made_up:
             self._check_outputs(outputs, cycle.examples)
+            if self._losses is not None:
+                self._losses.follow(outputs, cycle.examples, self.capture.release, telling=self._telling)
             return replaced
         return without_examples(output, self._axis)
 
@@ -238,6 +244,8 @@ class Instrument:
         cycle = self.capture.cycle
         if cycle is None or cycle.queued:  # a queued one has a backward that broke off
             sink = _Delivery(members, self._on_backward)
+            if self._losses is not None:
+                self._losses.begin()
             self.capture.begin(examples, sink, made_up=members == 0)
         elif cycle.members == members:
             self.capture.resume()

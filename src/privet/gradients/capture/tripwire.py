@@ -21,8 +21,8 @@ def refuse_thawed(module: nn.Module, known: Mapping[str, nn.Parameter]) -> froze
                 continue
             raise ConfigurationError(
                 f"{name} is trainable now and was frozen, or absent, when training became private: nothing would clip "
-                "its gradients. Expected the same trainable parameters. Freeze it again, or make the model private "
-                "anew."
+                "its gradients. Expected the same trainable parameters. Freeze it again; or, to unfreeze it from now "
+                "on, build a new module, load_state_dict() what this one learned, and make that private."
             )
     return frozenset(name for name, p in known.items() if p.requires_grad)
 

@@ -114,8 +114,15 @@ class ModuleUse(Operation):
         """Returns the per-example gradients of one parameter, by the user's rule."""
         tensors = iter(data)
         inputs = tuple(next(tensors) if i is None else i[0] for i in self._inputs)
-        found = self._rule(self._module, inputs, gradient)
         kind = type(self._module).__name__
+        try:
+            found = self._rule(self._module, inputs, gradient)
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"the rule registered for {kind} failed: {error} Expected rule(module, inputs, gradient), in which "
+                "inputs is the tuple of the module's arguments, that returns per-example gradients by the parameters' "
+                "names. A grad sampler of Opacus has activations in place of inputs, and parameters in place of names."
+            ) from error
         if name not in found:
             raise UnsupportedModelError(
                 f"the rule registered for {kind} returned gradients for {sorted(found)} and none for {name}. Expected "
