@@ -15,6 +15,8 @@ from privet.gradients.rows import row_norms
 from privet.gradients.rules import gram, linear
 from tests.contracts.doors import distance, explicit_sum, paper_sum
 
+pytestmark = pytest.mark.filterwarnings("ignore:the clip norm is")
+
 WAYS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "paper": paper_sum,
     "paper, hooks": functools.partial(paper_sum, grad_sample_mode="hooks"),
