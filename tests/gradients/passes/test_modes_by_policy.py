@@ -18,6 +18,7 @@ from privet.errors import ConfigurationError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import learn_layouts
 from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.layout import Told
 from privet.gradients.passes.two_pass import TwoPass
 from privet.gradients.reference import example_gradients
 from privet.gradients.summation import clipped_sum, per_example_gradients
@@ -53,13 +54,23 @@ class Watched:
     def __init__(self, mode: str, module: nn.Module, batch: tuple[Tensor, ...]) -> None:
         self.mode, self.module = mode, module
         self.capture = Capture(trainable(module), mapped=mode == "functorch")
-        learn_layouts(self.capture, lambda b: (loss(module, b),), batch, examples=SIZE)
+        self.told: dict[int, Told] = {}
+        self.learn(batch, SIZE)
         self.two_pass = TwoPass(self.capture)
+
+    def learn(self, batch: tuple[Tensor, ...], examples: int) -> None:
+        """Learns where the examples are in the batch of so many, for entries of flat bags are moved along it."""
+        if examples not in self.told:
+            self.told[examples] = learn_layouts(
+                self.capture, lambda b: (loss(self.module, b),), batch, examples=examples
+            )
+        self.capture.tell(self.told[examples])
 
     def sums(
         self, batch: tuple[Tensor, ...], factors: Tensor, chosen: dict[str, ClippingPolicy]
     ) -> dict[str, ClippedSum]:
         parameters, n = trainable(self.module), len(factors)
+        self.learn(batch, n)
         if self.mode == "two passes":
 
             def run(policy: ClippingPolicy) -> ClippedSum:
