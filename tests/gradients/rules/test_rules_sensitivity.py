@@ -43,10 +43,19 @@ class Watched:
 
     def __init__(self, module, batch) -> None:
         self.module, self.capture = module, Capture(trainable(module))
+        self.told = {}
+        self.learn(batch)
+
+    def learn(self, batch) -> None:
+        """Learns where the examples are in the batch of so many, for entries of flat bags are moved along it."""
         size = len(batch[0])
-        learn_layouts(self.capture, lambda b: (loss(module, b),), batch, examples=size)
+        if size not in self.told:
+            run = lambda b: (loss(self.module, b),)  # noqa: E731
+            self.told[size] = learn_layouts(self.capture, run, batch, examples=size)
+        self.capture.tell(self.told[size])
 
     def sums(self, batch, factors, policies=POLICIES):
+        self.learn(batch)
         recorded = Recorded(examples=len(factors))
         self.capture.begin(len(factors), recorded)
         losses = loss(self.module, batch)
