@@ -77,6 +77,7 @@ def test_every_way_from_a_parameter_to_the_data_is_exact(way: str, door: str) ->
         assert_exact(door_sum(door, model, batch, loss=lambda m, b: squares(m(*b)), policy=policy), expected)
 
 
+@pytest.mark.filterwarnings("ignore:the clip norm is", "ignore:the noise multiplier is")
 @pytest.mark.parametrize("way", ["summed", "a scalar", "expanded for a bmm", "scaled"])
 def test_noise_of_a_pulled_back_sum_is_drawn_for_every_entry(way: str) -> None:
     from privet import Gaussian, Mechanism, Poisson, PrivateStep

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privet import CoverageError, Flat
-from privet.gradients.capture import capture as capture_module
+from privet.gradients.capture.handled import HandledCall
 from privet.gradients.rules import normalization, registry
 from privet.gradients.rules.free import Broadcast
 from privet.gradients.use import Allowance, Operation, Use, Uses
@@ -95,13 +95,13 @@ def test_a_dropped_row_that_was_kept_is_not_in_the_sum() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_handler_shares_an_operation_between_two_calls(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Operation] = []
-    apply = capture_module._Call.apply
+    apply = HandledCall.apply
 
     def spied(self: Any, operation: Operation, *rest: Any, **options: Any) -> Any:
         seen.append(operation)
         return apply(self, operation, *rest, **options)
 
-    monkeypatch.setattr(capture_module._Call, "apply", spied)
+    monkeypatch.setattr(HandledCall, "apply", spied)
     module, batch = case.module().double(), case.inputs(3, torch.float64)
     recorded_of(module, batch, loss)
     recorded_of(module, batch, loss)

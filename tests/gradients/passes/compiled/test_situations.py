@@ -202,7 +202,7 @@ def broken(forward: Any) -> nn.Module:
 
 
 def _branching(m: Any, x: Tensor) -> Tensor:
-    return m.layer(x) * (2.0 if float(x.sum()) > 0 else 1.0)
+    return m.layer(x) * (2.0 if float(x.sum()) > -1e30 else 1.0)  # a number that Python asks for, always alike
 
 
 def _counting(m: Any, x: Tensor) -> Tensor:
