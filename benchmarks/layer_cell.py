@@ -165,10 +165,13 @@ def privet(layer: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
     """Returns the explicit door's way to a clipped sum, in one pass."""
     from privet import Flat
     from privet.gradients.capture.capture import Capture
+    from privet.gradients.capture.coverage import learn_layouts
     from privet.gradients.passes.one_pass import OnePass
 
     parameters = dict(layer.named_parameters())
-    way, policy = OnePass(Capture(parameters)), Flat(1.0)
+    capture = Capture(parameters)
+    learn_layouts(capture, lambda both: (losses(layer, both),), batch, examples=len(batch[0]))
+    way, policy = OnePass(capture), Flat(1.0)
 
     def step() -> None:
         way.clipped_sum(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from privet import AccountingError, BudgetExceededError, PrivacyEngine, ProtocolError
+from privet import AccountingError, BudgetExceededError, ConfigurationError, PrivacyEngine, ProtocolError
 from privet.training.virtual_steps import BatchMemoryManager
 
 MODES = ("auto", "hooks", "functorch")
@@ -110,7 +110,7 @@ def test_a_target_that_no_noise_reaches_is_one_error_and_changes_nothing(
         "data_loader": DataLoader(TensorDataset(torch.randn(40, 3)), batch_size=8),
         "max_grad_norm": 1.0,
     }
-    with pytest.raises(AccountingError, match=r"(?i)no .*noise|reach"):
+    with pytest.raises((AccountingError, ConfigurationError), match=r"(?i)no .*noise|reach|no finite ε"):
         engine.make_private_with_epsilon(**arguments, target_epsilon=epsilon, target_delta=delta, epochs=1)
     assert engine.mechanisms == ()
     assert engine.ledger.budget is None
