@@ -23,6 +23,7 @@ from privet.noise import noise_for, noise_key
 from privet.parallel import bare
 from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.checkpoint import File, load, save
+from privet.training.collective import refuse_mode, refuse_rules
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import Door, door_ledger
 from privet.training.once import made_private, refuse_private
@@ -198,6 +199,8 @@ class PrivacyEngine(Door):
             refuse_optimizer(optimizer)
             parameters = private_parameters(inner, optimizer)
             refuse_private(inner, optimizer, parameters)
+            refuse_mode(grad_sample_mode, ranks.spread)
+            refuse_rules(inner, ranks.spread)
             require_valid(inner)
             refuse_mixed_records(getattr(data_loader, "dataset", None), getattr(data_loader, "collate_fn", None))
             groups_of(policy, list(parameters))

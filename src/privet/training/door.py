@@ -98,7 +98,7 @@ class Door(ABC):
                 f"this {type(self).__name__} trains a module on {self._ranks.found}, and another on {found.found}. "
                 "Expected all of them on the same ranks. Initialize the process group before the first one."
             )
-        return found if self._ranks is None else self._ranks
+        return found if self._ranks is None else self._ranks.beside(found)
 
     @final
     def _join_ranks(self, ranks: Ranks) -> None:

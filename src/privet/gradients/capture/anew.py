@@ -19,6 +19,7 @@ from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.layout import DoubtError
+from privet.gradients.spread import HERE, Spread
 
 __all__ = ["Anew"]
 
@@ -32,10 +33,12 @@ class Anew:
     Args:
         capture: is told what was learned of a batch.
         look_at: checks a batch of so many examples, all of them, and tells the capture; raises if the check fails.
+        spread: the processes that hold the model together. Where a forward needs all of them, none runs one anew.
     """
 
-    def __init__(self, capture: Capture, look_at: Callable[[Any, int], None]) -> None:
+    def __init__(self, capture: Capture, look_at: Callable[[Any, int], None], *, spread: Spread = HERE) -> None:
         self._capture = capture
+        self._spread = spread
         self._look_at = look_at
         self._said: set[str] = set()
         self._begun: Tensor | None = None
@@ -58,6 +61,12 @@ class Anew:
             DoubtError: if the doubt remains, although the batch was looked at.
             UnsupportedModelError, CoverageError: if the check fails.
         """
+        if self._spread.collective:
+            doubt.add_note(
+                "In one process this batch would be looked at, and run again. A forward of a sharded model needs all "
+                "ranks, and the others are not in doubt. Say whose the rows are with privet.rows_of."
+            )
+            raise doubt
         self._say(doubt)
         if self._begun is not None:
             torch.set_rng_state(self._begun)

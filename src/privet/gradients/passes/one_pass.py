@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from privet.gradients.capture.capture import Capture
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.role import Losses
+from privet.gradients.spread import HERE, Spread
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
 from privet.gradients.weights import Policy
@@ -26,10 +27,12 @@ class OnePass:
 
     Args:
         capture: watches the forward; it is released at the end, whatever happens.
+        spread: the processes that hold the model together.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, *, spread: Spread = HERE) -> None:
         self._capture = capture
+        self._spread = spread
 
     def clipped_sum(
         self,
@@ -52,4 +55,6 @@ class OnePass:
         except BaseException:
             capture.release()
             raise
-        return clipped_sum(recorded, parameters, policy, absent=absent), found.detach()
+        met = capture.standing_for(parameters)
+        total = clipped_sum(recorded, met, policy, absent=absent, sink=self._spread.sink(list(met)))
+        return total, found.detach()
