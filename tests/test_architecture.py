@@ -55,6 +55,7 @@ LAYERS = {
             "divisor",
             "guard",
             "handed_over",
+            "loss_module",
             "memory",
             "once",
             "optimizers",

@@ -23,7 +23,6 @@ from privet.noise import noise_for, noise_key
 from privet.parallel import bare
 from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.checkpoint import File, load, save
-from privet.training.collective import refuse_mode, refuse_rules
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import Door, door_ledger
 from privet.training.once import made_private, refuse_private
@@ -194,13 +193,11 @@ class PrivacyEngine(Door):
         policy = policy_for(clipping, max_grad_norm)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_choice("grad_sample_mode", grad_sample_mode, modes(), elsewhere=MODES_ELSEWHERE)
-        ranks, inner = self._ranks_for(module), bare(module)
+        ranks, inner = self._ranks_for(module, grad_sample_mode), bare(module)
         with ranks.together():
             refuse_optimizer(optimizer)
             parameters = private_parameters(inner, optimizer)
             refuse_private(inner, optimizer, parameters)
-            refuse_mode(grad_sample_mode, ranks.spread)
-            refuse_rules(inner, ranks.spread)
             require_valid(inner)
             refuse_mixed_records(getattr(data_loader, "dataset", None), getattr(data_loader, "collate_fn", None))
             groups_of(policy, list(parameters))

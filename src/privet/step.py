@@ -46,8 +46,9 @@ from privet.sampling import PrivateLoader, loader_for
 from privet.sampling.partition import with_batch_size
 from privet.sampling.physical import PhysicalSize
 from privet.training.checkpoint import File, load, save
-from privet.training.collective import passes_of, refuse_options, refuse_rules
+from privet.training.collective import passes_of, refuse_options
 from privet.training.door import Door, door_ledger
+from privet.training.loss_module import LossModule, LossPerExample
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
 from privet.training.performance import Performance
@@ -57,20 +58,6 @@ from privet.training.update import PrivateUpdate
 from privet.validation import refuse_mixed_records, refuse_mixing, require_valid
 
 __all__ = ["PrivateStep"]
-
-LossPerExample = Callable[[nn.Module, Any], Tensor]
-
-
-class _Loss(nn.Module):
-    """The model and its loss as one module of the batch."""
-
-    def __init__(self, model: nn.Module, loss: LossPerExample) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss(self.model, batch)
 
 
 @final
@@ -154,7 +141,6 @@ class PrivateStep(Door):
             parameters = private_parameters(inner, optimizer)
             groups_of(mechanism.clipping, list(parameters))
             refuse_options(performance, ranks.spread)
-            refuse_rules(inner, ranks.spread)
             if performance.passes == 2:
                 refuse_several_weights(mechanism.clipping, list(parameters))
             key = noise_key(secure_mode=secure_mode, generator=noise_generator)
@@ -177,7 +163,7 @@ class PrivateStep(Door):
             ranks=ranks,
         )
         self._size = PhysicalSize("physical_batch_size", self._physical_size())
-        self._loss = _Loss(inner, loss_per_example)
+        self._loss = LossModule(inner, loss_per_example)
         self._key = key
         self._has_loader = False
         self._capture = Capture(parameters, within=self._loss.forward)
@@ -190,7 +176,7 @@ class PrivateStep(Door):
             self._loss,
             self._capture,
             self._tripwires,
-            lambda inputs: [self._losses(inputs, count_examples(inputs))],
+            lambda inputs: [self._loss.checked(inputs, count_examples(inputs))],
             also=lambda inputs: refuse_mixing(opening(self._loss, inputs), (inputs,), {}),
             spread=ranks.spread,
         )
@@ -363,7 +349,7 @@ class PrivateStep(Door):
 
         def summed() -> tuple[ClippedSum, Tensor]:
             return self._way.clipped_sum(
-                lambda inputs: self._losses(inputs, size),
+                lambda inputs: self._loss.checked(inputs, size),
                 batch,
                 examples=size,
                 parameters=parameters,
@@ -385,23 +371,6 @@ class PrivateStep(Door):
             return CompiledSum(self._capture, self._loss)
         way = TwoPass if self._passes == 2 else OnePass
         return way(self._capture, spread=self._update.ranks.spread)
-
-    def _losses(self, batch: Any, examples: int) -> Tensor:
-        losses = self._loss(batch)
-        if not isinstance(losses, Tensor) or losses.shape != (examples,):
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            if isinstance(losses, Tensor) and losses.shape == (examples, examples) and examples > 1:
-                found += " (outputs of (B, 1) broadcast against targets of (B,), or every example with every other?)"
-            raise ConfigurationError(
-                f"loss_per_example returned {found} for a batch of {examples}. Expected one loss for each example, of "
-                f"shape ({examples},): use reduction='none', and take the mean or sum over all axes but the first."
-            )
-        if not losses.requires_grad:
-            raise ConfigurationError(
-                "loss_per_example returned losses that need no gradient. Expected them to depend on the model's "
-                "trainable parameters. Do not detach them, and do not compute them under no_grad()."
-            )
-        return losses
 
     def _private(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._update.parameters.items() if p.requires_grad}

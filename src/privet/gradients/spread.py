@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Protocol, final
 
 from torch import nn
@@ -51,6 +51,9 @@ class Spread(Protocol):
             due: whether this process wants it checked. Where forwards are collective, all ranks check one batch.
         """
 
+    def in_turn(self, inputs: Any, examples: int, *, due: bool) -> Iterator[tuple[Any, int, bool]]:
+        """Yields, one after the other, the batches that some process wants looked at, and whether each is the own."""
+
     def sink(self, names: Sequence[str]) -> SumSink:
         """Returns what takes the sums of these parameters, which are expected to come in about this order."""
 
@@ -69,6 +72,11 @@ class Here:
     def looked_at(self, inputs: Any, examples: int, *, due: bool) -> tuple[Any, int] | None:
         """Returns the batch at hand if it is due."""
         return (inputs, examples) if due else None
+
+    def in_turn(self, inputs: Any, examples: int, *, due: bool) -> Iterator[tuple[Any, int, bool]]:
+        """Yields the batch at hand if it is due."""
+        if due:
+            yield inputs, examples, True
 
     def sink(self, names: Sequence[str]) -> SumSink:
         """Returns a sink that keeps all sums."""

@@ -28,7 +28,7 @@ from privet.errors import ConfigurationError
 from privet.noise.boxmuller import CHUNK
 from privet.noise.key import NoiseKey
 
-__all__ = ["CounterNoise", "Span"]
+__all__ = ["CounterNoise", "Offsets", "Piece", "Span"]
 
 _ACCUMULATORS = (torch.float32, torch.float64)
 _LAST_INDEX = 2**63

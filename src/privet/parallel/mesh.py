@@ -50,6 +50,11 @@ def ranks_for(module: nn.Module) -> Ranks:
     """
     _refuse_wrappers(module)
     if not dist.is_available() or not dist.is_initialized():
+        if _is_sharded(module):
+            raise ConfigurationError(
+                "the module is sharded, and no process group is initialized, so that its parts on other ranks are out "
+                f"of reach. Expected the process group that it was sharded on. {_ORDER}"
+            )
         _refuse_lonely_ranks()
         return Alone()
     if _is_sharded(module):

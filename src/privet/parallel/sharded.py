@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -65,15 +65,28 @@ class _Gathered:
 
         With one batch on all of them, a check runs as many forwards on each.
         """
-        with self._agreement.telling():
-            packed = pickle.dumps(_moved(inputs, {})) if due else b""
-        sizes = self._agreement.numbers_at("a check of its batch", examples if due else 0)
+        packed, sizes = self._offered(inputs, examples, due=due)
         if not any(sizes):
             return None
-        chosen = sizes.index(max(sizes))
-        sent = self._agreement.from_rank(chosen, packed)
-        # What was sent is of a rank of this very run.
-        return _moved(pickle.loads(sent), {"cpu": _device_of(inputs)}), max(sizes)  # noqa: S301
+        return self._taken(inputs, packed, sizes.index(max(sizes))), max(sizes)
+
+    def in_turn(self, inputs: Any, examples: int, *, due: bool) -> Iterator[tuple[Any, int, bool]]:
+        """Yields the batches of all ranks that want theirs looked at, on every rank."""
+        packed, sizes = self._offered(inputs, examples, due=due)
+        for rank, size in enumerate(sizes):
+            if size:
+                yield self._taken(inputs, packed, rank), size, rank == self._agreement.rank
+
+    def _offered(self, inputs: Any, examples: int, *, due: bool) -> tuple[bytes, list[int]]:
+        """Returns the own batch to be sent, and the number of examples of every rank whose batch is due."""
+        with self._agreement.telling():
+            packed = pickle.dumps(_on(torch.device("cpu"), inputs)) if due else b""
+        return packed, self._agreement.numbers_at("a check of its batch", examples if due else 0)
+
+    def _taken(self, inputs: Any, packed: bytes, rank: int) -> Any:
+        """Returns the batch of one rank, on the device of the own."""
+        sent = self._agreement.from_rank(rank, packed)
+        return _on(_device_of(inputs), pickle.loads(sent))  # noqa: S301 - it is of a rank of this very run
 
     def sink(self, names: Sequence[str]) -> SumSink:
         """Returns a sink that keeps the own parts of the sums over all ranks."""
@@ -93,9 +106,8 @@ def _device_of(inputs: Any) -> torch.device:
     return found[0] if found else torch.device("cpu")
 
 
-def _moved(inputs: Any, devices: Mapping[str, torch.device]) -> Any:
-    """Returns a batch with its tensors, detached, on other devices: by default on the host."""
-    device = devices.get("cpu", torch.device("cpu"))
+def _on(device: torch.device, inputs: Any) -> Any:
+    """Returns a batch with its tensors, detached, on a device."""
 
     def move(leaf: Any, path: str) -> Any:
         if isinstance(leaf, Tensor):

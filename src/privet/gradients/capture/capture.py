@@ -155,6 +155,11 @@ class Capture:
         self.roots.watch()
         self.moved.start(cycle, moves)
 
+    @property
+    def told(self) -> Told | None:
+        """Returns what is told to the forwards that begin from now on."""
+        return self._told
+
     def tell(self, told: Told | None) -> None:
         """Says what was learned of the very batch whose forwards begin from now on, or that nothing was."""
         self._told = told

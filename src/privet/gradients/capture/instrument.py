@@ -21,7 +21,7 @@ from privet.batches.grow import one_of_zeros
 from privet.batches.structure import Arguments
 from privet.batches.tree import tensors_in
 from privet.errors import ProtocolError, UnsupportedModelError
-from privet.gradients.capture.anew import Anew
+from privet.gradients.capture.anew import Anew, agree_on_doubt
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.cycle import Cycle
@@ -106,6 +106,7 @@ class Instrument:
         self._on_backward = on_backward
         self._losses = losses
         self._running = running
+        self._spread = spread
         self._on_forward = on_forward
         self._suspended = False  # while the check runs the model
         self._inputs: Arguments | None = None  # of the forward that runs
@@ -201,6 +202,7 @@ class Instrument:
             self.capture.release()
             return None
         replaced = None
+        agree_on_doubt(self.capture, self._spread)
         if cycle.doubt is not None and inputs is not None:
             output = replaced = self._run_anew(inputs, cycle)
         outputs = self._outputs(output)
@@ -208,7 +210,7 @@ class Instrument:
         if not cycle.made_up:
             self._check_outputs(outputs, cycle.examples)
             if self._losses is not None:
-                self._losses.follow(outputs, cycle.examples, self.capture.release, telling=self._telling)
+                self._losses.follow(outputs, cycle.examples, self.capture.release, telling=self._running)
             return replaced
         return without_examples(output, self._axis)
 

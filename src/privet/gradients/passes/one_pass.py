@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privet.gradients.capture.anew import agree_on_doubt
 from privet.gradients.capture.capture import Capture
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.role import Losses
@@ -50,6 +51,7 @@ class OnePass:
             with torch.enable_grad():
                 capture.begin(examples, recorded)
                 found = losses(batch)
+                agree_on_doubt(capture, self._spread)
                 capture.end([found])
                 found.sum().backward()  # type: ignore[no-untyped-call]
         except BaseException:

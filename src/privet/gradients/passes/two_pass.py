@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.errors import ConfigurationError, ProtocolError
+from privet.gradients.capture.anew import agree_on_doubt
 from privet.gradients.capture.capture import Capture
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation
@@ -77,6 +78,7 @@ class TwoPass:
             with torch.enable_grad():
                 capture.begin(examples, Recorded(examples=examples), last=False)
                 found = losses(batch)
+                agree_on_doubt(capture, self._spread)
                 capture.end([found])
                 total = found.sum()
             met = capture.standing_for(parameters)  # gathered parameters are known now
