@@ -193,7 +193,7 @@ class PrivacyEngine(Door):
         policy = policy_for(clipping, max_grad_norm)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_choice("grad_sample_mode", grad_sample_mode, modes(), elsewhere=MODES_ELSEWHERE)
-        ranks, inner = self._ranks_for(module), bare(module)
+        ranks, inner = self._ranks_for(module, grad_sample_mode), bare(module)
         with ranks.together():
             refuse_optimizer(optimizer)
             parameters = private_parameters(inner, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
@@ -17,6 +18,7 @@ from privet.accounting.role import LedgerLike
 from privet.batches.count import count_examples
 from privet.batches.cut import cut_rows
 from privet.batches.fill import fill_rows
+from privet.batches.grow import one_of_zeros
 from privet.batches.kept import opening
 from privet.batches.out_of_memory import is_out_of_memory
 from privet.batches.tree import tensors_in
@@ -25,6 +27,7 @@ from privet.gradients.capture.anew import Anew
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.first_batch import FirstBatch
+from privet.gradients.capture.stand_ins import watch_stand_ins
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.layout import DoubtError
@@ -43,7 +46,9 @@ from privet.sampling import PrivateLoader, loader_for
 from privet.sampling.partition import with_batch_size
 from privet.sampling.physical import PhysicalSize
 from privet.training.checkpoint import File, load, save
+from privet.training.collective import passes_of, refuse_options
 from privet.training.door import Door, door_ledger
+from privet.training.loss_module import LossModule, LossPerExample
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
 from privet.training.performance import Performance
@@ -53,20 +58,6 @@ from privet.training.update import PrivateUpdate
 from privet.validation import refuse_mixed_records, refuse_mixing, require_valid
 
 __all__ = ["PrivateStep"]
-
-LossPerExample = Callable[[nn.Module, Any], Tensor]
-
-
-class _Loss(nn.Module):
-    """The model and its loss as one module of the batch."""
-
-    def __init__(self, model: nn.Module, loss: LossPerExample) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss(self.model, batch)
 
 
 @final
@@ -149,6 +140,7 @@ class PrivateStep(Door):
             refuse_budget_without_noise(mechanism, has_budget=self.budget is not None)
             parameters = private_parameters(inner, optimizer)
             groups_of(mechanism.clipping, list(parameters))
+            refuse_options(performance, ranks.spread)
             if performance.passes == 2:
                 refuse_several_weights(mechanism.clipping, list(parameters))
             key = noise_key(secure_mode=secure_mode, generator=noise_generator)
@@ -171,21 +163,25 @@ class PrivateStep(Door):
             ranks=ranks,
         )
         self._size = PhysicalSize("physical_batch_size", self._physical_size())
-        self._loss = _Loss(inner, loss_per_example)
+        self._loss = LossModule(inner, loss_per_example)
         self._key = key
         self._has_loader = False
         self._capture = Capture(parameters, within=self._loss.forward)
+        self._passes = passes_of(performance, ranks.spread, inner, groups_of(mechanism.clipping, list(parameters)))
         self._way = self._way_to_sums()
         watch_custom_modules(inner, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
+        watch_stand_ins(ranks.spread.gathering, parameters, self._capture, self._tripwires)
         self._first = FirstBatch(
             self._loss,
             self._capture,
             self._tripwires,
-            lambda inputs: [self._losses(inputs, count_examples(inputs))],
+            lambda inputs: [self._loss.checked(inputs, count_examples(inputs))],
             also=lambda inputs: refuse_mixing(opening(self._loss, inputs), (inputs,), {}),
+            spread=ranks.spread,
         )
-        self._anew = Anew(self._capture, lambda batch, examples: self._first.run(batch, examples, whole=True))
+        look_at = functools.partial(self._first.run, whole=True)
+        self._anew = Anew(self._capture, look_at, spread=ranks.spread)
         warn_of_mechanism(mechanism, batch_size=self._update.divisor.value)
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(model, optimizer)
@@ -197,7 +193,7 @@ class PrivateStep(Door):
         return [type(self.model).__name__]
 
     def _rows(self) -> list[tuple[str, str]]:
-        return [*super()._rows(), ("performance", repr(self.performance))]
+        return [*super()._rows(), ("performance", repr(self.performance)), ("passes", str(self._passes))]
 
     @property
     def mechanism(self) -> Mechanism:
@@ -287,13 +283,15 @@ class PrivateStep(Door):
             BudgetExceededError: if the step would exceed the budget. It was not taken.
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
-        with self._update.ranks.telling():
+        with (ranks := self._update.ranks).telling():
             examples = count_examples(batch)
             self._update.discard()  # what a step that was interrupted may have left: nothing of it was released
-            self._first.trains(refuse_thawed(bare(self.model), self._update.parameters))
+            self._first.trains(refuse_thawed(bare(self.model), self._update.parameters, self._capture.parameters))
             self._tripwires.renew()
             self._update.recognize(tensors_in(batch), anew=True)
-            losses, clipped = self._summed(batch, examples)
+        parts = ranks.spread.most(-(-examples // (self._size.most or max(examples, 1))))
+        with ranks.running():
+            losses, clipped = self._summed(batch, examples, parts)
             self._update.receive(clipped, examples=examples)
         try:
             self.optimizer.step()
@@ -303,14 +301,19 @@ class PrivateStep(Door):
         self.optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def _summed(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
-        """Returns the losses and the clipped sum of a logical batch, one physical batch after the other."""
-        if examples == 0:
-            return torch.zeros(0), clipped_sum(Recorded(examples=0), self._private(), self.mechanism.clipping)
+    def _summed(self, batch: Any, examples: int, parts: int) -> tuple[Tensor, ClippedSum]:
+        """Returns the losses and the clipped sum of a logical batch, one physical batch after the other.
+
+        There are at least so many parts: where every forward needs all ranks, a rank goes along with one that has more.
+        """
+        if parts == 0:
+            private, policy = self._private(), self.mechanism.clipping
+            sink = self._update.ranks.spread.sink(list(private))
+            return torch.zeros(0), clipped_sum(Recorded(examples=0), private, policy, sink=sink)
         losses: list[Tensor] = []
         total: ClippedSum | None = None
-        start = 0
-        while start < examples:
+        start, taken = 0, 0
+        while start < examples or taken < parts:
             size = min(self._size.most or examples, examples - start)
             done = None
             try:
@@ -325,24 +328,28 @@ class PrivateStep(Door):
                 continue
             losses.append(done[0])
             total = done[1] if total is None else total.add(done[1])
-            start += size
+            start, taken = start + size, taken + 1
         assert total is not None
         return losses[0] if len(losses) == 1 else torch.cat(losses), total
 
     def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
-        if self._first.due(examples):
-            self._first.run(batch, examples)
+        wanted = self._first.wanted(batch, examples)
+        if wanted is not None:
+            self._first.run(*wanted)
             if isinstance(self._way, TwoPass):
                 free_idle()  # the check held all uses of the model at once, which no step will
-        parameters, policy, size, absent = self._private(), self.mechanism.clipping, examples, None
-        if self.performance.fixed_shapes and self._size.most is not None and examples < self._size.most:
-            size = self._size.most
-            batch = fill_rows(batch, size, examples=examples)
-            absent = torch.arange(size, device=next(iter(parameters.values())).device) >= examples
+        parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None
+        if examples == 0:  # a part of other ranks alone: one example of zeros goes along, and counts for nothing
+            batch = one_of_zeros(batch, axis=0)
+        if self.performance.fixed_shapes and self._size.most is not None and size < self._size.most:
+            batch, size = fill_rows(batch, self._size.most, examples=size), self._size.most
+        if size > examples:
+            met = next(iter(self._capture.standing_for(parameters).values()))
+            absent = torch.arange(size, device=met.device) >= examples
 
         def summed() -> tuple[ClippedSum, Tensor]:
             return self._way.clipped_sum(
-                lambda inputs: self._losses(inputs, size),
+                lambda inputs: self._loss.checked(inputs, size),
                 batch,
                 examples=size,
                 parameters=parameters,
@@ -362,24 +369,8 @@ class PrivateStep(Door):
     def _way_to_sums(self) -> SumOfBatch:
         if self.performance.compile:
             return CompiledSum(self._capture, self._loss)
-        return TwoPass(self._capture) if self.performance.passes == 2 else OnePass(self._capture)
-
-    def _losses(self, batch: Any, examples: int) -> Tensor:
-        losses = self._loss(batch)
-        if not isinstance(losses, Tensor) or losses.shape != (examples,):
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            if isinstance(losses, Tensor) and losses.shape == (examples, examples) and examples > 1:
-                found += " (outputs of (B, 1) broadcast against targets of (B,), or every example with every other?)"
-            raise ConfigurationError(
-                f"loss_per_example returned {found} for a batch of {examples}. Expected one loss for each example, of "
-                f"shape ({examples},): use reduction='none', and take the mean or sum over all axes but the first."
-            )
-        if not losses.requires_grad:
-            raise ConfigurationError(
-                "loss_per_example returned losses that need no gradient. Expected them to depend on the model's "
-                "trainable parameters. Do not detach them, and do not compute them under no_grad()."
-            )
-        return losses
+        way = TwoPass if self._passes == 2 else OnePass
+        return way(self._capture, spread=self._update.ranks.spread)
 
     def _private(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._update.parameters.items() if p.requires_grad}

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from privet.errors import ConfigurationError
 from privet.noise import NoiseKey
 from privet.sampling import Poisson, ShardedDataset, loader_for, privatize_loader
+from privet.sampling.sampler import LogicalBatches
 from privet.sampling.shards import share_of
 from privet.sampling.share import WHOLE, Share
 
@@ -84,3 +85,22 @@ def test_what_makes_no_share_is_refused():
             ShardedDataset(sizes, opened)
     with pytest.raises(IndexError):
         ShardedDataset([4], opened)[4]
+
+
+def test_shares_that_go_together_are_taken_in_as_many_parts_on_every_rank():
+    for number in range(8):
+        parts = []
+        for rank in range(3):
+            batches = LogicalBatches(
+                Poisson(0.3),
+                key=NoiseKey.from_generator(torch.Generator().manual_seed(number)),
+                size=20,
+                steps=4,
+                share=Share(rank=rank, ranks=3, together=True),
+            )
+            begun = batches.begin()
+            begun.most = lambda: 1
+            list(begun.draw())
+            parts.append([(each.place, each.first, each.last) for each in begun.drawn])
+        assert parts[0] == parts[1] == parts[2]
+        assert any(not first for _, first, _ in parts[0])

@@ -268,6 +268,9 @@ class Operation(ABC):
     ) -> Sequence[Tensor | None]:
         """Returns the gradient of each of the data that wants one, else None."""
 
+    def keep(self, values: Mapping[str, Tensor]) -> None:  # noqa: B027 - most rules need no value of a parameter
+        """Copies the parameters' values that rules need later: their memory is let go of when the backward is over."""
+
     def saved(self, data: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Returns what the rules need of the data: None in place of what they do not."""
         return data

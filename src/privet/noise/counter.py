@@ -17,7 +17,7 @@ second its sine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -28,10 +28,22 @@ from privet.errors import ConfigurationError
 from privet.noise.boxmuller import CHUNK
 from privet.noise.key import NoiseKey
 
-__all__ = ["CounterNoise", "Span"]
+__all__ = ["CounterNoise", "Offsets", "Piece", "Span"]
 
 _ACCUMULATORS = (torch.float32, torch.float64)
 _LAST_INDEX = 2**63
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of a parameter within the shard of it that a process holds."""
+
+    start: int  # of its first element, in the shard, in row-major order
+    offset: int  # of its first element, in the parameter
+    size: int
+
+
+Offsets = Mapping[str, int | Sequence[Piece]]
+"""Where shards lie: by name, the index of the first element, or the pieces that make up the shard, in order."""
 
 
 class Span(NamedTuple):
@@ -90,7 +102,7 @@ class CounterNoise(ABC):
 
     @final
     def add_many(
-        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Mapping[str, int] | None = None
+        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Offsets | None = None
     ) -> None:
         """Adds N(0, std**2) to every tensor, each named; small ones share their arithmetic. Equal to `add_` of each."""
         std, spans = self._prepared(tensors, std=std, step=step, offsets=offsets)
@@ -100,7 +112,7 @@ class CounterNoise(ABC):
 
     @final
     def fill_many(
-        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Mapping[str, int] | None = None
+        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Offsets | None = None
     ) -> None:
         """Overwrites every tensor, each named, with N(0, std**2). Equal to `fill_` of each."""
         std, spans = self._prepared(tensors, std=std, step=step, offsets=offsets)
@@ -129,7 +141,7 @@ class CounterNoise(ABC):
         self._key.renew()
 
     def _prepared(
-        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Mapping[str, int] | None
+        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Offsets | None
     ) -> tuple[float, list[Span]]:
         """Returns the checked std and the spans, checked before the first tensor is touched."""
         check_count("step", step)
@@ -144,12 +156,11 @@ class CounterNoise(ABC):
             if name in seen:
                 raise ConfigurationError(f"{name!r} is named twice: both tensors would get the same noise.")
             seen.add(name)
-            offset = 0
-            if offsets and name in offsets:
-                offset = check_count(f"offset of {name!r}", offsets[name])
-            if offset + tensor.numel() > _LAST_INDEX:
-                raise ConfigurationError(f"{name!r} reaches beyond index 2**63; give the offset of its shard.")
-            spans += _chunks(tensor.detach(), name, offset)
+            for part, offset in _parts(tensor.detach(), name, (offsets or {}).get(name, 0)):
+                check_count(f"offset of {name!r}", offset)
+                if offset + part.numel() > _LAST_INDEX:
+                    raise ConfigurationError(f"{name!r} reaches beyond index 2**63; give the offset of its shard.")
+                spans += _chunks(part, name, offset)
         return check_at_least("std", std), spans
 
     def _drawn(self, spans: Iterable[Span], *, step: int, std: float) -> Iterator[tuple[Span, Tensor]]:
@@ -164,6 +175,36 @@ class CounterNoise(ABC):
                     values = values.to(span.target.device)
                 yield span, values if span.target.dim() == 1 else values.view(span.target.shape)
                 start += 2 * span.blocks
+
+
+def _parts(tensor: Tensor, name: str, where: int | Sequence[Piece]) -> Iterator[tuple[Tensor, int]]:
+    """Yields the parts of a shard whose elements are consecutive in the parameter, each with its first index there.
+
+    Raises:
+        ConfigurationError: if the pieces are not all of the shard, in order, each of elements behind the one before:
+            an element would get no noise, or two elements the same.
+    """
+    if isinstance(where, int):
+        yield tensor, where
+        return
+    start, least = 0, 0
+    for piece in where:
+        if piece.start != start or piece.size < 1 or piece.offset < least:
+            raise ConfigurationError(
+                f"a shard of {name!r} is given by {piece}, after {start} elements that reach to index {least}. "
+                "Expected pieces of the shard in order, which do not overlap in the parameter."
+            )
+        start, least = start + piece.size, piece.offset + piece.size
+    if start != tensor.numel():
+        raise ConfigurationError(
+            f"a shard of {name!r} has {tensor.numel()} elements, and its pieces {start}. Expected pieces that make up "
+            "the shard."
+        )
+    flat = tensor if len(where) == 1 else tensor.reshape(-1)
+    if flat.numel() and flat.data_ptr() != tensor.data_ptr():  # a copy: noise added to it would be lost
+        raise ConfigurationError(f"a shard of {name!r} is not contiguous. Expected one that is.")
+    for piece in where:
+        yield (flat if len(where) == 1 else flat[piece.start : piece.start + piece.size]), piece.offset
 
 
 def _chunks(tensor: Tensor, name: str, offset: int) -> Iterator[Span]:

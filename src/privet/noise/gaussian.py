@@ -24,7 +24,7 @@ from torch import Tensor
 
 from privet._checks import check_at_least, check_count
 from privet.errors import ConfigurationError, ProtocolError
-from privet.noise.source import NoiseSource
+from privet.noise.source import NoiseSource, Offsets
 
 if TYPE_CHECKING:
     from privet.gradients.clipped_sum import ClippedSum
@@ -82,7 +82,7 @@ class NoiseMechanism(Protocol):
     """Whoever turns clipped sums into private gradients, one logical step after another; it may remember steps."""
 
     def release(
-        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
+        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Offsets | None = None
     ) -> PrivateGradient:
         """Returns the private gradient of a logical step, and consumes the sum."""
 
@@ -112,11 +112,11 @@ class GaussianNoise:
         return self._source
 
     def release(
-        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
+        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Offsets | None = None
     ) -> PrivateGradient:
         """Returns the private gradient of a logical step: the sum's own tensors, to which noise was added in place.
 
-        `offsets` gives the index of the first element of each parameter of which this process holds a shard.
+        `offsets` says where the shards that this process holds lie in their parameters.
         """
         std = self._std(clipped_sum, multiplier)
         check_count("step", step)

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from privet.noise.counter import CounterNoise
+from privet.noise.counter import CounterNoise, Offsets, Piece
 from privet.noise.device import DeviceNoise
 from privet.noise.key import NoiseKey
 from privet.noise.secure import SecureNoise
 
-__all__ = ["DeviceNoise", "NoiseKey", "NoiseSource", "SecureNoise", "noise_for"]
+__all__ = ["DeviceNoise", "NoiseKey", "NoiseSource", "Offsets", "Piece", "SecureNoise", "noise_for"]
 
 
 class NoiseSource(Protocol):
@@ -32,9 +32,9 @@ class NoiseSource(Protocol):
         """Returns whether the run is reproducible, and so not private."""
 
     def add_many(
-        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Mapping[str, int] | None = None
+        self, tensors: Iterable[tuple[str, Tensor]], *, std: float, step: int, offsets: Offsets | None = None
     ) -> None:
-        """Adds noise of standard deviation `std` to every named tensor; `offsets` are the first indices of shards."""
+        """Adds noise of standard deviation `std` to every named tensor; `offsets` say where shards lie."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, without any key."""

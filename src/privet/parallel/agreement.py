@@ -99,11 +99,20 @@ class Agreement:
         self.guarded(lambda: dist.all_gather_object(found, own, group=self._group))
         return found
 
-    def from_first(self, own: T) -> T:
-        """Returns the object of rank 0."""
+    def from_rank(self, rank: int, own: T) -> T:
+        """Returns the object of one rank."""
         held = [own]
-        self.guarded(lambda: dist.broadcast_object_list(held, group=self._group, group_src=0))
+        self.guarded(lambda: dist.broadcast_object_list(held, group=self._group, group_src=rank))
         return held[0]
+
+    def leave(self, error: Exception) -> None:
+        """Takes no part in any meeting from now on: this rank failed where the others cannot be told."""
+        if self._lost is None:
+            self._lost = f"{type(error).__name__}: {error}"
+            error.add_note(
+                "The other ranks wait in a forward or backward for this one. They fail once this process ends, or "
+                "after the timeout of their process group. End all ranks, and resume from a checkpoint."
+            )
 
     # -- errors ------------------------------------------------------------------------------------------------------
 
@@ -180,6 +189,23 @@ class Agreement:
             who = _listed([rank for rank, each in enumerate(values) if each == value])
             said.append(f"{value if len(value) <= 200 else value[:200] + '...'} on {who}")
         return ", ".join(said)
+
+    def numbers_at(self, place: str, own: int) -> list[int]:
+        """Returns a number of every rank, at a place of the program that all have come to.
+
+        Raises:
+            RanksError: if another rank failed, or is at another place.
+        """
+        # Negative, so that a rank that is about to release a step sees at once that this is another meeting.
+        due = Due(ticket=None, step=-1 - own, words=lambda: place)
+        reports = self.numbers(self._report(failed=False, due=due))
+        self._heed(reports, None)
+        if len({report[2] for report in reports}) > 1:
+            raise RanksError(
+                f"ranks are at different places of the program; this one asks for {place}. Expected every rank to run "
+                "the same forwards, backwards and steps. Leave no batch out on one rank alone."
+            )
+        return [-1 - report[1] for report in reports]
 
     def agreed(self, due: Callable[[], Due]) -> BatchTicket | None:
         """Returns the ticket of the step that all ranks are about to take, or None if none of them has one.

@@ -4,16 +4,15 @@ found                                            result
 no process group, or a group of one              one process
 DistributedDataParallel                          replicated, over its group
 a plain module, and a default group of several   replicated, over the default group
+fully_shard on the module and its parts          sharded, over the mesh of its parameters
 started by torchrun, and no process group        refused: every process would train, and bill, by itself
-another wrapper, or sharded parameters           refused by name
+another wrapper, or other sharded parameters     refused by name
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from privet.errors import ConfigurationError
+from privet.parallel.agreement import Agreement
+from privet.parallel.groups import meeting_for
+from privet.parallel.joined import Joined
 from privet.parallel.reduction import backend_of
 from privet.parallel.replicated import Replicated
 from privet.parallel.role import Alone, Ranks
@@ -29,10 +31,9 @@ __all__ = ["bare", "ranks_for", "refuse_late_wrapper"]
 
 _LOG = logging.getLogger("privet")
 _ORDER = (
-    "The order is: init_process_group, then DistributedDataParallel (or no wrapper), then the optimizer, then "
-    "make_private or PrivateStep."
+    "The order is: init_process_group, then DistributedDataParallel or fully_shard (or no wrapper), then the "
+    "optimizer, then make_private or PrivateStep."
 )
-_MEETINGS: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []  # a group, and the one of gloo that was made for it
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -49,8 +50,18 @@ def ranks_for(module: nn.Module) -> Ranks:
     """
     _refuse_wrappers(module)
     if not dist.is_available() or not dist.is_initialized():
+        if _is_sharded(module):
+            raise ConfigurationError(
+                "the module is sharded, and no process group is initialized, so that its parts on other ranks are out "
+                f"of reach. Expected the process group that it was sharded on. {_ORDER}"
+            )
         _refuse_lonely_ranks()
         return Alone()
+    if _is_sharded(module):
+        # Imported here: it loads much of torch that other trainings have no use for.
+        from privet.parallel.fully_sharded import fully_sharded
+
+        return _said(fully_sharded(module))
     wrapped = isinstance(module, DistributedDataParallel)
     group = module.process_group if isinstance(module, DistributedDataParallel) else dist.group.WORLD
     assert group is not None
@@ -59,10 +70,30 @@ def ranks_for(module: nn.Module) -> Ranks:
         return Alone()
     backend = backend_of(group, next((p.device for p in module.parameters()), torch.device("cpu")))
     found = f"{size} ranks, {'DistributedDataParallel' if wrapped else 'a plain module'} on each, {backend}"
-    ranks = Replicated(group, _meeting(group, backend), found=found)
+    agreement = Agreement(group if backend == "gloo" else meeting_for(group))
+    return _said(Joined(agreement, Replicated(group, agreement), found=found))
+
+
+def _said(ranks: Joined) -> Joined:
+    """Logs what was found, on rank 0, and returns it."""
     if ranks.first:
-        _LOG.info("privet trains on %s", found)
+        _LOG.info("privet trains on %s", ranks.found)
     return ranks
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Returns whether a part of the module is fully sharded, or has a parameter that lies on several ranks."""
+    return any(_kinds(child) & {"FSDPModule"} for child in module.modules()) or any(
+        map(_is_spread, module.parameters())
+    )
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
+
+
+def _is_spread(parameter: nn.Parameter) -> bool:
+    return any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__)
 
 
 def refuse_late_wrapper() -> None:
@@ -76,51 +107,24 @@ def refuse_late_wrapper() -> None:
         )
 
 
-def _timeout(group: dist.ProcessGroup, backend: str) -> timedelta | None:
-    """Returns the timeout that the user gave to a group, or None if torch does not tell it."""
-    kind = "cuda" if backend == "nccl" else "cpu"
-    try:  # torch has no public way to read what was given to init_process_group
-        found: Any = group._get_backend(torch.device(kind)).options._timeout  # noqa: SLF001
-    except (AttributeError, RuntimeError):
-        return None
-    return found if isinstance(found, timedelta) else None
-
-
-def _meeting(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    """Returns a group of the same ranks that moves numbers between hosts: no device is waited for to read them."""
-    if backend == "gloo":
-        return group
-    for known, made in _MEETINGS:
-        if known is group:
-            return made
-    members, timeout = dist.get_process_group_ranks(group), _timeout(group, backend)
-    made = dist.new_group(members, timeout, backend="gloo", use_local_synchronization=True)
-    _MEETINGS.append((group, made))
-    return made  # type: ignore[no-any-return]
-
-
 def _refuse_wrappers(module: nn.Module) -> None:
     """Raises for what wraps the module, or a part of it, in a way that is not supported."""
     given: object = module
     if not isinstance(given, nn.Module):  # it is refused where its parameters are asked for
         return
     for name, child in module.named_modules():
-        kinds = {kind.__name__ for kind in type(child).__mro__}
         where = f"{name or 'the module'} is"
         if isinstance(child, DataParallel):
             raise ConfigurationError(
                 f"{where} a DataParallel, whose replicas share one process. Expected one process for each device. "
                 f"Start the script with torchrun. {_ORDER}"
             )
-        if "FullyShardedDataParallel" in kinds:
+        if "FullyShardedDataParallel" in _kinds(child):
             raise ConfigurationError(
                 f"{where} a FullyShardedDataParallel, which lays parameters into one flat tensor, so that the "
-                f"gradients of one parameter cannot be told apart. Expected DistributedDataParallel. {_ORDER}"
-            )
-        if "FSDPModule" in kinds or any(type(p).__name__ == "DTensor" for p in child.parameters(recurse=False)):
-            raise ConfigurationError(
-                f"{where} sharded (fully_shard, or tensor parallel), which is not supported yet. Expected the whole "
-                f"model on every rank. {_ORDER}"
+                "gradients of one parameter cannot be told apart. Expected its successor: "
+                "torch.distributed.fsdp.fully_shard(block) for each block, then fully_shard(model). "
+                f"{_ORDER}"
             )
         if isinstance(child, DistributedDataParallel):
             _refuse_reducers(name, child)

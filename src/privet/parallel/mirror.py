@@ -119,10 +119,10 @@ class Bookkeeping:
         """Returns the ledger on rank 0, and on the others a mirror of it."""
         if self._agreement.rank == 0:
             self._mirrored = ledger.steps
-            self._agreement.from_first((_writer(ledger), ledger.state_dict()))
+            self._agreement.from_rank(0, (_writer(ledger), ledger.state_dict()))
             return ledger
         mirror = ledger if isinstance(ledger, Mirror) else Mirror(ledger)
-        writer, state = self._agreement.from_first(("", None))
+        writer, state = self._agreement.from_rank(0, ("", None))
         mirror.replace(state)
         mirror.follow(writer)
         self._mirror = mirror
@@ -144,7 +144,7 @@ class Bookkeeping:
             self._write(write, ledger)
             return
         assert isinstance(ledger, Mirror)
-        verdict = self._agreement.from_first(_Verdict(None, over_budget=False))
+        verdict = self._agreement.from_rank(0, _Verdict(None, over_budget=False))
         ledger.follow(verdict.writer)
         if verdict.state is None:
             ledger.add(verdict.events, verdict.marks)
@@ -180,8 +180,8 @@ class Bookkeeping:
         self._mirrored = steps
         said = None if error is None else f"{type(error).__name__}: {error}"
         over = isinstance(error, BudgetExceededError)
-        self._agreement.from_first(
-            _Verdict(said, over, _writer(ledger), events=tuple(events), marks=ledger.marks, state=state)
+        self._agreement.from_rank(
+            0, _Verdict(said, over, _writer(ledger), events=tuple(events), marks=ledger.marks, state=state)
         )
         if error is not None:
             raise error

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from privet.gradients.clipped_sum import ClippedSum
 from privet.noise import NoiseMechanism, PrivateGradient
+from privet.noise.source import Offsets
 from privet.parallel.agreement import Agreement
 
 __all__ = ["BUCKET_BYTES", "Reduced", "Run", "backend_of", "exchanges", "runs_of_slice"]
@@ -150,7 +151,7 @@ class Reduced:
         self._agreement = agreement
 
     def release(
-        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Mapping[str, int] | None = None
+        self, clipped_sum: ClippedSum, *, multiplier: float, step: int, offsets: Offsets | None = None
     ) -> PrivateGradient:
         """Returns the private gradient of all ranks, the same on each of them, and consumes the sum."""
         return self._agreement.guarded(lambda: self._release(clipped_sum, multiplier=multiplier, step=step))
@@ -164,12 +165,12 @@ class Reduced:
         for end in [end for flat in flats for end in flat.reduce()]:
             end()
         slices: dict[str, Tensor] = {}
-        offsets: dict[str, int] = {}
+        starts: dict[str, int] = {}
         for flat in flats:
             for run in flat.runs():
                 slices[run.name] = flat.mine[run.start : run.start + run.size]
-                offsets[run.name] = run.offset
-        own = self._inner.release(ClippedSum(slices, sensitivity), multiplier=multiplier, step=step, offsets=offsets)
+                starts[run.name] = run.offset
+        own = self._inner.release(ClippedSum(slices, sensitivity), multiplier=multiplier, step=step, offsets=starts)
         for name, noisy in own.values.items():
             if noisy is not slices[name]:  # a mechanism need not work in place
                 slices[name].copy_(noisy)

@@ -8,17 +8,23 @@ from dataclasses import dataclass
 from typing import Protocol, final
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from privet.accounting.event import Event
 from privet.accounting.role import LedgerLike
 from privet.errors import ConfigurationError
+from privet.gradients.spread import HERE, Spread
 from privet.noise import NoiseMechanism
 from privet.noise.key import NoiseKey
 from privet.sampling.base import BatchTicket
 from privet.sampling.share import WHOLE, Share
 
-__all__ = ["Alone", "Due", "Ranks"]
+__all__ = ["Alone", "Due", "Ranks", "fitting"]
+
+
+def fitting(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Returns a whole gradient in the parameter's shape."""
+    return value if value.shape == parameter.shape else value.view_as(parameter)
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,21 @@ class Ranks(Protocol):
     def found(self) -> str:
         """Returns what was found, in words."""
 
+    @property
+    def spread(self) -> Spread:
+        """Returns how the model is spread over the ranks, for its forwards and sums."""
+
+    def beside(self, other: Ranks) -> Ranks:
+        """Returns the ranks of another model that is trained through the same door, with the ledger of these."""
+
     def together(self) -> AbstractContextManager[None]:
         """Makes an error inside of the context on one rank an error on all. Nothing inside may talk to other ranks."""
 
     def telling(self) -> AbstractContextManager[None]:
         """Makes an error inside of the context an error of the other ranks too, at their next `agreed`."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Does the same where models run. Others that wait inside of a forward hear of it once this process ends."""
 
     def compare(self, facts: Mapping[str, object]) -> None:
         """Raises RanksError on every rank if the facts are not the same on all of them."""
@@ -68,6 +84,9 @@ class Ranks(Protocol):
 
     def noise(self, mechanism: NoiseMechanism) -> NoiseMechanism:
         """Returns the mechanism whose release is of the sum over all ranks."""
+
+    def gradient(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """Returns a value, as the mechanism released it, as a gradient that fits the parameter."""
 
     def ledger(self, ledger: LedgerLike) -> LedgerLike:
         """Returns the ledger of rank 0, or on other ranks its mirror."""
@@ -90,12 +109,21 @@ class Alone:
     first: bool = True
     share: Share = WHOLE
     found: str = "one process"
+    spread: Spread = HERE
+
+    def beside(self, other: Ranks) -> Ranks:
+        """Returns this process."""
+        return self
 
     def together(self) -> AbstractContextManager[None]:
         """Does nothing."""
         return nullcontext()
 
     def telling(self) -> AbstractContextManager[None]:
+        """Does nothing."""
+        return nullcontext()
+
+    def running(self) -> AbstractContextManager[None]:
         """Does nothing."""
         return nullcontext()
 
@@ -112,6 +140,10 @@ class Alone:
     def noise(self, mechanism: NoiseMechanism) -> NoiseMechanism:
         """Returns the mechanism."""
         return mechanism
+
+    def gradient(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """Returns the value in the parameter's shape."""
+        return fitting(parameter, value)
 
     def ledger(self, ledger: LedgerLike) -> LedgerLike:
         """Returns the ledger."""

@@ -52,17 +52,17 @@ class Pass:
             self._next += 1
             sampling = self._batches.sampling
             whole = self._batches.examples(self.number, index)
-            digest, examples = self._batches.share.digest(whole), self._batches.share.of(whole)
-            if not examples:
-                self.drawn.append(Drawn(index, 0, True, True, sampling, digest, loaded=self._batches.evenly))
-                if self._batches.evenly:
-                    yield [self._batches.share.readable]
-            start = 0
-            while start < len(examples):
-                stop = start + ((self.most() if self.most else None) or len(examples))
-                part = examples[start:stop]
-                self.drawn.append(Drawn(index, len(part), start == 0, stop >= len(examples), sampling, digest))
-                yield part
+            share, evenly = self._batches.share, self._batches.evenly
+            digest, examples = share.digest(whole), share.of(whole)
+            size = share.largest(whole) if share.together else len(examples)
+            start, last = 0, False
+            while not last:
+                stop = start + ((self.most() if self.most else None) or size)
+                part, last = examples[start:stop], stop >= size
+                loaded = bool(part) or evenly
+                self.drawn.append(Drawn(index, len(part), start == 0, last, sampling, digest, loaded=loaded))
+                if loaded:
+                    yield part or [share.readable]
                 start = stop
 
 

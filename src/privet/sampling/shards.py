@@ -83,6 +83,12 @@ class ShardShare(Share):
         shards = np.searchsorted(self.starts, drawn, side="right") - 1
         return drawn[shards % self.ranks == self.rank].tolist()  # type: ignore[no-any-return]
 
+    def largest(self, examples: list[int]) -> int:
+        """Returns how many examples the largest share of a batch has."""
+        drawn = np.asarray(examples, dtype=np.int64)
+        shards = np.searchsorted(self.starts, drawn, side="right") - 1
+        return int(np.bincount(shards % self.ranks, minlength=1).max())
+
     @property
     def readable(self) -> int:
         """Returns the first example of the first shard of this rank."""
@@ -93,4 +99,4 @@ def share_of(dataset: object, share: Share) -> Share:
     """Returns a rank's share of the batches of a dataset: by shard where it is in shards."""
     if not isinstance(dataset, ShardedDataset):
         return share
-    return ShardShare(rank=share.rank, ranks=share.ranks, starts=dataset.starts)
+    return ShardShare(rank=share.rank, ranks=share.ranks, together=share.together, starts=dataset.starts)

@@ -29,6 +29,7 @@ class Share:
 
     rank: int = 0
     ranks: int = 1
+    together: bool = False  # whether all ranks take a batch in equally many parts, since each forward needs all of them
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
@@ -38,6 +39,10 @@ class Share:
     def of(self, examples: list[int]) -> list[int]:
         """Returns the examples of this share of a batch."""
         return examples if self.ranks == 1 else examples[self.rank :: self.ranks]
+
+    def largest(self, examples: list[int]) -> int:
+        """Returns how many examples the largest share of a batch has. Every rank knows it."""
+        return -(-len(examples) // self.ranks)
 
     @property
     def readable(self) -> int:

@@ -14,6 +14,7 @@ from privet.accounting.role import LedgerLike
 from privet.errors import ConfigurationError
 from privet.parallel.mesh import bare
 from privet.parallel.names import canonical_names
+from privet.training.collective import refuse_single_file
 from privet.training.update import PrivateUpdate
 
 __all__ = ["File", "load", "load_state", "save", "state_of"]
@@ -123,6 +124,8 @@ def save(
 
     Of several ranks, which all hold the same, only rank 0 writes. Others need not call it.
     """
+    for update in updates:
+        refuse_single_file(update.ranks.spread)
     if not all(update.ranks.first for update in updates):
         return
     state = {
@@ -157,6 +160,8 @@ def load(
     Raises:
         ConfigurationError: if the file is of another format, or its settings differ. Nothing is changed then.
     """
+    for update in updates:
+        refuse_single_file(update.ranks.spread)
     state = torch.load(file, map_location="cpu", weights_only=True)
     _refuse_state(file, state, updates)
     _refuse_other_shapes(file, state["module"], _named(module))

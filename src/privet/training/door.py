@@ -20,6 +20,7 @@ from privet.errors import ConfigurationError, PrivetError
 from privet.mechanism import Mechanism
 from privet.parallel import Ranks, ranks_for
 from privet.training.checkpoint import load_state, state_of
+from privet.training.collective import refuse_mode, refuse_rules
 from privet.training.plausible import warn_of_delta
 from privet.training.update import PrivateUpdate
 
@@ -86,19 +87,21 @@ class Door(ABC):
         self._ranks: Ranks | None = None
 
     @final
-    def _ranks_for(self, module: nn.Module) -> Ranks:
+    def _ranks_for(self, module: nn.Module, mode: str = "auto") -> Ranks:
         """Returns the ranks that train a module, and which this door's ledger is for.
 
         Raises:
-            ConfigurationError: if another module of this door has others.
+            ConfigurationError: if another module of this door has others, or these do not allow the mode or the module.
         """
         found = ranks_for(module)
+        refuse_mode(mode, found.spread)
+        refuse_rules(module, found.spread)
         if self._ranks is not None and self._ranks.found != found.found:
             raise ConfigurationError(
                 f"this {type(self).__name__} trains a module on {self._ranks.found}, and another on {found.found}. "
                 "Expected all of them on the same ranks. Initialize the process group before the first one."
             )
-        return found if self._ranks is None else self._ranks
+        return found if self._ranks is None else self._ranks.beside(found)
 
     @final
     def _join_ranks(self, ranks: Ranks) -> None:

@@ -29,7 +29,7 @@ def private_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
         raise ConfigurationError(
             f"the optimizer holds {len(foreign)} parameters that are not the module's, of shapes {shapes}. Expected "
             "exactly the module's trainable parameters. Build the optimizer from module.parameters(), after any "
-            "change or copy of the module."
+            "change or copy of the module, and before the first forward of a sharded one."
         )
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     left_out = [name for name, p in trainable.items() if id(p) not in theirs]

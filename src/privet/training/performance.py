@@ -16,7 +16,9 @@ class Performance:
     """Options of a step that cannot change its guarantee: law 4 says that the result is the same beyond rounding.
 
     Attributes:
-        passes: 1 for the least time; 2 for the least memory, with a second backward of the same forward.
+        passes: 1 for the least time; 2 for the least memory, with a second backward of the same forward. `"auto"` is 1,
+            but for a sharded model that recomputes its activations, of which one backward would keep as much as if it
+            did not.
         physical_batch_size: the most examples in memory at once; `"auto"` for the largest number that fits, found by
             halving; None for all of the batch. With a number, every tensor of the batch has the examples on axis 0.
         padded: whether every physical batch is filled up to `physical_batch_size` with rows of zeros, which add exactly
@@ -32,14 +34,14 @@ class Performance:
         Performance(passes=2, physical_batch_size=64, padded=False, compile=False)
     """
 
-    passes: Literal[1, 2] = 1
+    passes: Literal[1, 2, "auto"] = "auto"
     physical_batch_size: int | Literal["auto"] | None = None
     padded: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.passes not in (1, 2) or isinstance(self.passes, bool):
-            raise ConfigurationError(f"passes must be 1 or 2, got {self.passes!r}.")
+        if self.passes not in (1, 2, "auto") or isinstance(self.passes, bool):
+            raise ConfigurationError(f"passes must be 1, 2 or 'auto', got {self.passes!r}.")
         size: object = self.physical_batch_size
         if isinstance(size, str) and size != "auto":
             raise ConfigurationError(

@@ -76,7 +76,8 @@ class PrivateModule:
             on_backward=self._received,
             on_check=self._checked,
             losses=losses,
-            telling=update.ranks.telling,
+            running=update.ranks.running,
+            spread=update.ranks.spread,
             on_forward=lambda tensors, anew: update.recognize(tensors, anew=anew),
         )
 
@@ -113,6 +114,7 @@ class PrivateModule:
         if self.materialised is not None:
             self.materialised.keep(recorded, scale=scale)
             return
-        trainable = {name: p for name, p in self.update.parameters.items() if p.requires_grad}
-        clipped = clipped_sum(recorded, trainable, self.update.mechanism.clipping, scale=scale)
+        trainable = [name for name, p in self.update.parameters.items() if p.requires_grad]
+        met, sink = self.instrument.capture.standing_for(trainable), self.update.ranks.spread.sink(trainable)
+        clipped = clipped_sum(recorded, met, self.update.mechanism.clipping, scale=scale, sink=sink)
         self.update.receive(clipped, examples=examples)

@@ -306,9 +306,7 @@ class PrivateUpdate:
             # A parameter that was frozen since its backward must not move. Its part of the noise was drawn anyway.
             if parameter.requires_grad:
                 divided = value if divisor == 1 else value.div_(divisor)
-                gradient = of_type(divided, parameter.dtype)
-                shaped = gradient if gradient.shape == parameter.shape else gradient.view_as(parameter)
-                self.guard.release(parameter, shaped)
+                self.guard.release(parameter, self.ranks.gradient(parameter, of_type(divided, parameter.dtype)))
 
     def _due(self) -> Due:
         """Returns what this process is about to release, or raises if it cannot."""

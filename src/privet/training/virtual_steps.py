@@ -34,6 +34,7 @@ from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError, ProtocolError
 from privet.sampling import BatchTicket, PrivateLoader
 from privet.sampling.physical import PhysicalSize, tickets_of
+from privet.training.collective import refuse_search
 from privet.training.update import PrivateUpdate, update_of
 
 __all__ = ["BatchMemoryManager", "PhysicalLoader"]
@@ -78,6 +79,7 @@ class BatchMemoryManager:
                 f"this {type(data_loader).__name__} is not the loader of the optimizer's module. Expected the one that "
                 "make_private returned with it."
             )
+        refuse_search("max_physical_batch_size", self._update.ranks.spread, search=self._size.auto)
         self._optimizer = optimizer
         self._loader = PhysicalLoader(
             data_loader, size=self._size, update=self._update, optimizer=optimizer, progress=progress

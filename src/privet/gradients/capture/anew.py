@@ -19,11 +19,28 @@ from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.layout import DoubtError
+from privet.gradients.spread import HERE, Spread
 
-__all__ = ["Anew"]
+__all__ = ["Anew", "agree_on_doubt"]
 
 _ATTEMPTS = 3
 _Output = TypeVar("_Output")
+
+
+class _DoubtElsewhereError(DoubtError):
+    """Another process is in doubt, whose forward this one has to go along with."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank met rows that could be of several", "See the error of that rank.")
+
+
+def agree_on_doubt(capture: Capture, spread: Spread) -> None:
+    """Puts the forward that has run in doubt if it is in doubt on another process, which it needs to run anew."""
+    cycle = capture.cycle
+    if cycle is None or not spread.collective:
+        return
+    if spread.most(int(cycle.doubt is not None)) and cycle.doubt is None:
+        cycle.doubt = _DoubtElsewhereError()
 
 
 class Anew:
@@ -32,10 +49,13 @@ class Anew:
     Args:
         capture: is told what was learned of a batch.
         look_at: checks a batch of so many examples, all of them, and tells the capture; raises if the check fails.
+        spread: the processes that hold the model together. Where a forward needs all of them, all look at the batch of
+            each that is in doubt, and all run their forward anew.
     """
 
-    def __init__(self, capture: Capture, look_at: Callable[[Any, int], None]) -> None:
+    def __init__(self, capture: Capture, look_at: Callable[[Any, int], None], *, spread: Spread = HERE) -> None:
         self._capture = capture
+        self._spread = spread
         self._look_at = look_at
         self._said: set[str] = set()
         self._begun: Tensor | None = None
@@ -64,10 +84,11 @@ class Anew:
         try:
             for _ in range(_ATTEMPTS):
                 before = _random_numbers()
-                self._checked(inputs, examples, doubt)
+                self._look(inputs, examples, doubt)
                 _put_back(before)
                 try:
                     output = forward()
+                    agree_on_doubt(self._capture, self._spread)
                     cycle = self._capture.cycle
                     if cycle is None or cycle.doubt is None:
                         return output
@@ -78,6 +99,15 @@ class Anew:
             raise doubt
         finally:
             self._capture.tell(None)
+
+    def _look(self, inputs: Any, examples: int, doubt: DoubtError) -> None:
+        """Looks at each batch in doubt, and tells the capture what was learned of the own one."""
+        told = None
+        due = not isinstance(doubt, _DoubtElsewhereError)
+        for some, count, own in self._spread.in_turn(inputs, examples, due=due):
+            self._checked(some, count, doubt)
+            told = self._capture.told if own else told
+        self._capture.tell(told)
 
     def _checked(self, inputs: Any, examples: int, doubt: DoubtError) -> None:
         """Looks at the batch, and says why it was looked at where that fails."""

@@ -81,6 +81,10 @@ class Capture:
         """Returns the trainable parameters by canonical name."""
         return self.roots.parameters
 
+    def standing_for(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Returns the objects that operations meet as these parameters, once the forward has run."""
+        return {name: self.roots.parameters[name] for name in names}
+
     @property
     def cycle(self) -> Cycle | None:
         """Returns the forwards whose backward is still to come, or None."""
@@ -131,6 +135,12 @@ class Capture:
         self._cycle = Cycle(examples, sink, made_up, last, trace)
         self._start(self._cycle, moves)
 
+    def meet(self, name: str, parameter: nn.Parameter) -> None:
+        """Takes another object for a parameter from now on, and watches it if a forward is under way."""
+        self.roots.meet(name, parameter)
+        if self._cycle is not None:
+            self.roots.watch()
+
     def resume(self) -> None:
         """Begins another forward of the same examples, which shares the backward of the forwards before."""
         assert self._cycle is not None
@@ -144,6 +154,11 @@ class Capture:
             cycle.told.append(self._told)
         self.roots.watch()
         self.moved.start(cycle, moves)
+
+    @property
+    def told(self) -> Told | None:
+        """Returns what is told to the forwards that begin from now on."""
+        return self._told
 
     def tell(self, told: Told | None) -> None:
         """Says what was learned of the very batch whose forwards begin from now on, or that nothing was."""
@@ -339,6 +354,8 @@ class Capture:
     ) -> None:
         """Hands the uses of one operation to the sink, when the gradient of its output has come."""
         sink = self._expect(call.cycle)
+        if self.roots.transient:
+            call.operation.keep(dict(zip(call.roles, values, strict=True)))
         for target, use in call.uses(data, values, gradients):
             sink.put(target, use)
 

@@ -159,7 +159,7 @@ class Comparison:
     def _own(self, inputs: Any, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Returns autograd's own gradients."""
         self._restore()
-        with self._tripwires.quiet():
+        with self._tripwires.quiet() as arrived:
             outputs = differentiable(self._run(inputs))
             if [o.shape for o in outputs] != [g.shape for g in gradients]:
                 raise UnsupportedModelError(
@@ -168,13 +168,15 @@ class Comparison:
                     f"{[tuple(g.shape) for g in gradients]}. Expected shapes that do not depend on values."
                 )
             torch.autograd.backward(outputs, list(gradients))
-            return {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+            return arrived()
 
     # -- doubt -------------------------------------------------------------------------------------------------------
 
     def _look_in_double(self, inputs: Any, examples: int, *, others_replaced: bool = True) -> _Look | None:
         """Returns a look in double precision, or None if the model cannot run in it."""
         self._restore()
+        if self._capture.roots.transient:  # what is gathered from other ranks keeps its type
+            return None
         with in_double(self._module), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:

@@ -17,6 +17,7 @@ from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.coverage import GrowthError, check_coverage
 from privet.gradients.capture.schedule import Schedule
 from privet.gradients.capture.tripwire import Tripwires
+from privet.gradients.spread import HERE, Spread
 
 __all__ = ["FirstBatch"]
 
@@ -27,9 +28,10 @@ _ENOUGH = 2
 class FirstBatch:
     """Checks the first batch of a run, and again on a schedule and whenever the last check does not hold any more.
 
-        first.trains(names)                 # before every batch, which is counted
-        if first.due(examples):
-            first.run(inputs, examples)     # raises, or the batch may be trained on
+        first.trains(names)                           # before every batch, which is counted
+        wanted = first.wanted(inputs, examples)       # this batch, that of another rank, or None
+        if wanted is not None:
+            first.run(*wanted)                        # raises, or the batch may be trained on
 
     Args:
         module: the model whose buffers and random numbers are put back.
@@ -38,6 +40,7 @@ class FirstBatch:
         outputs: runs the model on some inputs, and returns its differentiable outputs.
         batch_axis: the axis that the examples are on.
         also: a second check, run with the inputs after the first, on a batch of at least two examples.
+        spread: the processes that hold the model together, which all check one batch.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class FirstBatch:
         *,
         batch_axis: int = 0,
         also: Callable[[Any], None] | None = None,
+        spread: Spread = HERE,
     ) -> None:
         self._module = module
         self._capture = capture
@@ -56,6 +60,7 @@ class FirstBatch:
         self._outputs = outputs
         self._axis = batch_axis
         self._also = also
+        self._spread = spread
         self._seen = 0  # the most examples that a conclusive check has seen, up to `_ENOUGH`
         self._trainable: frozenset[str] = frozenset()
         self._schedule = Schedule()
@@ -77,6 +82,12 @@ class FirstBatch:
         first forward after that backward.
         """
         return self._seen < min(examples, _ENOUGH) and not (pending and self._repeats)
+
+    def wanted(self, inputs: Any, examples: int, *, pending: bool = False) -> tuple[Any, int] | None:
+        """Returns what has to be checked before a batch is trained on, and its number of examples, or None."""
+        if self._seen >= _ENOUGH:  # on every rank alike: all have checked the same batches
+            return None
+        return self._spread.looked_at(inputs, examples, due=self.due(examples, pending=pending))
 
     def run(self, inputs: Any, examples: int, *, whole: bool = False) -> None:
         """Checks one batch, and remembers if the check was conclusive. Nothing is released.

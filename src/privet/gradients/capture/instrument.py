@@ -21,15 +21,17 @@ from privet.batches.grow import one_of_zeros
 from privet.batches.structure import Arguments
 from privet.batches.tree import tensors_in
 from privet.errors import ProtocolError, UnsupportedModelError
-from privet.gradients.capture.anew import Anew
+from privet.gradients.capture.anew import Anew, agree_on_doubt
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.hook import Hook, nothing, refuse_copy
 from privet.gradients.capture.loss_watch import LossWatch
+from privet.gradients.capture.stand_ins import watch_stand_ins
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.derived import Derivation
+from privet.gradients.spread import HERE, Spread
 from privet.gradients.use import Recorded, Use
 
 __all__ = ["Instrument"]
@@ -79,7 +81,8 @@ class Instrument:
         on_backward: gets what each backward recorded: no use, and 0 examples, of a batch without examples.
         on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
         losses: looks at the loss that is computed from the outputs.
-        telling: a context for what is checked, which tells the other ranks of an error in it.
+        running: a context for what is checked, which tells the other ranks of an error in it.
+        spread: the processes that hold the module together.
         on_forward: called with all tensors that a training forward is given, and whether it is the first of a backward.
     """
 
@@ -93,7 +96,8 @@ class Instrument:
         on_backward: Callable[[Recorded], None],
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
         losses: LossWatch | None = None,
-        telling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        running: Callable[[], AbstractContextManager[None]] = nullcontext,
+        spread: Spread = HERE,
         on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
         self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, within=module.forward)
@@ -101,13 +105,15 @@ class Instrument:
         self._axis = 0 if batch_first else 1
         self._on_backward = on_backward
         self._losses = losses
-        self._telling = telling
+        self._running = running
+        self._spread = spread
         self._on_forward = on_forward
         self._suspended = False  # while the check runs the model
         self._inputs: Arguments | None = None  # of the forward that runs
         self._again = False  # whether this forward is run anew, from inside of the hook that ends it
         self._output: Any = None  # of the forward that was run anew
         self._nested = 0  # calls of the module from inside of its own forward
+        self._own = dict(parameters)
         self._tripwires = Tripwires(parameters, self.capture.release)
         self._first = FirstBatch(
             module,
@@ -116,12 +122,16 @@ class Instrument:
             self._checked_outputs,
             batch_axis=self._axis,
             also=None if on_check is None else lambda inputs: on_check(*inputs),
+            spread=spread,
         )
-        self._anew = Anew(self.capture, self._look_at)
+        self._anew = Anew(self.capture, self._look_at, spread=spread)
+        # Parameters are gathered by a hook that runs first. What we do before a forward may run the whole module.
+        first = bool(spread.gathering)
         self._handles = [
-            module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True),
+            module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True, prepend=first),
             module.register_forward_hook(Hook(self._after, nothing), always_call=True),
             *([] if mapped else watch_custom_modules(module, self.capture)),
+            *watch_stand_ins(spread.gathering, parameters, self.capture, self._tripwires),
         ]
 
     @property
@@ -148,7 +158,7 @@ class Instrument:
             return None
         if not module.training or not torch.is_grad_enabled() or self.capture.watching:
             return None
-        trainable = refuse_thawed(self._module, self.capture.parameters)
+        trainable = refuse_thawed(self._module, self._own, self.capture.parameters)
         if not trainable:  # gradients pass through to the inputs, as for a discriminator held fixed
             return None
         self._first.trains(trainable)
@@ -161,8 +171,9 @@ class Instrument:
             inputs = replaced = one_of_zeros(inputs, axis=self._axis)
         cycle = self.capture.cycle
         pending = cycle is not None and not cycle.queued
-        if self._first.due(examples, pending=pending):  # an empty batch too needs to know the axis of its one example
-            self._check(inputs, examples)
+        wanted = self._first.wanted(inputs, examples, pending=pending)  # an empty batch too: where is its one example?
+        if wanted is not None:
+            self._check(*wanted)
         cycle = self.capture.cycle
         self._inputs = inputs
         self._anew.begins()
@@ -191,6 +202,7 @@ class Instrument:
             self.capture.release()
             return None
         replaced = None
+        agree_on_doubt(self.capture, self._spread)
         if cycle.doubt is not None and inputs is not None:
             output = replaced = self._run_anew(inputs, cycle)
         outputs = self._outputs(output)
@@ -198,7 +210,7 @@ class Instrument:
         if not cycle.made_up:
             self._check_outputs(outputs, cycle.examples)
             if self._losses is not None:
-                self._losses.follow(outputs, cycle.examples, self.capture.release, telling=self._telling)
+                self._losses.follow(outputs, cycle.examples, self.capture.release, telling=self._running)
             return replaced
         return without_examples(output, self._axis)
 
@@ -297,7 +309,7 @@ class Instrument:
         """Checks one batch, with the hooks suspended while the check calls the module."""
         self._suspended = True
         try:
-            with self._telling():
+            with self._running():
                 self._first.run(inputs, examples, whole=whole)
         finally:
             self._suspended = False

@@ -18,7 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from privet.batches.tree import mapped
+from privet.errors import UnsupportedModelError
 from privet.gradients.capture.state import floating_tensors
+from privet.gradients.spread import is_part, put_into_parts
 
 __all__ = ["in_double", "perturbed", "to_double"]
 
@@ -35,9 +37,33 @@ def perturbed(module: nn.Module) -> Iterator[None]:
 
     A branch behind a gate of zero has no effect, and no gradient. Moved away from zero it shows what it does.
     """
+    put_into_parts(module)
     moving = [p for p in module.parameters() if p.requires_grad and not is_lazy(p)]
-    with _swapped([(p, _moved(p.detach(), place)) for place, p in enumerate(moving)]):
-        yield
+    whole: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
+    for place, p in enumerate(moving):
+        held = p.detach().to_local() if is_part(p) else p.detach()  # type: ignore[attr-defined]
+        (parts if is_part(p) else whole).append((held if is_part(p) else p, _moved(held, place)))
+    try:
+        with _swapped(whole), _overwritten(parts):
+            yield
+    finally:
+        put_into_parts(module)  # what was gathered meanwhile is not what is held now
+
+
+@contextmanager
+def _overwritten(others: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Writes numbers over others in place, for memory that is gathered from where it is, and puts them back."""
+    before = [(t, t.clone()) for t, _ in others]
+    with torch.no_grad():
+        try:
+            for t, other in others:
+                t.copy_(other)
+            with torch.enable_grad():
+                yield
+        finally:
+            for t, own in before:
+                t.copy_(own)
 
 
 @torch.no_grad()
@@ -69,6 +95,8 @@ def _shifts(device: torch.device, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def in_double(module: nn.Module) -> Iterator[None]:
     """Has a module in double precision inside of this context, its plain tensors too, without autocast."""
+    if any(map(is_part, module.parameters())):
+        raise UnsupportedModelError("parameters that lie on several processes keep their type of number.")
     narrow = [t for t in floating_tensors(module) if t.dtype not in {torch.float64, torch.complex128}]
     with ExitStack() as contexts:
         for device in {t.device.type for t in narrow} | {"cpu"}:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from privet.gradients.spread import is_part, put_into_parts
+
 __all__ = ["State", "floating_tensors", "same"]
 
 _OWN = frozenset(vars(nn.Module()))
@@ -44,6 +46,8 @@ class State:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        put_into_parts(module)
         self._parts = _parts_of(module)
         self._closely = False  # whether nothing is only sampled any more
         self._slots = {path: dict(_slots_of(part)) for path, part in self._parts.items()}
@@ -66,6 +70,7 @@ class State:
                 thorough looks, and takes much less time.
         """
         changed = {}
+        put_into_parts(self._module)
         for path, value in self._now():
             if path not in self._values or not self._is_as_before(path, value, thorough=thorough or self._closely):
                 changed[path] = _copied(value)
@@ -89,6 +94,7 @@ class State:
     @torch.no_grad()
     def restore(self, *, thorough: bool = False) -> None:
         """Puts values, and the objects that hold them, back as they were; large tensors if a sample has changed."""
+        put_into_parts(self._module)
         for path, part in self._parts.items():
             before = self._slots[path]
             for name in [name for name, _ in _slots_of(part) if name not in before]:
@@ -148,7 +154,9 @@ def _is_empty(cell: Any) -> bool:
 
 def _slots_of(part: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields parameters, buffers and plain attributes, by name."""
-    yield from part._parameters.items()  # noqa: SLF001 - named_parameters leaves out what is shared
+    # Not through named_parameters, which leaves out what is shared. What a forward writes to a gathered parameter is
+    # gone with it, so that parts need no copy.
+    yield from ((name, value) for name, value in part._parameters.items() if not is_part(value))  # noqa: SLF001
     yield from part._buffers.items()  # noqa: SLF001
     yield from ((name, value) for name, value in vars(part).items() if name not in _OWN)
 

@@ -6,15 +6,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from privet.errors import ConfigurationError, CoverageError
 
 __all__ = ["Tripwires", "refuse_thawed"]
 
 
-def refuse_thawed(module: nn.Module, known: Mapping[str, nn.Parameter]) -> frozenset[str]:
-    """Returns the names of the known parameters that are trainable now, and raises if any other is."""
-    ours = {id(p) for p in known.values()}
+def refuse_thawed(
+    module: nn.Module, known: Mapping[str, nn.Parameter], stand_ins: Mapping[str, nn.Parameter] | None = None
+) -> frozenset[str]:
+    """Returns the names of the known parameters that are trainable now, and raises if any other is.
+
+    Args:
+        module: the private module.
+        known: its parameters, by name.
+        stand_ins: objects that stand for parameters while a module runs, and maybe after it.
+    """
+    ours = {id(p) for p in (*known.values(), *(stand_ins or {}).values())}
     if any(p.requires_grad and id(p) not in ours for p in _parameters_of(module, set())):
         for name, p in module.named_parameters():
             if not p.requires_grad or id(p) in ours:
@@ -22,7 +31,9 @@ def refuse_thawed(module: nn.Module, known: Mapping[str, nn.Parameter]) -> froze
             raise ConfigurationError(
                 f"{name} is trainable now and was frozen, or absent, when training became private: nothing would clip "
                 "its gradients. Expected the same trainable parameters. Freeze it again; or, to unfreeze it from now "
-                "on, build a new module, load_state_dict() what this one learned, and make that private."
+                "on, build a new module, load_state_dict() what this one learned, and make that private. If the module "
+                "was wrapped or sharded since (fully_shard), do so before make_private or PrivateStep, and build the "
+                "optimizer between the two."
             )
     return frozenset(name for name, p in known.items() if p.requires_grad)
 
@@ -41,13 +52,18 @@ class Tripwires:
     """A hook on each trainable parameter that raises if a gradient arrives there."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], on_gradient: Callable[[], None]) -> None:
-        self._parameters = dict(parameters)
+        self._parameters: list[nn.Parameter] = []
         self._on_gradient = on_gradient
-        self._quiet = False
-        self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))  # type: ignore[no-untyped-call]
-            for name, p in parameters.items()
-        ]
+        self._collected: dict[str, Tensor] | None = None  # while a check compares what arrives
+        self._handles: list[RemovableHandle] = []
+        for name, p in parameters.items():
+            self.add(name, p)
+
+    def add(self, name: str, parameter: nn.Parameter) -> None:
+        """Puts a hook on one more object that stands for a parameter."""
+        self._parameters.append(parameter)
+        hook = parameter.register_post_accumulate_grad_hook(lambda p: self._arrived(name, p))  # type: ignore[no-untyped-call]
+        self._handles.append(hook)
 
     def renew(self) -> None:
         """Puts the hooks back on, where `torch.utils.swap_tensors` has given a parameter another inside without them.
@@ -55,15 +71,21 @@ class Tripwires:
         torch does so in `module.to()` and `load_state_dict` once it is told to (torch.__future__). The parameter still
         lists its hooks then, and runs none of them; to set the list again makes it run them.
         """
-        for p in self._parameters.values():
+        for p in self._parameters:
             p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks  # noqa: SLF001
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
         """Discards all gradients, and raises, if one has arrived at a parameter."""
-        if self._quiet or parameter.grad is None:  # an undefined gradient is none
+        if parameter.grad is None:  # an undefined gradient is none
+            return
+        if self._collected is not None:
+            # Taken away at once: whoever gathers and shards parameters may take it elsewhere.
+            gradient, parameter.grad = parameter.grad, None
+            before = self._collected.get(name)
+            self._collected[name] = gradient if before is None else before + gradient
             return
         # Some of the gradient may have arrived at other parameters already. No optimizer may find it there.
-        for p in self._parameters.values():
+        for p in self._parameters:
             p.grad = None
         self._on_gradient()
         raise CoverageError(
@@ -75,16 +97,24 @@ class Tripwires:
         )
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Lets gradients arrive inside of this context, for a check that compares them, and drops them after it."""
-        before = [(p, p.grad) for p in self._parameters.values()]
+    def quiet(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Collects the gradients that arrive inside of this context, for a check that compares them.
+
+        Yields a function that returns those that arrived since it was called last, by name. None is left in `p.grad`.
+        """
+        before = [(p, p.grad) for p in self._parameters]
         for p, _ in before:
             p.grad = None
-        self._quiet = True
+
+        def arrived() -> dict[str, Tensor]:
+            found, self._collected = self._collected, {}
+            return found or {}
+
+        self._collected = {}
         try:
-            yield
+            yield arrived
         finally:
-            self._quiet = False
+            self._collected = None
             for p, gradient in before:
                 p.grad = gradient
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
 from privet.gradients.derived import Derivation, is_isometry
@@ -98,6 +100,7 @@ class Roots:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], interceptor: Interceptor) -> None:
         self.parameters = dict(parameters)
+        self.transient = False  # whether the memory of some parameters is let go of when their backward is over
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameter_class = type("WatchedParameter", (_WatchedParameter,), {"interceptor": interceptor})
         self._derived_class = type("DerivedTensor", (_DerivedTensor,), {"interceptor": interceptor})
@@ -112,6 +115,12 @@ class Roots:
             if parameter.requires_grad and type(parameter) is nn.Parameter:
                 parameter.grad = None
                 parameter.__class__ = self._parameter_class
+
+    def meet(self, name: str, parameter: nn.Parameter) -> None:
+        """Takes another object for a parameter from now on: one that was gathered from its shards, and is let go of."""
+        self.transient = True
+        self.parameters[name] = parameter
+        self._names[id(parameter)] = name
 
     def unwatch(self) -> None:
         """Makes all parameters ordinary ones again."""
@@ -146,10 +155,13 @@ class Roots:
 
     def derive(self, func: Callable[..., Any], args: Any, kwargs: Any, roots: Sequence[Tensor]) -> Any:
         """Runs `func` on roots and constants alone, and returns its result: derived tensors, which are roots again."""
-        result = func(*args, **kwargs)
+        isometric = len(roots) == 1 and is_isometry(func, args) and _isometric(roots[0])
+        # What the way back needs of a gathered parameter is copied, before its memory is let go of.
+        kept = saved_tensors_hooks(Tensor.clone, _same) if self.transient and not isometric else nullcontext()
+        with kept:
+            result = func(*args, **kwargs)
         sources = tuple(dict.fromkeys(s for root in roots for s in self.sources(root)))
         label = f"{getattr(func, '__name__', func)}({', '.join(map(self.label, roots))})"
-        isometric = len(roots) == 1 and is_isometry(func, args) and _isometric(roots[0])
         call = next(self._calls)
         pieces = result if isinstance(result, list | tuple) else (result,)
 
@@ -179,6 +191,10 @@ class Roots:
         alias = t.view_as(t)
         alias.__class__ = self._derived_class  # a graph knows a tensor as the object that it is
         return alias
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 def _isometric(root: Tensor) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privet.gradients.capture.anew import agree_on_doubt
 from privet.gradients.capture.capture import Capture
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.role import Losses
+from privet.gradients.spread import HERE, Spread
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
 from privet.gradients.weights import Policy
@@ -26,10 +28,12 @@ class OnePass:
 
     Args:
         capture: watches the forward; it is released at the end, whatever happens.
+        spread: the processes that hold the model together.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, *, spread: Spread = HERE) -> None:
         self._capture = capture
+        self._spread = spread
 
     def clipped_sum(
         self,
@@ -47,9 +51,12 @@ class OnePass:
             with torch.enable_grad():
                 capture.begin(examples, recorded)
                 found = losses(batch)
+                agree_on_doubt(capture, self._spread)
                 capture.end([found])
                 found.sum().backward()  # type: ignore[no-untyped-call]
         except BaseException:
             capture.release()
             raise
-        return clipped_sum(recorded, parameters, policy, absent=absent), found.detach()
+        met = capture.standing_for(parameters)
+        total = clipped_sum(recorded, met, policy, absent=absent, sink=self._spread.sink(list(met)))
+        return total, found.detach()

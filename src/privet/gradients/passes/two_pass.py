@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from privet.errors import ConfigurationError, ProtocolError
+from privet.gradients.capture.anew import agree_on_doubt
 from privet.gradients.capture.capture import Capture
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.derived import Derivation
 from privet.gradients.passes.role import Losses
-from privet.gradients.summation import masked_sums, squared_norms, statistics_of, total_norms
+from privet.gradients.spread import HERE, Spread
+from privet.gradients.summation import SumSink, masked_sums, squared_norms, statistics_of, total_norms
 from privet.gradients.use import Recorded, Use
 from privet.gradients.weights import Policy, groups_of, magnification_of, sensitivity_of, weights_of
 
@@ -46,13 +48,16 @@ class TwoPass:
 
     Args:
         capture: watches the forward; it is released at the end, whatever happens.
+        spread: the processes that hold the model together. Where a backward needs all of them, it runs again on all if
+            it has to on one.
 
     How many uses a parameter has is known only when a backward is over. It is expected to be as in the steps before;
     where more come, the backward for the norms runs again, now knowing. Nothing is released before the norms are.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, *, spread: Spread = HERE) -> None:
         self._capture = capture
+        self._spread = spread
         self._uses: dict[str, int] = {}  # the most that a backward has brought of each parameter
 
     def clipped_sum(
@@ -71,28 +76,33 @@ class TwoPass:
         capture = self._capture
         try:
             with torch.enable_grad():
-                norms = _Norms(parameters, examples, self._uses)
-                capture.begin(examples, norms, last=False)
+                capture.begin(examples, Recorded(examples=examples), last=False)
                 found = losses(batch)
+                agree_on_doubt(capture, self._spread)
                 capture.end([found])
                 total = found.sum()
-            squared = self._squared_norms(total, norms)
+            met = capture.standing_for(parameters)  # gathered parameters are known now
+            norms = _Norms(met, examples, self._uses)
+            capture.turn_to(norms, last=False)
+            norms = self._through_norms(total, norms)
+            squared = norms.total()
             weights, left_out = weights_of(policy, squared, absent)
-            sums = _Sums(parameters, examples, weights[0], left_out, magnification_of(sensitivity))
+            sink, magnified = self._spread.sink([*reversed(met)]), magnification_of(sensitivity)
+            sums = _Sums(met, examples, weights[0], left_out, magnified, counts=norms.counts, sink=sink)
             capture.turn_to(sums, last=True)
             total.backward()  # type: ignore[no-untyped-call]
         finally:
             capture.release()
         return ClippedSum(sums.values(), sensitivity, statistics_of(squared, left_out, absent)), found.detach()
 
-    def _squared_norms(self, total: Tensor, norms: _Norms) -> Tensor:  # (1, B)
-        """Goes through backwards for the norms until none brings a late use, and returns the squared norms."""
+    def _through_norms(self, total: Tensor, norms: _Norms) -> _Norms:
+        """Goes through backwards for the norms until none brings a late use, and returns the last one's."""
         for _ in range(_ATTEMPTS):
             total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
             for name, count in norms.counts.items():
                 self._uses[name] = max(count, self._uses.get(name, 1))
-            if not norms.late:
-                return norms.total()
+            if not self._spread.most(len(norms.late)):
+                return norms
             late, norms = norms.late, norms.anew()
             self._capture.turn_to(norms, last=False)
         raise ProtocolError(
@@ -145,7 +155,10 @@ class _Norms:
 
 
 class _Sums:
-    """The sink of the second backward: turns every use into its part of the weighted sum as it comes."""
+    """The sink of the second backward: turns every use into its part of the weighted sum as it comes.
+
+    The norms have counted the uses of each parameter. So a sum is handed on as soon as it has all of its parts.
+    """
 
     def __init__(
         self,
@@ -154,36 +167,52 @@ class _Sums:
         weights: Tensor,  # (B,)
         dropped: Tensor | None,  # (B,) bool
         magnified: float,
+        *,
+        counts: Mapping[str, int],
+        sink: SumSink,
     ) -> None:
         self._parameters = parameters
         self._examples = examples
         self._weights = weights * magnified
         self._magnified = magnified
         self._dropped = dropped
+        self._left = dict(counts)  # uses that are still to come, by parameter
         self._values: dict[str, Tensor] = {}
+        self._sink = sink
 
     @torch.no_grad()
     def put(self, target: str | Derivation, use: Use) -> None:
         """Takes one use of a parameter, or of what was derived from some."""
         for name in _sources(target, self._parameters):
+            if not self._left.get(name):
+                raise ProtocolError(
+                    f"the second of two backwards of one forward brought more uses of {name} than the first. Expected "
+                    "the same in both: a checkpointed part has to recompute what it computed. Use passes=1."
+                )
             parameter = self._parameters[name]
             single = Recorded(examples=self._examples)
             single.put(target, use)
             value = masked_sums(single, {name: parameter}, self._weights, self._dropped)[name].view(parameter.shape)
             self._values[name] = self._values[name] + value if name in self._values else value
+            self._left[name] -= 1
+            if not self._left[name]:
+                self._hand_on(name, self._values.pop(name))
+
+    def _hand_on(self, name: str, value: Tensor) -> None:
+        self._sink.put(name, value if self._magnified == 1.0 else value / self._magnified)
 
     def done(self) -> None:
         """Does nothing: every use was summed as it came."""
 
-    def values(self) -> dict[str, Tensor]:
+    def values(self) -> Mapping[str, Tensor]:
         """Returns the sums, zero for a parameter without a use."""
         for name, p in self._parameters.items():
-            if name not in self._values:
+            if self._left.get(name) != 0:
                 dtype = torch.promote_types(p.dtype, torch.float32)
-                self._values[name] = torch.zeros(p.shape, device=p.device, dtype=dtype)
-        if self._magnified == 1.0:
-            return {name: self._values[name] for name in self._parameters}
-        return {name: self._values[name] / self._magnified for name in self._parameters}
+                zero = torch.zeros(p.shape, device=p.device, dtype=dtype)
+                self._hand_on(name, self._values.pop(name, zero))
+        found = self._sink.values()
+        return {name: found[name] for name in self._parameters}
 
 
 def _sources(target: str | Derivation, parameters: Mapping[str, nn.Parameter]) -> list[str]:

@@ -91,6 +91,10 @@ class Mapped(Operation):
                 )
         return output if isinstance(output, Tensor) else tuple(outputs)
 
+    def keep(self, values: Mapping[str, Tensor]) -> None:
+        """Copies the values, with which the function is run again for each example."""
+        self._values = {role: value.clone() for role, value in values.items()}
+
     def data_gradients(
         self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Any, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
