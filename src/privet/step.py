@@ -301,7 +301,7 @@ class PrivateStep(Door):
         self.optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def _summed(self, batch: Any, examples: int, parts: int) -> tuple[Tensor, ClippedSum]:
+    def _summed(self, batch: Any, examples: int, parts: int = 1) -> tuple[Tensor, ClippedSum]:
         """Returns the losses and the clipped sum of a logical batch, one physical batch after the other.
 
         There are at least so many parts: where every forward needs all ranks, a rank goes along with one that has more.

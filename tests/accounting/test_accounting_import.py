@@ -34,4 +34,4 @@ def test_accounting_imports_quickly_and_works_without_torch():
         )
         took.append(float(run.stdout))
     # Processor time: the clock on the wall measures whoever else is running.
-    assert min(took) < 0.3
+    assert min(took) < 1.0  # a third of it on a quiet machine; torch alone takes more

@@ -93,6 +93,9 @@ class Door(ABC):
         Raises:
             ConfigurationError: if another module of this door has others, or these do not allow the mode or the module.
         """
+        given: object = module
+        if not isinstance(given, nn.Module):
+            raise ConfigurationError(f"module must be a torch.nn.Module, got {type(given).__name__}.")
         found = ranks_for(module)
         refuse_mode(mode, found.spread)
         refuse_rules(module, found.spread)

@@ -95,10 +95,16 @@ class _Summed(Rule):
     def rounding(self, uses: Uses) -> Tensor:
         """Returns a share of the root of `L |c|^2 |g|^2`, no less than `sum_tl |c_tl| |g_t|`."""
         parts = [_bags(use) for use in uses]
-        coefficients = summed([factor_norms(c) * c.shape[2] for _, c, _ in parts])
+        # Only the entries of an example's own bags count: were it the length of the longest bag of the batch, one
+        # example with very many entries would raise the norms of all others.
+        lengths = [(c != 0.0).sum(2) for _, c, _ in parts]
+        coefficients = summed(
+            [factor_norms(c) * n.amax(1).clamp(min=1) for (_, c, _), n in zip(parts, lengths, strict=True)]
+        )
         gradients = summed([factor_norms(g) for _, _, g in parts])
-        places = sum(math.prod(c.shape[1:]) for _, c, _ in parts)
-        return coefficients.sqrt() * gradients.sqrt() * product_error(places, gradients.dtype, gradients.device)
+        places = summed([n.sum(1).to(gradients.dtype) for n in lengths])
+        share = product_error(1, gradients.dtype, gradients.device) * ((places.sqrt() + 16.0) / 5.0)
+        return coefficients.sqrt() * gradients.sqrt() * share
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         total = wide(uses[0].gradient).new_zeros(uses.shape)

@@ -165,10 +165,12 @@ class CompiledSum:
     # -- one graph ---------------------------------------------------------------------------------------------------
 
     def _run(self, entry: _Traced, inputs: list[Tensor]) -> list[Tensor]:
-        if entry.ran:
-            return self._as_run(entry.run, inputs)
-        with explained():
-            outputs = self._as_run(entry.run, inputs)
+        # A forward of another model that was interrupted may have left torch.compile switched to eager.
+        with torch.compiler.set_stance("default"):
+            if entry.ran:
+                return self._as_run(entry.run, inputs)
+            with explained():
+                outputs = self._as_run(entry.run, inputs)
         entry.ran = True
         return outputs
 
