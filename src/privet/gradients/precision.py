@@ -11,8 +11,9 @@ import math
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-__all__ = ["Kind", "eps_in_force", "product_error"]
+__all__ = ["Kind", "eps_in_force", "product_error", "product_errors"]
 
 Kind = Literal["matmul", "convolution"]
 """Which operations count: matrix products alone, or convolutions as well."""
@@ -46,6 +47,13 @@ def product_error(terms: int, dtype: torch.dtype, device: torch.device, *, kind:
     """
     taken = eps_in_force(dtype, device, kind=kind)
     return min(terms + 4.0, math.sqrt(terms) + 16.0) * torch.finfo(dtype).eps / 2 + taken * (2.0 + taken)
+
+
+def product_errors(terms: Tensor, device: torch.device, *, kind: Kind = "matmul") -> Tensor:  # (R,) -> (R,)
+    """Returns `product_error` for each row's own number of terms, so that no row's depends on how long others are."""
+    taken = eps_in_force(terms.dtype, device, kind=kind)
+    most = torch.minimum(terms + 4.0, terms.sqrt() + 16.0)
+    return most * (torch.finfo(terms.dtype).eps / 2) + taken * (2.0 + taken)
 
 
 def _matmul(device: torch.device) -> str:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
-from privet.gradients.precision import product_error
+from privet.gradients.precision import product_errors
 from privet.gradients.rows import factor_norms, lost, of_type, padded, raised, row_norms, summed, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.embedding import refuse_options, segment_norms, segment_rows
@@ -103,8 +103,7 @@ class _Summed(Rule):
         )
         gradients = summed([factor_norms(g) for _, _, g in parts])
         places = summed([n.sum(1).to(gradients.dtype) for n in lengths])
-        share = product_error(1, gradients.dtype, gradients.device) * ((places.sqrt() + 16.0) / 5.0)
-        return coefficients.sqrt() * gradients.sqrt() * share
+        return coefficients.sqrt() * gradients.sqrt() * product_errors(places, gradients.device)
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         total = wide(uses[0].gradient).new_zeros(uses.shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.precision import product_error
+from privet.gradients.precision import product_errors
 from privet.gradients.rows import padded, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.pool import scratch
@@ -147,9 +147,11 @@ def segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B,
 
 def _reordered(after: Tensor, before: Tensor) -> Tensor:  # (B, T), (B, T) -> (B,)
     """Returns the squared norms, padded for sums of terms of the sizes `before` that are added up in another order."""
-    positions = after.shape[1]
-    share = math.sqrt(positions) * product_error(positions, after.dtype, after.device)
-    return padded(after.sum(1), before.sum(1).sqrt(), share)
+    positions = (
+        (before != 0.0).sum(1).to(before.dtype)
+    )  # its own, not zeros that fill up
+    share = positions.sqrt() * product_errors(positions, after.device)
+    return padded(after.sum(1), before.sum(1).sqrt() * share)
 
 
 def _heads(representative: Tensor, repeated: Tensor, positions: int) -> Tensor:  # (N,): indices over (B, T)
