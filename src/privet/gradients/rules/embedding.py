@@ -147,9 +147,7 @@ def segment_norms(ids: Tensor, gradient: Tensor, entries: int) -> Tensor:  # (B,
 
 def _reordered(after: Tensor, before: Tensor) -> Tensor:  # (B, T), (B, T) -> (B,)
     """Returns the squared norms, padded for sums of terms of the sizes `before` that are added up in another order."""
-    positions = (
-        (before != 0.0).sum(1).to(before.dtype)
-    )  # its own, not zeros that fill up
+    positions = (before != 0.0).sum(1).to(before.dtype)  # its own, not zeros that fill up
     share = positions.sqrt() * product_errors(positions, after.device)
     return padded(after.sum(1), before.sum(1).sqrt() * share)
 
