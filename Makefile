@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer found; install one, or pass PYTHON=/path/to/python' >&2; exit 1; }
 	@echo '==> Setting up $(VENV) with $(PYTHON): torch and the rest of constraints.txt (minutes, the first time)'
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,docs,test]'
 	@touch $@
 
 demo: $(STAMP)
