@@ -66,6 +66,11 @@ class Use:
         data = tuple(None if d is None else d[start:stop] for d in self.data)
         return replace(self, data=data, gradient=self.gradient[start:stop])
 
+    def selected(self, rows: Tensor) -> Use:  # rows: (R',) int
+        """Returns the use of some rows alone, copied."""
+        data = tuple(None if d is None else d.index_select(0, rows) for d in self.data)
+        return replace(self, data=data, gradient=self.gradient.index_select(0, rows))
+
     def masked(self, dropped: Tensor) -> Use:  # dropped: (R,) bool
         """Returns the use with every value of the dropped rows set to zero, NaN and infinity included."""
 
@@ -144,11 +149,15 @@ class Uses(Sequence[Use]):
             self.allowance.left -= size
         return rows
 
-    # Neither of the two below keeps rows of its own: no weighted sum comes after their norms.
+    # None of the three below keeps rows of its own: no weighted sum comes after their norms.
 
     def narrowed(self, start: int, stop: int) -> Uses:
         """Returns the uses of some rows alone, for gradients that are formed and used at once: nothing is kept."""
         return Uses(tuple(use.narrowed(start, stop) for use in self.items), allowance=Allowance(0))
+
+    def selected(self, rows: Tensor) -> Uses:  # (R',) int
+        """Returns the uses of some rows alone, copied, for gradients that are formed and used at once."""
+        return Uses(tuple(use.selected(rows) for use in self.items), allowance=Allowance(0))
 
     def masked(self, dropped: Tensor) -> Uses:  # (R,) bool
         """Returns the uses without the dropped rows' values, for a weighted sum. See `Use.masked`.

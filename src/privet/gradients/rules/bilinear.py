@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.gradients.layout import Layout
-from privet.gradients.precision import product_error
+from privet.gradients.precision import product_errors
 from privet.gradients.rows import factor_norms, lost, of_type, raised, summed, wide
 from privet.gradients.rules.arguments import named
-from privet.gradients.rules.linear import Linear
+from privet.gradients.rules.linear import Linear, positions
 from privet.gradients.rules.registry import Call, handles
 from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.use import Allowance, Operation, Rule, Use, Uses
@@ -35,8 +35,8 @@ def _inputs(use: Use) -> tuple[Tensor, Tensor]:
     x, z = use.data
     assert x is not None
     assert z is not None
-    positions = math.prod(x.shape[1:-1])
-    return wide(x).reshape(use.rows, positions, x.shape[-1]), wide(z).reshape(use.rows, positions, z.shape[-1])
+    length = math.prod(x.shape[1:-1])
+    return wide(x).reshape(use.rows, length, x.shape[-1]), wide(z).reshape(use.rows, length, z.shape[-1])
 
 
 def _outer_norms(x: Tensor, z: Tensor) -> Tensor:  # (B, T, I), (B, T, J) -> (B,)
@@ -55,8 +55,8 @@ def _as_linear(use: Use) -> Use:
 
 def _in_parts(uses: Uses) -> Iterator[tuple[slice, Uses]]:
     """Yields the uses as linear ones, of so many rows at a time that outer products stay small."""
-    positions = sum(math.prod(use.gradient.shape[1:-1]) for use in uses)
-    for chunk in row_chunks(uses.rows, 4 * positions * math.prod(uses.shape[1:])):
+    length = sum(math.prod(use.gradient.shape[1:-1]) for use in uses)
+    for chunk in row_chunks(uses.rows, 4 * length * math.prod(uses.shape[1:])):
         part = uses.narrowed(chunk.start, chunk.stop)
         yield chunk, Uses(tuple(map(_as_linear, part)), allowance=Allowance(0))
 
@@ -80,8 +80,7 @@ class _Weight(Rule):
         """Returns a share of `|x| |z| |g|`, no less than `sum_t |x_t| |z_t| |g_t|`."""
         outer = summed([_outer_norms(*_inputs(use)) for use in uses])
         gradients = summed([factor_norms(wide(use.gradient)) for use in uses])
-        positions = sum(math.prod(use.gradient.shape[1:-1]) for use in uses)
-        return outer.sqrt() * gradients.sqrt() * product_error(positions, outer.dtype, outer.device)
+        return outer.sqrt() * gradients.sqrt() * product_errors(positions(uses, outer.dtype), outer.device)
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         total = wide(uses[0].gradient).new_zeros(uses.shape[0], math.prod(uses.shape[1:]))

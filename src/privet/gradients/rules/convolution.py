@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
-from privet.gradients.precision import product_error
+from privet.gradients.precision import product_errors
 from privet.gradients.rows import factor_norms, of_type, padded, row_norms, summed, weighted_rows, wide
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.convolution_strategy import ConvolutionStrategy, convolution_strategy
@@ -98,16 +98,18 @@ class _Weight(Rule):
         match strategy:
             case ConvolutionStrategy.ROWS:
                 return row_norms(_flat(uses.remembered(lambda: self.per_example(uses))))
-            case ConvolutionStrategy.PIXELS:
-                gram = _gram_norms(_pairing(uses[0])) if len(uses) == 1 else None
-                return self.norms_by(ConvolutionStrategy.TILES, uses) if gram is None else gram
-            case ConvolutionStrategy.TILES:
-                chunks = row_chunks(uses.rows, uses[0].gradient.element_size() * _entries(uses.shape))
-                norms = [row_norms(_flat(self.per_example(uses.narrowed(c.start, c.stop)))) for c in chunks]
-                if not norms:
-                    return row_norms(self.per_example(uses))
-                # The weighted sum will be an ordinary weight gradient, and not of these rows.
-                return padded(torch.cat(norms), self.rounding(uses))
+            case ConvolutionStrategy.PIXELS if len(uses) == 1:
+                return _gram_norms(_pairing(uses[0]), again=lambda rows: self._tile_norms(uses.selected(rows)))
+            case _:
+                return self._tile_norms(uses)
+
+    def _tile_norms(self, uses: Uses) -> Tensor:
+        chunks = row_chunks(uses.rows, uses[0].gradient.element_size() * _entries(uses.shape))
+        norms = [row_norms(_flat(self.per_example(uses.narrowed(c.start, c.stop)))) for c in chunks]
+        if not norms:
+            return row_norms(self.per_example(uses))
+        # The weighted sum will be an ordinary weight gradient, and not of these rows.
+        return padded(torch.cat(norms), self.rounding(uses))
 
     def rounding(self, uses: Uses) -> Tensor:
         """Returns a share of `|patches| |field|`, no less than `sum_t |patch_t| |field_t|`.
@@ -117,9 +119,9 @@ class _Weight(Rule):
         pairings = [_pairing(use) for use in uses]
         patches = summed([factor_norms(_flat(p.source)) * math.prod(p.kernel) for p in pairings])
         field = summed([factor_norms(_flat(p.field)) for p in pairings])
-        places = sum(p.places for p in pairings)
-        error = product_error(places, field.dtype, field.device, kind="convolution")
-        return patches.sqrt() * field.sqrt() * error
+        # Its own places: how far other rows are filled up with zeros must not matter.
+        places = summed([(p.field != 0.0).any(1).flatten(1).sum(1, dtype=field.dtype) for p in pairings])
+        return patches.sqrt() * field.sqrt() * product_errors(places, field.device, kind="convolution")
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
@@ -149,17 +151,17 @@ def _weighted(use: Use, weights: Tensor) -> Tensor:  # (R,) -> shape
     return _backward(gradient, data, weight, None, *arguments, (False, True, False))[1]  # type: ignore[no-any-return]
 
 
-def _gram_norms(pairing: Pairing) -> Tensor | None:  # (R,)
+def _gram_norms(pairing: Pairing, *, again: Callable[[Tensor], Tensor]) -> Tensor:  # (R,)
     """Returns `sum_ts (patch_t . patch_s)(field_t . field_s)` plus a bound on its error.
 
-    Returns None where the bound is not narrow; see `never_too_small`.
+    `again` finds the norms whose bound is not narrow, from the indices of their rows; see `never_too_small`.
     """
     patches, field = pairing.grams()
     left, right = (m.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for m in (patches, field))
     gram = field.mul_(patches).flatten(1).sum(1)
     entries = (pairing.depth, pairing.field.shape[1])
     terms = max(pairing.source.shape[1] * max(pairing.kernel), entries[1])
-    return never_too_small(gram, (left, right), entries, terms=terms, kind="convolution")
+    return never_too_small(gram, (left, right), entries, terms=terms, kind="convolution", again=again)
 
 
 class _Bias(Rule):

@@ -1,12 +1,14 @@
 """Gram matrices: how far rounding may take a norm that they give, and when that is too far.
 
 `sum_ts (l_t . l_s)(r_t . r_s)` is the squared norm of `sum_t l_t r_t^T` without forming it. Its terms may cancel, so a
-bound on the rounding error is added, and the norm is found in another way where the bound is not small.
+bound on the rounding error is added, and a norm is found in another way where its bound is not small. Each row is
+judged alone: no row's norm depends on what the others of its batch are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,12 +36,13 @@ def never_too_small(
     entries: tuple[int, int],  # of one l and of one r
     *,
     terms: int,  # that one inner product adds up at once
+    again: Callable[[Tensor], Tensor],  # (R',) int -> (R',)
     kind: Kind = "matmul",
-) -> Tensor | None:  # (R,)
+) -> Tensor:  # (R,)
     """Returns the squared norms plus a bound on their rounding error and on what underflow took.
 
-    Returns None where the bound is more than `NARROW` of some norm: then a sum of squares has to be taken instead. A
-    bound below `_NOTHING` is not asked: rows of zeros have one.
+    Where the bound is more than `NARROW` of a norm, `again` finds that norm, from the indices of such rows: by a sum of
+    squares, with a padding of its own. A bound below `_NOTHING` is not asked: rows of zeros have one.
 
     An inner product of n terms loses at most `lost(n)` to underflow, and so does the square of each length. The lengths
     are raised until the share of their products that is added is more than all of that, whatever it is multiplied by:
@@ -51,8 +54,10 @@ def never_too_small(
         raised(t, math.sqrt(4.0 * lost(n, gram.dtype) / share)) for t, n in zip(lengths, entries, strict=True)
     )
     padding = (left * right).sum(1).square() * share
-    # Rows that are not finite are dropped later, whatever their norm.
-    if bool(((padding > NARROW * gram + _NOTHING) & gram.isfinite() & padding.isfinite()).any()):
-        return None
     norms: Tensor = gram.clamp(min=1e5 * lost(left.shape[1] ** 2, gram.dtype)) + padding
+    # Rows that are not finite are dropped later, whatever their norm.
+    unsure = (padding > NARROW * gram + _NOTHING) & gram.isfinite() & padding.isfinite()
+    if bool(unsure.any()):
+        rows = unsure.nonzero()[:, 0]
+        norms.index_copy_(0, rows, again(rows))
     return norms

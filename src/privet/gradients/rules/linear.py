@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from privet.gradients.precision import product_error
+from privet.gradients.precision import product_errors
 from privet.gradients.rows import factor_norms, of_type, padded, row_norms, summed, weighted_rows, wide
 from privet.gradients.rules.gram import never_too_small
 from privet.gradients.rules.pool import scratch
@@ -22,7 +22,7 @@ from privet.gradients.rules.registry import Call, handles
 from privet.gradients.rules.strategy import Strategy, linear_strategy, row_chunks
 from privet.gradients.use import Operation, Rule, Use, Uses
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "positions"]
 
 
 def _sequence(t: Tensor) -> Tensor:  # (B, ..., F) -> (B, T, F)
@@ -46,6 +46,11 @@ def _single(uses: Uses) -> tuple[Tensor, Tensor] | None:  # -> a (B, I), g (B, O
         if math.prod(a.shape[1:-1]) == 1:
             return a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
     return None
+
+
+def positions(uses: Uses, dtype: torch.dtype) -> Tensor:  # (R,)
+    """Returns the number of each row's own positions: those with a gradient, and not zeros that fill up."""
+    return summed([(_sequence(use.gradient) != 0.0).any(2).sum(1, dtype=dtype) for use in uses])
 
 
 def _data(use: Use) -> Tensor:
@@ -76,13 +81,16 @@ class _Weight(Rule):
             return factor_norms(pair[0]) * factor_norms(pair[1])
         left, right = self._oriented(uses)
         strategy = linear_strategy(left, right, budget=uses.allowance.left)
-        if strategy is Strategy.GRAM:
-            norms = _gram_norms(left, right)
-            if norms is not None:
-                return norms
-            strategy = Strategy.TILES
-        if strategy is Strategy.ROWS:
-            return row_norms(_in_memory_order(uses.remembered(lambda: _products(left, right))))
+        match strategy:
+            case Strategy.GRAM:
+                return _gram_norms(left, right, again=lambda rows: self._tile_norms(uses.selected(rows)))
+            case Strategy.ROWS:
+                return row_norms(_in_memory_order(uses.remembered(lambda: _products(left, right))))
+            case Strategy.TILES:
+                return self._tile_norms(uses)
+
+    def _tile_norms(self, uses: Uses) -> Tensor:
+        left, right = self._oriented(uses)
         chunks = row_chunks(left.shape[0], left.shape[2] * right.shape[2] * left.element_size())
         norms = torch.cat([row_norms(_in_memory_order(_products(left[c], right[c]))) for c in chunks])
         # The weighted sum will be one product over all rows, and not of these.
@@ -92,8 +100,7 @@ class _Weight(Rule):
         """Returns a share of `|a| |g|`: by Cauchy and Schwarz, no less than `sum_t |a_t| |g_t|`."""
         data = summed([factor_norms(wide(_data(use))) for use in uses])
         gradients = summed([factor_norms(wide(use.gradient)) for use in uses])
-        positions = sum(math.prod(use.gradient.shape[1:-1]) for use in uses)
-        return data.sqrt() * gradients.sqrt() * product_error(positions, data.dtype, data.device)
+        return data.sqrt() * gradients.sqrt() * product_errors(positions(uses, data.dtype), data.device)
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
@@ -126,15 +133,18 @@ def _in_memory_order(rows: Tensor) -> Tensor:
     return rows if rows.is_contiguous() else rows.mT
 
 
-def _gram_norms(left: Tensor, right: Tensor) -> Tensor | None:  # (B, T, O), (B, T, I) -> (B,)
+def _gram_norms(left: Tensor, right: Tensor, *, again: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns `sum_ts (l_t . l_s)(r_t . r_s)` (Li et al., arXiv 2110.05679) plus a bound on its error.
 
-    Returns None where the bound is not narrow; see `never_too_small`.
+    Args:
+        left: (B, T, O).
+        right: (B, T, I).
+        again: finds the norms whose bound is not narrow, from the indices of their rows; see `never_too_small`.
     """
     gram = (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).flatten(1).sum(1)
     lengths = torch.linalg.vector_norm(left, dim=2), torch.linalg.vector_norm(right, dim=2)
     entries = (left.shape[2], right.shape[2])
-    return never_too_small(gram, lengths, entries, terms=max(entries))
+    return never_too_small(gram, lengths, entries, terms=max(entries), again=again)
 
 
 class _Bias(Rule):
