@@ -13,6 +13,8 @@ from privet.noise import Keystream, NoiseKey
 from privet.sampling.draw import poisson_indices, shuffled_indices
 from tests.sampling.law import LEVEL, refutations
 
+BATCHES = 6_000
+
 
 def stream(seed: int = 0) -> Keystream:
     return Keystream(NoiseKey.from_generator(torch.Generator().manual_seed(seed)), purpose="sampling")
@@ -28,21 +30,21 @@ def masks(rate: float, size: int, batches: int, seed: int = 0) -> np.ndarray:  #
 
 @pytest.mark.parametrize("rate", [0.003, 0.1, 1 / 3, 0.5, 0.97])
 def test_every_example_joins_independently_at_the_rate(rate):
-    assert refutations(masks(rate, 60, 20_000), rate) == []
+    assert refutations(masks(rate, 60, BATCHES), rate) == []
 
 
 def test_wrong_laws_are_refuted():
-    right = masks(0.1, 60, 20_000)
+    right = masks(0.1, 60, BATCHES)
     assert refutations(right, 0.105)
     # A rate floored to 1 / len(loader), as one would have from 60 examples in batches of 7: 1 / 8 for 7 / 60.
-    assert refutations(masks(1 / 8, 60, 20_000), 7 / 60)
+    assert refutations(masks(1 / 8, 60, BATCHES), 7 / 60)
     rng = np.random.default_rng(0)
-    fixed_size = np.argsort(rng.random((20_000, 60)), axis=1) < 6
+    fixed_size = np.argsort(rng.random((BATCHES, 60)), axis=1) < 6
     assert "law of the batch size" in refutations(fixed_size, 0.1)
     together = right.copy()
     together[:, 1] = together[:, 0]
     assert "pairs of examples" in refutations(together, 0.1)
-    assert "neighbouring batches" in refutations(np.repeat(right[:10_000], 2, axis=0), 0.1)
+    assert "neighbouring batches" in refutations(np.repeat(right[: BATCHES // 2], 2, axis=0), 0.1)
     uneven = right.copy()
     uneven[:, 59] = False
     assert "frequency of each example" in refutations(uneven, 0.1)
@@ -96,7 +98,7 @@ def test_more_gaps_are_drawn_until_the_data_end(monkeypatch):
 
 
 def test_a_shuffle_is_a_uniform_permutation():
-    source, size, times = stream(), 5, 24_000
+    source, size, times = stream(), 5, 8_000
     orders = [tuple(shuffled_indices(source, size=size, step=step, name="s").tolist()) for step in range(times)]
     kinds, counts = np.unique(np.array(orders), axis=0, return_counts=True)
     assert len(kinds) == 120

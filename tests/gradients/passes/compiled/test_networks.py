@@ -60,7 +60,7 @@ def compilations(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in {"resnet", "transformer"} else []) for name in SMALL],
+    [pytest.param(name, marks=[pytest.mark.deep] if name in {"resnet", "transformer"} else []) for name in SMALL],
 )
 def test_a_network_is_one_graph_with_the_eager_sum(name, compilations):
     torch.manual_seed(1)
@@ -101,7 +101,7 @@ def test_the_compiler_of_users_gives_the_eager_sum():
         assert_exact(ours, Expected(theirs, terms=len(batch[0]) * 1.0))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it loads its compiler
 def test_compiled_dropout_is_fresh_in_every_call():
     net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3))
