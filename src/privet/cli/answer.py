@@ -13,7 +13,7 @@ from rich.table import Table
 from privet.accounting import Certificate
 from privet.accounting.decimals import rounded_text
 
-__all__ = ["Down", "Up", "certified", "show", "show_curve"]
+__all__ = ["Down", "Up", "certified", "print_json", "show", "show_curve"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def certified(name: str, found: Certificate, *, none_outside: str) -> dict[str, 
 def show(values: Mapping[str, object], *, as_json: bool, title: str) -> None:
     """Prints an answer: one JSON object, or a table without the rows that say nothing."""
     if as_json:
-        _print_json(values)
+        print_json(values)
         return
     table = Table(title=title, show_header=False)
     for name, value in values.items():
@@ -65,7 +65,7 @@ def show_curve(
 ) -> None:
     """Prints ε at each δ for each accountant, and the `values` that say whose it is."""
     if as_json:
-        _print_json({**values, "delta": list(deltas), "epsilon": curves})
+        print_json({**values, "delta": list(deltas), "epsilon": curves})
         return
     said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
     table = Table("δ", *(f"ε ({name})" for name in curves), title=f"ε(δ), {said}")
@@ -82,7 +82,7 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _print_json(values: Mapping[str, object]) -> None:
+def print_json(values: Mapping[str, object]) -> None:
     """Prints one JSON object. JSON has no infinity: it becomes the text "inf", which every reader notices."""
     print(json.dumps(_plain(values), ensure_ascii=False, allow_nan=False))
 

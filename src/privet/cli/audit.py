@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
+from privet.cli.factory import made_by
 from privet.cli.options import output_option
 from privet.errors import ConfigurationError
 
@@ -62,19 +59,7 @@ def mechanism(
 
 
 def _made(name: str) -> tuple[Any, Any, Any]:
-    """Returns what the factory of that name makes."""
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ConfigurationError(f"expected MODULE:FACTORY, such as mypackage.training:audited, got {name!r}.")
-    if "" not in sys.path and os.curdir not in sys.path:
-        sys.path.insert(0, os.curdir)  # as `python -m` has it
-    try:
-        factory: Callable[[], Any] = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(f"there is no module {error.name!r} to import, from the folder of now.") from error
-    except AttributeError as error:
-        raise ConfigurationError(f"{module} has no {attribute!r}.") from error
-    made = factory()
+    made = made_by(name)
     if not isinstance(made, tuple) or len(made) != 3:
         raise ConfigurationError(
             f"{name} returned {type(made).__name__}. Expected a tuple of three: train, model and data set."

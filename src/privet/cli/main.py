@@ -17,6 +17,9 @@ from privet.accounting import (
 )
 from privet.cli.answer import Down, Up, certified, show, show_curve
 from privet.cli.audit import audit
+from privet.cli.check import check
+from privet.cli.completion import completion
+from privet.cli.ledger import ledger
 from privet.cli.options import (
     budget_options,
     noise_option,
@@ -25,6 +28,7 @@ from privet.cli.options import (
     sampler_options,
     steps_option,
 )
+from privet.cli.plan import plan
 from privet.cli.plot import check_plot, plot_curve
 from privet.cli.report import report
 from privet.cli.sampler import Sampler
@@ -39,7 +43,7 @@ _UNREACHABLE, _WRONG, _ABOVE, _INTERRUPTED = 1, 2, 3, 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="privet")
 def cli() -> None:
-    """Differential privacy accounting: what a training run costs, before it runs, and what it promised afterwards.
+    """Differentially private training: what a run costs before it runs, what it promised, and whether that holds.
 
     \b
     Exit status:
@@ -48,6 +52,7 @@ def cli() -> None:
       2    an option or a value is wrong
       3    ε is above --max-epsilon, or infinite where --max-epsilon is given
       4    a report is not of the ledger, or differs from it
+      5    a model cannot be trained privately as it is
       130  interrupted
     """  # noqa: D301  the escape is click's mark for text that keeps its lines
 
@@ -275,8 +280,8 @@ def curve(
             print(f"Drawn into {plot}")
 
 
-cli.add_command(audit)
-cli.add_command(report)
+for command in (audit, check, completion, ledger, plan, report):
+    cli.add_command(command)
 
 
 def _asked(sampler: Sampler, group_size: int, accountant: str) -> dict[str, object]:

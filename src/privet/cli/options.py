@@ -11,7 +11,15 @@ import click
 from privet.accounting import Relation
 from privet.cli.sampler import FORMS, sampler_of
 
-__all__ = ["budget_options", "noise_option", "output_option", "privacy_options", "sampler_options", "steps_option"]
+__all__ = [
+    "budget_options",
+    "noise_option",
+    "output_option",
+    "privacy_options",
+    "sampler_options",
+    "steps_option",
+    "warn_of_delta",
+]
 
 Command = Callable[..., None]
 
@@ -55,7 +63,7 @@ def sampler_options(*, seeks_rate: bool = False) -> Callable[[Command], Command]
         ) -> None:
             options = {"rate": rate, "batch_size": batch_size, "dataset_size": dataset_size, "cap": cap}
             described = sampler_of(sampler, relation, options, seeks_rate=seeks_rate)
-            _warn_of_delta(others.get("delta"), described.dataset_size)
+            warn_of_delta(others.get("delta"), described.dataset_size)
             command(sampler=described, **others)
 
         kind = click.option(
@@ -71,7 +79,7 @@ def sampler_options(*, seeks_rate: bool = False) -> Callable[[Command], Command]
     return add
 
 
-def _warn_of_delta(delta: object, records: int | None) -> None:
+def warn_of_delta(delta: object, records: int | None) -> None:
     """Says on the error stream if δ is 1/n or more."""
     if isinstance(delta, float) and records is not None and delta * records >= 1.0:
         print(
