@@ -52,11 +52,13 @@ LAYERS = {
     ),
     "training": (
         (
+            "accumulate",
             "divisor",
             "guard",
             "handed_over",
             "loss_module",
             "memory",
+            "models",
             "once",
             "optimizers",
             "parameters",
@@ -65,10 +67,11 @@ LAYERS = {
             "riding_ledger",
             "start",
         ),
-        ("billing", "criterion", "logical_sum"),
+        ("accumulated_sum", "billing", "criterion", "logical_sum"),
         ("collective", "update"),
         ("checkpoint", "materialised", "virtual_steps"),
         ("door", "private_module"),
+        ("options", "target"),
     ),
 }
 LEVELS = {

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from privet.sampling import Partition, Poisson, Sampling
     from privet.schedules import Exponential, Listed, Plan, Schedule, Stepwise
     from privet.step import PrivateStep
+    from privet.training.accumulate import Accumulate
     from privet.training.performance import Performance
     from privet.training.virtual_steps import BatchMemoryManager
     from privet.validation import get_compatible_module, validate
@@ -39,6 +40,7 @@ __all__ = [
     "PSAC",
     "Accountant",
     "AccountingError",
+    "Accumulate",
     "Automatic",
     "BatchMemoryManager",
     "Budget",
@@ -84,6 +86,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "PSAC": "privet.clipping",
     "Accountant": "privet.accounting",
+    "Accumulate": "privet.training.accumulate",
     "Automatic": "privet.clipping",
     "BatchMemoryManager": "privet.training.virtual_steps",
     "Budget": "privet.accounting",

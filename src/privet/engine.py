@@ -3,59 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, final, overload
+from typing import Any, Literal, TypeVar, Unpack, final, overload
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from privet._checks import check_at_least, check_choice, check_count, check_positive, check_target_delta
+from privet._checks import check_at_least, check_choice, check_target_delta
 from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
 from privet.accounting.role import LedgerLike
-from privet.clipping import ClippingPolicy, policy_for
-from privet.errors import ConfigurationError, ProtocolError
-from privet.gradients.capture.loss_watch import LossWatch
+from privet.clipping import policy_for
+from privet.errors import ProtocolError
 from privet.gradients.weights import groups_of
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import noise_for, noise_key
 from privet.parallel import bare
 from privet.sampling import PrivateLoader, Sampling, privatize_loader
+from privet.training.accumulate import Accumulate, accumulate_for
 from privet.training.checkpoint import File, load, save
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import Door, door_ledger
+from privet.training.models import AboutModels
 from privet.training.once import made_private, refuse_private
 from privet.training.optimizers import refuse_optimizer
+from privet.training.options import Clipping, Options
 from privet.training.parameters import private_parameters
 from privet.training.plausible import refuse_budget_without_noise, warn_of_mechanism
 from privet.training.private_module import MODES_ELSEWHERE, GradSampleMode, PrivateModule, modes
 from privet.training.start import facts_of
+from privet.training.target import multiplier_for
 from privet.training.update import PrivateUpdate
-from privet.validation import Issue, get_compatible_module, refuse_mixed_records, require_valid, validate
+from privet.validation import refuse_mixed_records, require_valid
 
 __all__ = ["PrivacyEngine"]
 
-Clipping = Literal["flat", "per_layer", "automatic", "psac"] | ClippingPolicy
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - M and O: a module and an optimizer of the user's own class
 
 
-class _Options(TypedDict, total=False):
-    """What both `make_private` take beside their required arguments, for the type checker."""
-
-    clipping: Clipping
-    loss_reduction: Literal["mean", "sum"]
-    batch_first: bool
-    poisson_sampling: bool
-    sampling: Sampling | None
-    dataset_size: int | None
-    noise_generator: torch.Generator | None
-    grad_sample_mode: GradSampleMode
-
-
 @final
-class PrivacyEngine(Door):
+class PrivacyEngine(Door, AboutModels):
     """Makes a module, its optimizer and its data loader train with differential privacy, and counts what it costs.
 
     Args:
@@ -126,7 +115,7 @@ class PrivacyEngine(Door):
         noise_multiplier: float,
         max_grad_norm: float | Mapping[str, float] | None = None,
         criterion: None = None,
-        **options: Unpack[_Options],
+        **options: Unpack[Options],
     ) -> tuple[M, O, PrivateLoader]: ...
 
     @overload
@@ -139,7 +128,7 @@ class PrivacyEngine(Door):
         noise_multiplier: float,
         max_grad_norm: float | Mapping[str, float] | None = None,
         criterion: Callable[..., torch.Tensor],
-        **options: Unpack[_Options],
+        **options: Unpack[Options],
     ) -> tuple[M, O, PrivateLoader, PrivateCriterion]: ...
 
     def make_private(
@@ -157,6 +146,7 @@ class PrivacyEngine(Door):
         poisson_sampling: bool = True,
         sampling: Sampling | None = None,
         dataset_size: int | None = None,
+        accumulate: int | Accumulate = 1,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
     ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
@@ -180,6 +170,9 @@ class PrivacyEngine(Door):
                 is kept, and no amplification by sampling is claimed.
             sampling: another way of forming batches in its place, such as one of your own.
             dataset_size: a public number to be used in place of `len(dataset)`, under Poisson sampling.
+            accumulate: how many of the loader's batches make a logical batch, for a loop with `(loss / k).backward()`
+                on each, and `step()` and `zero_grad()` on every k-th. They are the k parts of one batch drawn at k
+                times the rate. `Accumulate(k, divided=False)` is for a loop that does not divide its mean losses.
             noise_generator: makes noise and batches reproducible, and says so in the ledger; for tests.
             grad_sample_mode: `"auto"`, the fastest; `"hooks"`, which shows every example's gradient in `p.grad_sample`;
                 `"functorch"`, which does so by vmap and without any rule for a layer.
@@ -193,6 +186,7 @@ class PrivacyEngine(Door):
         policy = policy_for(clipping, max_grad_norm)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_choice("grad_sample_mode", grad_sample_mode, modes(), elsewhere=MODES_ELSEWHERE)
+        parts = accumulate_for(accumulate, mode=grad_sample_mode)
         ranks, inner = self._ranks_for(module, grad_sample_mode), bare(module)
         with ranks.together():
             refuse_optimizer(optimizer)
@@ -212,6 +206,7 @@ class PrivacyEngine(Door):
                 key=key,
                 dataset_size=dataset_size,
                 share=ranks.share,
+                accumulate=parts.batches,
             )
             mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)
             refuse_budget_without_noise(mechanism, has_budget=self.budget is not None)
@@ -229,18 +224,25 @@ class PrivacyEngine(Door):
             divisor=divisor,
             follows_rate=mean,
             ranks=ranks,
+            parts=parts.batches,
         )
-        losses = LossWatch(mean=mean, axis=0 if batch_first else 1, expects_criterion=criterion is not None)
         private_criterion = None
         if criterion is not None:  # what can fail comes before anything is touched
             private_criterion = PrivateCriterion(
                 criterion,
                 reduction=loss_reduction,
                 examples=lambda: watched.instrument.examples,
-                on_losses=losses.trust,
+                on_losses=lambda losses: watched.losses.trust(losses),  # noqa: PLW0108 - it is made below
             )
         ranks.begin(module)
-        watched = PrivateModule(inner, update, batch_first=batch_first, mean=mean, mode=grad_sample_mode, losses=losses)
+        watched = PrivateModule(
+            inner,
+            update,
+            batch_first=batch_first,
+            loss_divisor=parts.loss_divisor if mean else None,
+            mode=grad_sample_mode,
+            expects_criterion=criterion is not None,
+        )
         if key.predictable:
             self.ledger.mark("reproducible key")
         watched.attach(optimizer)
@@ -265,7 +267,7 @@ class PrivacyEngine(Door):
         epochs: int,
         max_grad_norm: float | Mapping[str, float] | None = None,
         criterion: None = None,
-        **options: Unpack[_Options],
+        **options: Unpack[Options],
     ) -> tuple[M, O, PrivateLoader]: ...
 
     @overload
@@ -280,7 +282,7 @@ class PrivacyEngine(Door):
         epochs: int,
         max_grad_norm: float | Mapping[str, float] | None = None,
         criterion: Callable[..., torch.Tensor],
-        **options: Unpack[_Options],
+        **options: Unpack[Options],
     ) -> tuple[M, O, PrivateLoader, PrivateCriterion]: ...
 
     def make_private_with_epsilon(
@@ -300,6 +302,7 @@ class PrivacyEngine(Door):
         poisson_sampling: bool = True,
         sampling: Sampling | None = None,
         dataset_size: int | None = None,
+        accumulate: int | Accumulate = 1,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
     ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
@@ -313,29 +316,29 @@ class PrivacyEngine(Door):
             AccountingError: if no noise reaches the target.
             Either leaves everything as it was.
         """
-        check_positive("target_epsilon", target_epsilon)
         check_target_delta("target_delta", target_delta)
-        check_count("epochs", epochs, 1)
-        if self.ledger.phases:
-            raise ConfigurationError(
-                "this engine has steps on its ledger, which the target would have to pay for too. Expected a fresh "
-                "engine for make_private_with_epsilon. Make a new PrivacyEngine, or use make_private with a "
-                "noise_multiplier of your own."
-            )
-        planned = privatize_loader(data_loader, poisson=poisson_sampling, sampling=sampling, dataset_size=dataset_size)
+        planned = privatize_loader(
+            data_loader,
+            poisson=poisson_sampling,
+            sampling=sampling,
+            dataset_size=dataset_size,
+            accumulate=accumulate_for(accumulate, mode=grad_sample_mode).batches,
+        )
         self._know_records(planned.dataset_size)
         self._ask_about("target_delta", target_delta)
-        steps = epochs * len(planned) if planned.sampling.billed_per == "step" else epochs
-        mechanism = Mechanism(
-            sampling=planned.sampling, clipping=policy_for(clipping, max_grad_norm), noise=Gaussian(1.0), steps=steps
-        ).calibrated(
-            epsilon=target_epsilon, delta=target_delta, accountant=self.accountant, relation=self.ledger.relation
+        multiplier = multiplier_for(
+            self.ledger,
+            planned,
+            policy_for(clipping, max_grad_norm),
+            epochs=epochs,
+            epsilon=target_epsilon,
+            delta=target_delta,
         )
         returned = self.make_private(
             module=module,
             optimizer=optimizer,
             data_loader=data_loader,
-            noise_multiplier=mechanism.noise.multiplier,
+            noise_multiplier=multiplier,
             max_grad_norm=max_grad_norm,
             criterion=criterion,
             clipping=clipping,
@@ -344,28 +347,12 @@ class PrivacyEngine(Door):
             poisson_sampling=poisson_sampling,
             sampling=sampling,
             dataset_size=dataset_size,
+            accumulate=accumulate,
             noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode,
         )
         self.set_budget(epsilon=target_epsilon, delta=target_delta)
         return returned
-
-    # -- models ------------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def validate(module: nn.Module) -> list[Issue]:
-        """Returns everything in the module that cannot be trained privately, with what takes its place."""
-        return validate(module)
-
-    @staticmethod
-    def is_compatible(module: nn.Module) -> bool:
-        """Returns whether `validate` finds nothing."""
-        return not validate(module)
-
-    @staticmethod
-    def get_compatible_module(module: nn.Module) -> nn.Module:
-        """Returns a copy of the module in which the offending layers are replaced."""
-        return get_compatible_module(module)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

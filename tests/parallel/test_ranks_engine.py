@@ -52,6 +52,16 @@ def scheduled(model):
     return said(engine, model)
 
 
+def accumulated(model):
+    engine, model, optimizer, loader = engine_on(model, batch_size=2, accumulate=3)
+    for i, (x, y) in enumerate(loader):
+        (F.cross_entropy(model(x), y) / 3).backward()
+        if (i + 1) % 3 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return said(engine, model)
+
+
 def partition(model):
     return passes(model, poisson_sampling=False)
 
@@ -81,6 +91,7 @@ WAYS = {
     "hooks": lambda model: passes(model, mode="hooks", wrap=True),
     "functorch": lambda model: passes(model, mode="functorch"),
     "virtual steps": small_parts,
+    "accumulated": accumulated,
     "schedules": scheduled,
     "partition": partition,
     "rare": rare,

@@ -101,6 +101,7 @@ class BatchTicket:
     size: int  # SECRET under Poisson sampling: the realised number of examples; never a divisor
     last: bool = True  # whether it ends its logical batch; False for all but the last of several physical ones
     first: bool = True  # whether it begins its logical batch
+    parts: int = 1  # how many physical ones its logical batch always has, where that was declared (accumulate=)
     sampling: Sampling | None = None  # the law that it was drawn under, if that may differ from today's
     digest: int = 0  # of the whole logical batch, by which ranks see that they share one
     source: int = field(

@@ -50,6 +50,7 @@ def privatize_loader(
     key: NoiseKey | None = None,
     dataset_size: int | None = None,
     share: Share = WHOLE,
+    accumulate: int = 1,
 ) -> PrivateLoader:
     """Returns a private loader with the options of the user's own.
 
@@ -61,6 +62,7 @@ def privatize_loader(
         key: what batches are drawn from; by default a fresh one.
         dataset_size: a public number in place of the dataset's length, which then stays secret and may differ by one.
         share: the part of each batch that the loader hands over, where several ranks train together.
+        accumulate: how many of the user's batches make a logical one, which is handed over in as many parts.
 
     Raises:
         ConfigurationError: for a loader whose batches have no known law, or for options that contradict each other.
@@ -82,7 +84,10 @@ def privatize_loader(
             "dataset_size away, or sample with poisson_sampling=True."
         )
     declared = size if dataset_size is None else check_count("dataset_size", dataset_size, least=1)
-    batch_size = check_count("batch_size", loader.batch_size, least=1)
+    physical, whose = check_count("batch_size", loader.batch_size, least=1), f"batch_size={loader.batch_size}"
+    batch_size = physical * check_count("accumulate", accumulate, least=1)
+    if accumulate > 1:
+        whose += f" and accumulate={accumulate}"
     # A pass has as many batches as the public number says: -(-n // b) is exact where ceil(1 / rate) might round.
     expected: float = batch_size
     steps = -(-declared // batch_size)
@@ -90,7 +95,7 @@ def privatize_loader(
         expected, steps = sampling.expected_batch_size(declared), sampling.steps_per_pass(declared)
         if abs(expected - batch_size) > max(0.5, 0.01 * expected):
             raise ConfigurationError(
-                f"the loader has batch_size={batch_size}, and {sampling} draws {expected:g} of {declared} examples on "
+                f"the loader has {whose}, and {sampling} draws {expected:g} of {declared} examples on "
                 "average. Expected the same number, which the noisy sum is divided by. Change one of the two."
             )
     elif poisson:
@@ -110,7 +115,12 @@ def privatize_loader(
         **({"pin_memory_device": loader.pin_memory_device} if loader.pin_memory_device else {}),
     }
     batches = LogicalBatches(
-        sampling, key=key or NoiseKey.fresh(), size=size, steps=steps, share=share_of(loader.dataset, share)
+        sampling,
+        key=key or NoiseKey.fresh(),
+        size=size,
+        steps=steps,
+        share=share_of(loader.dataset, share),
+        parts=accumulate,
     )
     return PrivateLoader(
         loader.dataset,

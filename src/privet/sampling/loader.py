@@ -64,12 +64,12 @@ class PrivateLoader(DataLoader[Any]):
         self.expected_batch_size = expected_batch_size
         self.dataset_size = dataset_size
         self._source = next(_SOURCES)
-        if batches.sampling.random_size:
+        if batches.sampling.random_size or batches.parts > 1:
             self._empty.make()  # fails here rather than at a rare batch
         super().__init__(dataset, batch_sampler=batches, collate_fn=_Counted(collate_fn), **options)
         if isinstance(expected_batch_size, int):
             # torch writes None beside a batch sampler, and refuses assignment; scripts read the size all the same.
-            self.__dict__["batch_size"] = expected_batch_size
+            self.__dict__["batch_size"] = expected_batch_size // batches.parts
 
     @property
     def sampling(self) -> Sampling:
@@ -82,6 +82,16 @@ class PrivateLoader(DataLoader[Any]):
         return self._batches.predictable
 
     @property
+    def steps_per_pass(self) -> int:
+        """Returns the logical batches of a pass. `len(loader)` counts what it hands over: each is in `parts` pieces."""
+        return self._batches.steps
+
+    @property
+    def parts(self) -> int:
+        """Returns how many physical batches each logical batch is handed over in, where that was declared; else 1."""
+        return self._batches.parts
+
+    @property
     def passes_begun(self) -> int:
         """Returns how many passes over the data have begun."""
         return self._batches.passes
@@ -91,7 +101,13 @@ class PrivateLoader(DataLoader[Any]):
         """Returns what must be the same on all ranks for them to draw the same batches."""
         state = self._batches.state_dict(handed_over=0)
         shards = getattr(self._batches.share, "starts", None)
-        return {**state, "dataset_size": self.dataset_size, "num_workers": self.num_workers, "shards": shards}
+        return {
+            **state,
+            "dataset_size": self.dataset_size,
+            "num_workers": self.num_workers,
+            "shards": shards,
+            "parts": self.parts,
+        }
 
     def on_batch(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener(ticket)` just before each batch is handed over; returns a function that ends this."""
@@ -144,7 +160,8 @@ class PrivateLoader(DataLoader[Any]):
             sampling=found.sampling,
             digest=found.digest,
             source=self._source,
-            ends_pass=found.place == len(self._batches) - 1,
+            parts=self._batches.parts,
+            ends_pass=found.place == self._batches.steps - 1,
         )
 
     def announce(self, ticket: BatchTicket, batch: Any) -> None:

@@ -47,7 +47,7 @@ class Pass:
     def draw(self) -> Iterator[list[int]]:
         """Yields the examples of this share of every batch, in parts; `drawn` also learns of shares that have none."""
         self.started = True
-        while self._next < len(self._batches):
+        while self._next < self._batches.steps:
             index = self._next
             self._next += 1
             sampling = self._batches.sampling
@@ -55,15 +55,27 @@ class Pass:
             share, evenly = self._batches.share, self._batches.evenly
             digest, examples = share.digest(whole), share.of(whole)
             size = share.largest(whole) if share.together else len(examples)
-            start, last = 0, False
-            while not last:
-                stop = start + ((self.most() if self.most else None) or size)
-                part, last = examples[start:stop], stop >= size
+            first = True
+            for start, stop, last in self._cuts(size):
+                part = examples[start:stop]
                 loaded = bool(part) or evenly
-                self.drawn.append(Drawn(index, len(part), start == 0, last, sampling, digest, loaded=loaded))
+                self.drawn.append(Drawn(index, len(part), first, last, sampling, digest, loaded=loaded))
                 if loaded:
                     yield part or [share.readable]
-                start = stop
+                first = False
+
+    def _cuts(self, size: int) -> Iterator[tuple[int, int, bool]]:
+        """Yields where each part of a batch begins and ends, and whether it is the last."""
+        parts = self._batches.parts
+        if parts > 1:  # so many, whatever the size, which is secret
+            yield from ((size * i // parts, size * (i + 1) // parts, i == parts - 1) for i in range(parts))
+            return
+        start, last = 0, False
+        while not last:
+            stop = start + ((self.most() if self.most else None) or size)
+            last = stop >= size
+            yield start, stop, last
+            start = stop
 
 
 @final
@@ -81,12 +93,14 @@ class LogicalBatches(Sampler[list[int]]):
         size: int,  # examples to draw from
         steps: int,  # batches in a pass
         share: Share = WHOLE,  # the part of each batch that is handed over here
+        parts: int = 1,  # physical batches that each is handed over in; 1: in one, or cut to a size
     ) -> None:
         key.claim("sampling")
         self._key = key
         self._stream = Keystream(key, purpose="sampling")
         self._size = check_count("number of examples", size, least=1)
-        self._steps = check_count("steps", steps, least=1)
+        self.steps = check_count("steps", steps, least=1)  # batches in a pass
+        self.parts = check_count("parts", parts, least=1)
         if steps > MOST_STEPS:
             raise ConfigurationError(f"A pass has at most 2**32 batches, got {steps}: give a number of steps.")
         self.sampling = sampling
@@ -120,7 +134,7 @@ class LogicalBatches(Sampler[list[int]]):
         return pending.draw()
 
     def __len__(self) -> int:
-        return self._steps
+        return self.steps * self.parts
 
     def examples(self, number: int, index: int) -> list[int]:
         """Returns the examples of one whole batch of one pass, those of other shares included."""
@@ -143,7 +157,7 @@ class LogicalBatches(Sampler[list[int]]):
             "handed_over": handed_over,
             "fingerprint": self._key.fingerprint(),
             "size": self._size,
-            "steps": self._steps,
+            "steps": self.steps,
             "sampling": repr(self.sampling),
         }
 
@@ -160,5 +174,5 @@ class LogicalBatches(Sampler[list[int]]):
         self._key.renew()
         # In a new order, examples of the first part of the pass could come again: only a new pass is billed for that.
         order_lost = not self.sampling.resumable and not self._key.predictable
-        self._resumed_at = 0 if order_lost or handed_over >= self._steps else handed_over
+        self._resumed_at = 0 if order_lost or handed_over >= self.steps else handed_over
         self._pending = None

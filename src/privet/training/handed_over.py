@@ -62,14 +62,14 @@ class HandedOver:
         self._passes: dict[tuple[int, int], list[Waiting]] = {}
         self._pass: tuple[int, int] | None = None  # of the batch that was handed over last
         self._ended: tuple[int, int] | None = None  # the last pass that was handed over to its end
-        self._places: dict[object, list[BatchTicket]] = {}  # where the tensors of whole batches lie
+        self._places: dict[object, list[BatchTicket]] = {}  # where the tensors lie of batches that may be read ahead
 
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch, or of a further part of one, that is about to be handed over."""
         self._pass = ticket.pass_key
         if ticket.ends_pass:
             self._ended = ticket.pass_key
-        if ticket.whole and ticket.leaves is not None:
+        if (ticket.whole or ticket.parts > 1) and ticket.leaves is not None:
             self._index(ticket)
         waiting = self._passes.setdefault(self._pass, [])
         if waiting and waiting[-1].ticket.of_same_batch(ticket):

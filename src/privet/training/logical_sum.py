@@ -23,7 +23,7 @@ from privet.gradients.clipped_sum import ClippedSum
 from privet.sampling.base import BatchTicket
 from privet.training.handed_over import Match
 
-__all__ = ["LogicalSum"]
+__all__ = ["LogicalSum", "thrown_away"]
 
 
 @dataclass(eq=False)
@@ -35,6 +35,16 @@ class _Part:
     summed: ClippedSum | None = None
     sampled: bool = False  # whether its backward was on as many examples as were announced
     stepped: bool = False  # whether its sum was added to those of the parts before
+
+
+def thrown_away() -> ProtocolError:
+    """Returns the error of a `zero_grad()` between backward and step."""
+    return ProtocolError(
+        "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
+        "Expected zero_grad() before backward, or after step. A backward that is not trained on, such as the "
+        "search for adversarial inputs, belongs in eval(); a discriminator that the generator trains through "
+        "is held fixed with eval() and requires_grad_(False)."
+    )
 
 
 class LogicalSum:
@@ -118,11 +128,18 @@ class LogicalSum:
         if self.pending:
             raise ProtocolError(
                 "a second backward came before the optimizer's step. Expected one backward for each step: add the "
-                "losses and call backward once. To accumulate gradients, use virtual steps: give the loader the whole "
-                "batch size and go through it with BatchMemoryManager, which cuts it into physical batches, and step "
-                "after each; in a trainer, leave its own accumulation at 1. A backward that only looks for adversarial "
-                "inputs belongs in eval()."
+                "losses and call backward once. To accumulate gradients over k batches, keep your loop and declare k:\n"
+                "    engine.make_private(..., accumulate=k)\n"
+                "To cut a batch that is too large for memory, step after each physical batch of\n"
+                "    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=m, optimizer=optimizer) as "
+                "loader:\n"
+                "A backward that only looks for adversarial inputs belongs in eval()."
             )
+
+    def refuse_zero_grad(self) -> None:
+        """Raises if a gradient would be thrown away between backward and step."""
+        if self.pending:
+            raise thrown_away()
 
     def receive(self, clipped: ClippedSum, *, examples: int, match: Match | None) -> None:
         """Takes the sum of one backward.

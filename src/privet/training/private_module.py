@@ -47,9 +47,10 @@ class PrivateModule:
         module: the user's module, which is watched from now on.
         update: takes the sums.
         batch_first: whether inputs have the batch on axis 0, else on axis 1.
-        mean: whether the loss is a mean over the rows of the batch, else a sum.
+        loss_divisor: what the loop divides a loss by that is a mean over the rows of the batch: 1 where it does not
+            accumulate. None for a loss that is a sum.
         mode: how per-example gradients are computed, and whether they are shown.
-        losses: looks at the loss that is computed from the module's outputs.
+        expects_criterion: whether the loss must be one of a private criterion.
     """
 
     def __init__(
@@ -58,16 +59,22 @@ class PrivateModule:
         update: PrivateUpdate,
         *,
         batch_first: bool,
-        mean: bool,
+        loss_divisor: int | None,
         mode: GradSampleMode,
-        losses: LossWatch,
+        expects_criterion: bool = False,
     ) -> None:
         shown, mapped = _MODES[mode]
         self.module = module
         self.update = update
         self.materialised = Materialised(update) if shown else None
-        self._mean = mean
+        self._loss_divisor = loss_divisor
         self._axis = 0 if batch_first else 1
+        self.losses = LossWatch(
+            mean=loss_divisor is not None,
+            axis=self._axis,
+            expects_criterion=expects_criterion,
+            divided_by=loss_divisor or 1,
+        )
         self.instrument = Instrument(
             module,
             update.parameters,
@@ -75,7 +82,7 @@ class PrivateModule:
             mapped=mapped,
             on_backward=self._received,
             on_check=self._checked,
-            losses=losses,
+            losses=self.losses,
             running=update.ranks.running,
             spread=update.ranks.spread,
             on_forward=lambda tensors, anew: update.recognize(tensors, anew=anew),
@@ -110,7 +117,7 @@ class PrivateModule:
 
     def _receive(self, recorded: Recorded) -> None:
         examples = recorded.examples or 0
-        scale = float(max(examples, 1)) if self._mean else 1.0
+        scale = 1.0 if self._loss_divisor is None else float(max(examples, 1) * self._loss_divisor)
         if self.materialised is not None:
             self.materialised.keep(recorded, scale=scale)
             return

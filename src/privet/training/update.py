@@ -22,10 +22,11 @@ from privet.noise import NoiseMechanism
 from privet.parallel.role import Alone, Due, Ranks
 from privet.sampling.base import BatchTicket, refuse_change
 from privet.sampling.loader import PrivateLoader
+from privet.training.accumulated_sum import AccumulatedSum
 from privet.training.billing import Billing
 from privet.training.divisor import Divisor
 from privet.training.guard import Guard
-from privet.training.logical_sum import LogicalSum
+from privet.training.logical_sum import LogicalSum, thrown_away
 from privet.training.optimizers import StepHooks
 from privet.training.riding_ledger import RidingLedger
 
@@ -73,6 +74,7 @@ class PrivateUpdate:
             then no step may be taken.
         follows_rate: whether the divisor is an expected batch size, and so changes with the sampling rate.
         ranks: those that train together; by default this process alone.
+        parts: how many backwards make a step, each on one part of a logical batch.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class PrivateUpdate:
         divisor: float | None,
         follows_rate: bool = True,
         ranks: Ranks | None = None,
+        parts: int = 1,
     ) -> None:
         self.parameters = dict(parameters)
         self.ranks: Ranks = Alone() if ranks is None else ranks
@@ -95,7 +98,8 @@ class PrivateUpdate:
         self.billing = Billing(ledger)
         self.guard = Guard(self.parameters, ledger)
         self._mechanism = self.settled = mechanism
-        self._sum = LogicalSum()
+        self.parts = parts
+        self._sum = LogicalSum() if parts == 1 else AccumulatedSum(parts)
         self._resampled = False
         self._known: BatchTicket | None = None  # the batch whose tensors the model was given
         self._loaders: list[weakref.ref[PrivateLoader]] = []
@@ -225,8 +229,11 @@ class PrivateUpdate:
         """
         self._sum.refuse_second()
         known, self._known = self._known, None
-        match = None if self._sum.physical else self.billing.handed_over.match(examples, known)
-        self._sum.receive(clipped, examples=examples, match=match)
+        if isinstance(self._sum, AccumulatedSum):
+            self._sum.receive(clipped, examples=examples, known=known)
+        else:
+            match = None if self._sum.physical else self.billing.handed_over.match(examples, known)
+            self._sum.receive(clipped, examples=examples, match=match)
         self._hooks.renew()
 
     def accumulate(self) -> None:
@@ -330,13 +337,9 @@ class PrivateUpdate:
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""
-        if self.pending:
-            raise ProtocolError(
-                "zero_grad() between backward and step throws the gradient away, after it was computed from data. "
-                "Expected zero_grad() before backward, or after step. A backward that is not trained on, such as the "
-                "search for adversarial inputs, belongs in eval(); a discriminator that the generator trains through "
-                "is held fixed with eval() and requires_grad_(False)."
-            )
+        self._sum.refuse_zero_grad()
+        if self._late is not None and self._late.pending:
+            raise thrown_away()
 
     def settle(self) -> None:
         """Puts on the ledger what happened without privacy, if anything did. Call it before the ledger is read."""

@@ -79,6 +79,12 @@ class BatchMemoryManager:
                 f"this {type(data_loader).__name__} is not the loader of the optimizer's module. Expected the one that "
                 "make_private returned with it."
             )
+        if self._update.parts > 1:
+            raise ConfigurationError(
+                f"BatchMemoryManager was given a loader of accumulate={self._update.parts}, which hands each logical "
+                "batch over in that many parts already. Expected one of the two. For smaller parts raise accumulate; "
+                "for parts of at most a given size leave it away."
+            )
         refuse_search("max_physical_batch_size", self._update.ranks.spread, search=self._size.auto)
         self._optimizer = optimizer
         self._loader = PhysicalLoader(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from privet.gradients.capture.loss_graph import LossGraph, Operation
 
-__all__ = ["TokenMean", "faults_of", "is_weighted_mean", "token_means"]
+__all__ = ["TokenMean", "faults_of", "is_divided", "is_weighted_mean", "token_means"]
 
 _MEAN, _SUM = 1, 2  # torch's numbers for a reduction
 _UNUSED_LABEL = -100  # torch's default of ignore_index
@@ -82,6 +82,11 @@ def faults_of(
 def is_weighted_mean(each: Operation) -> bool:
     """Returns whether an operation is a mean of likelihoods that divides by the class weights of its labels."""
     return each.name in _LIKELIHOODS and each.option("reduction") == _MEAN and each.option("weight") is not None
+
+
+def is_divided(graph: LossGraph) -> bool:
+    """Returns whether a loss is divided or multiplied by something that the outputs have no part in."""
+    return any(each.name in {"Div", "Mul"} and len(each.fed) == 1 for each in graph.operations)
 
 
 def token_means(graph: LossGraph) -> list[TokenMean]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from privet.errors import ConfigurationError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.loss_graph import read_graph
-from privet.gradients.capture.loss_rules import TokenMean, faults_of, token_means
+from privet.gradients.capture.loss_rules import TokenMean, faults_of, is_divided, token_means
 
 __all__ = ["LossWatch"]
 
@@ -38,12 +38,14 @@ class LossWatch:
         mean: whether the loss is declared a mean over the examples, else a sum.
         axis: the batch axis of the outputs.
         expects_criterion: whether a backward must go through trusted losses.
+        divided_by: a number that each loss is declared to be divided by, for gradients that are accumulated.
     """
 
-    def __init__(self, *, mean: bool, axis: int, expects_criterion: bool = False) -> None:
+    def __init__(self, *, mean: bool, axis: int, expects_criterion: bool = False, divided_by: int = 1) -> None:
         self._mean = mean
         self._axis = axis
         self._expects_criterion = expects_criterion
+        self._divided_by = divided_by
         self._outputs: list[Any] = []  # nodes of the forwards at hand
         self._trusted: list[Any] = []
         self._due = False
@@ -110,6 +112,13 @@ class LossWatch:
         faults = list(faults_of(graph, examples=examples, axis=self._axis, mean=self._mean, trusted=trusted))
         if faults:
             raise _refused(faults[0])
+        if self._divided_by > 1 and not is_divided(graph):
+            raise ConfigurationError(
+                f"accumulate={self._divided_by} says that each mean loss is divided by {self._divided_by}, and this "
+                f"one is divided by nothing. Expected (loss / {self._divided_by}).backward(). Or say that it is not "
+                f"divided: accumulate=Accumulate({self._divided_by}, divided=False); the step is the same. Nothing "
+                "was released."
+            )
 
     def _look_at_tokens(self, gradient: Tensor, values: Tensor) -> None:
         """Raises if labels were left out of a mean over all tokens: their gradient is exactly zero."""
