@@ -217,7 +217,7 @@ class MovedRows(TorchFunctionMode):
         self, cycle: Cycle, mover: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         move = None
-        if mover is not None and not any(map(self._is_root, args[:2])) and _caller().f_code is not _PADS:
+        if mover is not None and not any(map(self._is_root, args[:3])) and _caller().f_code is not _PADS:
             move = move_of(mover, args, kwargs)
         if self._met is not None:
             if move is not None:

@@ -6,6 +6,7 @@ from privet.gradients.rules import (  # noqa: F401 - a handler is registered whe
     bag,
     bilinear,
     convolution,
+    einsum,
     embedding,
     free,
     linear,

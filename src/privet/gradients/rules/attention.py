@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
+from privet.gradients.layout import Layout
 from privet.gradients.rules.arguments import named
+from privet.gradients.rules.free import expanded
 from privet.gradients.rules.registry import Call, handles
 
 __all__: list[str] = []
@@ -149,3 +151,19 @@ def _check(a: SimpleNamespace) -> None:
         raise UnsupportedModelError(
             f"attention met {a.query.shape[-1]} features. Expected {a.embed_dim_to_check}, a multiple of {a.num_heads}."
         )
+
+
+@handles(F.scaled_dot_product_attention, structural=True)
+def _with_mask(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A parameter as the mask, such as relative positions: expanded over the examples, all else is torch's own."""
+    a = named(
+        args, kwargs,
+        query=None, key=None, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+    )  # fmt: skip
+    if a is None or not call.is_root(a.attn_mask) or any(map(call.is_root, (a.query, a.key, a.value))):
+        return NotImplemented
+    layout = call.layout(a.query)
+    if layout is Layout.CONSTANT or call.layout(a.key) is not layout or call.layout(a.value) is not layout:
+        return NotImplemented
+    mask = expanded(call, a.attn_mask, (*a.query.shape[:-1], a.key.shape[-2]), layout)
+    return func(a.query, a.key, a.value, mask, a.dropout_p, a.is_causal, scale=a.scale, enable_gqa=a.enable_gqa)

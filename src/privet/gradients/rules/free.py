@@ -21,7 +21,7 @@ from privet.gradients.rows import wide
 from privet.gradients.rules.registry import Call, handles
 from privet.gradients.use import Operation, Rule, Uses
 
-__all__ = ["EXPANSIONS", "Broadcast", "expansion"]
+__all__ = ["EXPANSIONS", "Broadcast", "expanded", "expansion"]
 
 _T = Tensor
 ELEMENTWISE = (
@@ -34,7 +34,8 @@ ELEMENTWISE = (
     torch.rsub, torch.logaddexp, torch.masked_fill, _T.masked_fill,
 )  # fmt: skip
 
-EXPANSIONS = frozenset({_T.expand, _T.expand_as, torch.broadcast_to, _T.broadcast_to, _T.repeat, torch.tile, _T.tile})
+_COPIES = frozenset({_T.repeat, torch.tile, _T.tile})
+EXPANSIONS = frozenset({_T.expand, _T.expand_as, torch.broadcast_to, _T.broadcast_to}) | _COPIES
 
 
 class _Expanded(Rule):
@@ -80,7 +81,7 @@ class Broadcast(Operation):
         return ()
 
 
-def _expanded(call: Call, root: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
+def expanded(call: Call, root: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
     """Returns `root` expanded to the shape of data that lie as in `layout`."""
     axis = 1 if layout is Layout.SECOND else 0
     aligned = (1,) * (len(shape) - root.dim()) + tuple(root.shape)
@@ -105,11 +106,11 @@ def _elementwise(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kw
     if not full:
         return NotImplemented
     layout = call.layout(full[0])
-    return func(*_with_expanded(call, args, shape, layout), **_with_expanded(call, kwargs, shape, layout))
+    return func(*_withexpanded(call, args, shape, layout), **_withexpanded(call, kwargs, shape, layout))
 
 
-def _with_expanded(call: Call, arguments: Any, shape: Sequence[int], layout: Layout) -> Any:
-    return tree_map(lambda a: _expanded(call, a, shape, layout) if call.is_root(a) else a, arguments)
+def _withexpanded(call: Call, arguments: Any, shape: Sequence[int], layout: Layout) -> Any:
+    return tree_map(lambda a: expanded(call, a, shape, layout) if call.is_root(a) else a, arguments)
 
 
 def expansion(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,6 +120,11 @@ def expansion(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     layout = call.layout_of_result(func, root, result)
     if layout is Layout.CONSTANT:
         return NotImplemented
+    if func in _COPIES and layout is Layout.MERGED and root.dim() and result.shape[1:] == root.shape[1:]:
+        # One copy of the parameter after the other: the examples are outside, and its own first axis inside.
+        copies = result.shape[0] // max(root.shape[0], 1)
+        if root.shape[0] > 1 and copies * root.shape[0] == result.shape[0]:
+            return expanded(call, root, (copies, *root.shape), layout).flatten(0, 1)
     axis = 1 if layout is Layout.SECOND else 0
     wanted = [1 if place == axis else size for place, size in enumerate(result.shape)]  # nothing of it is an example's
     repeats = math.prod(result.shape) // max(root.numel(), 1)
@@ -126,4 +132,33 @@ def expansion(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         size not in (1, want) for size, want in zip(root.shape[::-1], wanted[::-1], strict=False)
     ):
         return NotImplemented
-    return _expanded(call, root, result.shape, layout)
+    found = expanded(call, root, result.shape, layout)
+    return found.contiguous() if func in _COPIES else found  # in memory as torch has it, for a view of it
+
+
+@handles(_T.__setitem__, structural=True)
+def _assigned(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A parameter written into data: at a mask's positions, as masked embeddings are, or at fixed places."""
+    target, index, value = args
+    if call.is_root(target) or not call.is_root(value):
+        return NotImplemented
+    layout = call.layout(target)
+    if layout not in (Layout.ROWS, Layout.SECOND):
+        return NotImplemented
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        axes = index.dim()
+        inside = target.shape[axes:]
+        if call.is_root(index) or index.shape != target.shape[:axes] or axes <= (layout is Layout.SECOND):
+            return NotImplemented
+        if value.dim() > len(inside) or torch.broadcast_shapes(value.shape, inside) != inside:  # type: ignore[no-untyped-call]
+            return NotImplemented
+        chosen = index.reshape(*index.shape, *[1] * len(inside))
+        target.copy_(torch.where(chosen, expanded(call, value, target.shape, layout), target))
+        return None
+    places = index if isinstance(index, tuple) else (index,)
+    whole = slice(None)
+    if layout is not Layout.ROWS or places[0] != whole or not all(isinstance(p, int | slice) for p in places):
+        return NotImplemented
+    view = target[places]  # the batch stays where it is
+    view.copy_(expanded(call, value, view.shape, layout))
+    return None

@@ -181,12 +181,11 @@ class _MappedRule(Rule):
             data = [d for d in use.data[:count] if d is not None]
             gradients = [use.gradient, *(d for d in use.data[count:] if d is not None)]
             size = 4 * max(1, use.gradient[:1].numel() + sum(d[:1].numel() for d in data))
-            rows = torch.cat(
-                [
-                    operation.row_gradients(use.role, [d[c] for d in data], [g[c] for g in gradients])
-                    for c in row_chunks(use.rows, size)
-                ]
-            )
+            parts = [
+                operation.row_gradients(use.role, [d[c] for d in data], [g[c] for g in gradients])
+                for c in row_chunks(use.rows, size)
+            ]
+            rows = torch.cat(parts) if parts else use.gradient.new_zeros(0, *use.shape)
             total = rows if total is None else total + rows
         assert total is not None
         return total

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from privet.gradients.layout import Layout
 from privet.gradients.precision import product_errors
 from privet.gradients.rows import factor_norms, of_type, padded, row_norms, summed, weighted_rows, wide
 from privet.gradients.rules.gram import never_too_small
@@ -192,7 +193,18 @@ def _linear(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs:
 def _matmul(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) != 2 or kwargs:
         return NotImplemented
+    if call.is_root(args[0]):
+        return _applied_from_left(call, *args)
     return _applied(call, args[0], args[1], None, transposed=True)
+
+
+def _applied_from_left(call: Call, weight: Any, x: Any) -> Any:
+    """`W @ x` for x of (B, ..., I, T): the transpose of a linear operation of the transpose."""
+    if call.is_root(x) or not isinstance(x, Tensor) or weight.dim() != 2 or x.dim() < 3:
+        return NotImplemented
+    if call.layout(x) is Layout.CONSTANT or (call.layout(x) is Layout.SECOND and x.dim() < 4):
+        return NotImplemented
+    return call.apply(Linear(), (x.mT,), {"weight": weight, "bias": None}, layout=call.layout(x)).mT
 
 
 @handles(Tensor.__rmatmul__)

@@ -1,0 +1,90 @@
+"""Rows of the table for parameters that meet data in other operations than layers do: masks, copies, writes, einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Rows = list[tuple[str, Callable[[], nn.Module], Any]]
+T, D, H = 4, 6, 2
+
+
+class With(nn.Module):
+    """A function of data and one parameter."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.value = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.value)
+
+
+def attended(x: Tensor, mask: Tensor) -> Tensor:
+    heads = x.unflatten(2, (H, D // H)).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads.sin(), heads.cos(), attn_mask=mask)
+
+
+def windowed(x: Tensor, mask: Tensor) -> Tensor:
+    """Two windows for each example, merged with the batch, as Swin's."""
+    windows = x.unflatten(1, (2, T // 2)).flatten(0, 1)
+    heads = windows.unflatten(2, (H, D // H)).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads.sin(), heads, attn_mask=mask).unflatten(0, (-1, 2))
+
+
+def dropped(x: Tensor, mask: Tensor) -> Tensor:
+    """Dropout that drops nothing: the form of the call, and the same numbers."""
+    heads = x.unsqueeze(1)
+    return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask.unsqueeze(0), dropout_p=1e-30)
+
+
+def masked(x: Tensor, value: Tensor) -> Tensor:
+    hidden = x * 1.0
+    hidden[~(x[..., 0] <= 0.0)] = value
+    return hidden * x
+
+
+def class_token(x: Tensor, value: Tensor) -> Tensor:
+    hidden = x * 1.0
+    hidden[:, 0] = value
+    return hidden * x.sin()
+
+
+def over_heads(x: Tensor, keys: Tensor) -> Tensor:
+    """A table of each head, repeated for each example, as DeBERTa's positions."""
+    rows = len(x)
+    queries = x.unflatten(2, (H, D // H)).transpose(1, 2).flatten(0, 1)  # (B H, T, D / H)
+    return torch.bmm(queries, keys.repeat(rows, 1, 1).transpose(1, 2)).view(rows, H, T, -1)
+
+
+def viewed(x: Tensor, value: Tensor) -> Tensor:
+    return x * value.repeat(len(x), 1, 1).view(len(x) * T, D).view(len(x), T, D)
+
+
+def mixed() -> Rows:
+    """Returns the name, the module and the inputs of each case."""
+    x = lambda size, dtype: (torch.randn(size, T, D, dtype=dtype),)  # noqa: E731
+    functions: list[tuple[str, Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = [
+        ("mask of attention", attended, (H, T, T)),
+        ("mask of attention, one for all heads", attended, (1, 1, T, T)),
+        ("mask of attention, windows merged", windowed, (1, H, T // 2, T // 2)),
+        ("mask of attention with dropout", dropped, (T, T)),
+        ("written at a mask", masked, (D,)),
+        ("written at a place", class_token, (D,)),
+        ("repeated for each example over heads", over_heads, (H, 3, D // H)),
+        ("repeated, then viewed", viewed, (1, T, D)),
+        ("matrix times data", lambda x, w: w @ x, (3, T)),
+        ("matrix times data, mean taken", lambda x, w: torch.matmul(w, x.mT).sin().mean(2), (3, D)),
+        ("einsum, linear", lambda x, w: torch.einsum("btd,de->bte", x, w), (D, 3)),
+        ("einsum, heads", lambda x, w: torch.einsum("btd,dhe->bhte", x, w), (D, H, 3)),
+        ("einsum, over positions", lambda x, w: torch.einsum("ts,bsd->bdt", w, x), (3, T)),
+        ("einsum, all contracted", lambda x, w: torch.einsum("btd,td->b", x, w).unsqueeze(1), (T, D)),
+        ("einsum, no arrow", lambda x, w: torch.einsum("btd,de", x, w), (D, 3)),
+        ("einsum, letter shared by all", lambda x, w: torch.einsum("btd,tde->bte", x, w), (T, D, 3)),
+    ]
+    return [(name, lambda f=f, shape=shape: With(f, *shape), x) for name, f, shape in functions]  # type: ignore[misc]
