@@ -66,6 +66,21 @@ def viewed(x: Tensor, value: Tensor) -> Tensor:
     return x * value.repeat(len(x), 1, 1).view(len(x) * T, D).view(len(x), T, D)
 
 
+class Loop(nn.Module):
+    """A cell over the positions, from a state of zeros."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = None, []
+        for position in x.unbind(1):
+            state = self.cell(position, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, 1)
+
+
 def mixed() -> Rows:
     """Returns the name, the module and the inputs of each case."""
     x = lambda size, dtype: (torch.randn(size, T, D, dtype=dtype),)  # noqa: E731
@@ -87,4 +102,10 @@ def mixed() -> Rows:
         ("einsum, no arrow", lambda x, w: torch.einsum("btd,de", x, w), (D, 3)),
         ("einsum, letter shared by all", lambda x, w: torch.einsum("btd,tde->bte", x, w), (T, D, 3)),
     ]
-    return [(name, lambda f=f, shape=shape: With(f, *shape), x) for name, f, shape in functions]  # type: ignore[misc]
+    cells: Rows = [
+        ("loop over an LSTM cell", lambda: Loop(nn.LSTMCell(D, 3)), x),
+        ("loop over a GRU cell", lambda: Loop(nn.GRUCell(D, 3)), x),
+        ("loop over a plain cell", lambda: Loop(nn.RNNCell(D, 3)), x),
+        ("loop over a plain cell, relu, no bias", lambda: Loop(nn.RNNCell(D, 3, bias=False, nonlinearity="relu")), x),
+    ]
+    return cells + [(name, lambda f=f, shape=shape: With(f, *shape), x) for name, f, shape in functions]  # type: ignore[misc]

@@ -5,6 +5,7 @@ from privet.gradients.rules import (  # noqa: F401 - a handler is registered whe
     attention,
     bag,
     bilinear,
+    cell,
     convolution,
     einsum,
     embedding,
