@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from privet.schedules import Exponential, Listed, Plan, Schedule, Stepwise
     from privet.step import PrivateStep
     from privet.training.accumulate import Accumulate
+    from privet.training.chained import ChainedOptimizer
     from privet.training.performance import Performance
     from privet.training.virtual_steps import BatchMemoryManager
     from privet.validation import get_compatible_module, validate
@@ -45,6 +46,7 @@ __all__ = [
     "BatchMemoryManager",
     "Budget",
     "BudgetExceededError",
+    "ChainedOptimizer",
     "ClippingPolicy",
     "ConfigurationError",
     "CoverageError",
@@ -90,6 +92,7 @@ _HOMES = {
     "Automatic": "privet.clipping",
     "BatchMemoryManager": "privet.training.virtual_steps",
     "Budget": "privet.accounting",
+    "ChainedOptimizer": "privet.training.chained",
     "ClippingPolicy": "privet.clipping",
     "Exponential": "privet.schedules",
     "FileLedger": "privet.accounting",

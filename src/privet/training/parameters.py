@@ -36,7 +36,8 @@ def private_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
     if left_out:
         raise ConfigurationError(
             f"the optimizer lacks trainable parameters of the module: {', '.join(left_out)}. Expected all of them. Add "
-            "them to the optimizer, or freeze them with requires_grad_(False)."
+            "them to the optimizer, or freeze them with requires_grad_(False). Several optimizers become one by "
+            "privet.ChainedOptimizer(first, second)."
         )
     if not trainable:
         raise ConfigurationError(
