@@ -61,6 +61,7 @@ LAYERS = {
             "models",
             "once",
             "optimizers",
+            "chained",
             "parameters",
             "performance",
             "plausible",
