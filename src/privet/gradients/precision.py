@@ -7,6 +7,7 @@ norm or a weight is computed, and the bounds are widened by what is in force.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -34,8 +35,8 @@ def eps_in_force(dtype: torch.dtype, device: torch.device, *, kind: Kind = "matm
     """
     if dtype != torch.float32:
         return 0.0
-    names = [_matmul(device)] if kind == "matmul" else [_matmul(device), _convolution(device)]
-    return max(_ROUNDED.get(name, 0.0) for name in names)
+    taken = _ROUNDED.get(_matmul(device), 0.0)
+    return taken if kind == "matmul" else max(taken, _ROUNDED.get(_convolution(device), 0.0))
 
 
 def product_error(terms: int, dtype: torch.dtype, device: torch.device, *, kind: Kind = "matmul") -> float:
@@ -46,7 +47,12 @@ def product_error(terms: int, dtype: torch.dtype, device: torch.device, *, kind:
     of n terms errs by more than about `n u`. What operands lose that are rounded first is added.
     """
     taken = eps_in_force(dtype, device, kind=kind)
-    return min(terms + 4.0, math.sqrt(terms) + 16.0) * torch.finfo(dtype).eps / 2 + taken * (2.0 + taken)
+    return _error_of_sum(terms, dtype) + taken * (2.0 + taken)
+
+
+@functools.lru_cache(maxsize=1024)  # asked at every operation of every step
+def _error_of_sum(terms: int, dtype: torch.dtype) -> float:
+    return min(terms + 4.0, math.sqrt(terms) + 16.0) * torch.finfo(dtype).eps / 2
 
 
 def product_errors(terms: Tensor, device: torch.device, *, kind: Kind = "matmul") -> Tensor:  # (R,) -> (R,)
