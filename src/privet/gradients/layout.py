@@ -76,6 +76,14 @@ def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: in
             return Layout.MERGED
     if grew == [1] and (first[1], second[1]) == (small, large):
         return Layout.SECOND
+    if [n for axis, n in enumerate(first) if axis in grew] == [small, small]:
+        raise UnsupportedModelError(
+            f"cannot tell which rows belong to which example in {site}: it holds every pair of examples inside the "
+            f"batch, of shape {tuple(first)} for {small} examples and {tuple(second)} for {large}. In a contrastive or "
+            "pairwise loss each example is in the losses of all others, and no clipping bounds what one of them can "
+            "do. Expected values of one example each. Make each pair of inputs one example of the dataset, with a loss "
+            "of its own, such as whether they belong together."
+        )
     raise UnsupportedModelError(
         f"cannot tell which rows belong to which example in {site}: its shape is {tuple(first)} for {small} examples "
         f"and {tuple(second)} for {large}{_packed(site)}. Expected one axis that grows with the "
