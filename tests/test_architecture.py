@@ -35,6 +35,7 @@ LAYERS = {
         ("step",),
         ("engine",),
         ("audit",),
+        ("integrations",),
         ("cli",),
         ("__main__",),
     ),

@@ -287,7 +287,9 @@ class Instrument:
                     "the model returned a scalar that needs a gradient, such as a loss of its own: it hides how the "
                     "examples were put together, and so what one example can do. Expected outputs with one row for "
                     "each example. Compute the loss from them (do not pass labels to a model that then reduces a "
-                    "loss), or use PrivateStep with a loss per example."
+                    "loss; of a model of transformers, privet.integrations.huggingface computes the loss of each "
+                    "example: model_inputs, per_example_loss, PrivateTrainer), or use PrivateStep with a loss per "
+                    "example."
                 ))  # fmt: skip
             elif o.dim() <= self._axis or o.shape[self._axis] != examples:
                 self._fail(UnsupportedModelError(

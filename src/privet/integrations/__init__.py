@@ -1,0 +1,3 @@
+"""privet inside of the training loops of other libraries. Each module imports its own library; none else does."""
+
+__all__: list[str] = []
