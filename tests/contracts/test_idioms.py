@@ -120,7 +120,7 @@ IDIOMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "adversarial inputs": (adversarial, ProtocolError, r"adversarial inputs, belongs in eval\(\)"),
     "adversarial inputs by grad": (adversarial_by_grad, ProtocolError, r"adversarial inputs belongs in eval\(\)"),
     "a generator's step": (through_a_discriminator, ProtocolError, "discriminator.*held fixed"),
-    "accumulation": (accumulated, ProtocolError, "BatchMemoryManager.*in a trainer"),
+    "accumulation": (accumulated, ProtocolError, r"accumulate=k(?s:.*)BatchMemoryManager"),
     "a copy": (lambda: Run(copy.deepcopy(Run().net)), ProtocolError, "is a copy.*load_state_dict"),
     "the same again": (lambda: Run(Run().net), ProtocolError, "made private before.*load_state_dict"),
     "a shared layer": (shared_layer, ProtocolError, r"0\.weight, 0\.bias.*one module"),
