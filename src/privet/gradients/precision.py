@@ -63,21 +63,24 @@ def product_errors(terms: Tensor, device: torch.device, *, kind: Kind = "matmul"
 
 
 def _matmul(device: torch.device) -> str:
-    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    return _setting(backend, "matmul")
+    return _setting(device, "matmul")
 
 
 def _convolution(device: torch.device) -> str:
-    backend: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
-    return _setting(backend, "conv")
+    return _setting(device, "conv")
 
 
-def _setting(backend: Any, operation: str) -> str:
-    """Returns what torch says of an operation of a backend: "ieee", "none", "tf32" or "bf16"."""
+def _setting(device: torch.device, operation: str) -> str:
+    """Returns what torch says of an operation on a device: "ieee", "none", "tf32" or "bf16"."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        backend: Any = torch.backends.cuda if operation == "matmul" else torch.backends.cudnn
+    else:
+        backend = torch.backends.mkldnn
     found: str | None = getattr(getattr(backend, operation, None), "fp32_precision", None)
     if found is not None:
         return found
     # Before torch 2.9 there is one setting for all matrix products, and a switch for each library of the GPU.
     slow = {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
     switched = torch.backends.cuda.matmul.allow_tf32 if operation == "matmul" else torch.backends.cudnn.allow_tf32
-    return "tf32" if switched and slow == "ieee" else slow
+    return "tf32" if on_gpu and switched and slow == "ieee" else slow
