@@ -299,14 +299,19 @@ def test_a_batch_that_is_not_the_drawn_one_is_noticed():
         list(loader)
 
 
-def test_indices_drawn_without_the_loader_are_never_announced():
-    """Who builds a loader of his own around the batch sampler gets batches, but no tickets: they are billed in full."""
+def test_a_loader_that_is_built_anew_from_the_parts_of_a_private_one_is_refused():
     loader = privatize_loader(DataLoader(DATA, batch_size=20))
     tickets = heard(loader)
-    around = DataLoader(DATA, batch_sampler=loader.batch_sampler)
-    assert all(len(list(around)) > 0 for _ in range(3))
+    for collate_fn in (None, loader.collate_fn):
+        around = DataLoader(DATA, batch_sampler=loader.batch_sampler, collate_fn=collate_fn)
+        with pytest.raises(
+            ProtocolError, match=r"built anew from the parts of a private one.*Expected the loader that"
+        ):
+            list(around)
     assert tickets == []
     assert len(list(loader)) == len(tickets) == 2
+    with pytest.raises(ProtocolError, match="built anew"):
+        list(around)
 
 
 def test_a_listener_can_leave():

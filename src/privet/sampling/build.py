@@ -211,6 +211,12 @@ def _order(loader: DataLoader[Any], *, poisson: bool) -> bool:
     """Returns whether the user's loader shuffles, and refuses one whose batches have no known law."""
     if isinstance(loader.dataset, IterableDataset):
         _length(loader.dataset)
+    if type(loader).__module__.startswith("accelerate."):
+        raise ConfigurationError(
+            f"this {type(loader).__name__} was prepared by accelerate before, and what it yields is not what was "
+            "sampled. Expected the loader that was given to accelerator.prepare. Leave the loader out of that call, "
+            "and give it to privet.integrations.accelerate.prepare."
+        )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ConfigurationError(
             f"{type(loader).__name__} overrides DataLoader.__iter__, so what it yields is not what was sampled: "

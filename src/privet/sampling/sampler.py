@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 from torch.utils.data import Sampler
 
 from privet._checks import check_count
-from privet.errors import ConfigurationError
+from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import Keystream
 from privet.sampling.base import Sampling
@@ -127,10 +127,17 @@ class LogicalBatches(Sampler[list[int]]):
         return self._pending
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A torch loader may ask twice before it draws: both get the pass that was begun.
+        # The loader begins a pass, and torch may ask for it twice before it draws: both get the pass that was begun.
         pending = self._pending
         if pending is None or pending.started:
-            pending = self.begin()
+            raise ProtocolError(
+                "a loader was built anew from the parts of a private one (its dataset, batch_sampler and collate_fn). "
+                "Its batches would be announced to nobody, and be billed as if nothing were sampled. Expected the "
+                "loader that make_private returned, iterated over as it is. With accelerate, leave it out of "
+                "accelerator.prepare and of skip_first_batches, and write `from privet.integrations.accelerate import "
+                "prepare` and `model, optimizer, loader = prepare(accelerator, engine, module=model, "
+                "optimizer=optimizer, data_loader=loader, noise_multiplier=..., max_grad_norm=...)`."
+            )
         return pending.draw()
 
     def __len__(self) -> int:

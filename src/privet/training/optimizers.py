@@ -28,6 +28,12 @@ def refuse_optimizer(optimizer: object) -> None:
                 f"{kind.__name__} cannot train privately: {_REFUSED[kind.__name__]}. Use an optimizer that reads dense "
                 "gradients once a step, such as SGD or AdamW."
             )
+    if type(optimizer).__module__.startswith("accelerate."):
+        raise ConfigurationError(
+            f"this {type(optimizer).__name__} was prepared by accelerate before, and is a wrapper whose step is not "
+            "always one of the optimizer. Expected the optimizer that was given to accelerator.prepare. Give model, "
+            "optimizer and loader to privet.integrations.accelerate.prepare, in place of accelerator.prepare."
+        )
 
 
 class StepHooks:
