@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from privet.accounting.event import Relation
 from privet.accounting.rdp import renyi_epsilon_at, trivial_epsilon
@@ -13,6 +13,26 @@ from privet.accounting.terms import reduce_event
 from privet.opacus.accountants.accountant import StepAccountant, event_of
 
 __all__ = ["RDPAccountant"]
+
+
+def _least(bound: Callable[[float], float], orders: Sequence[float]) -> tuple[float, float]:
+    """Returns the least bound over sorted orders, and its order. It is quasi-convex in them, and each is a bound."""
+    known: dict[int, float] = {}
+
+    def at(index: int) -> float:
+        if index not in known:
+            value = bound(orders[index])
+            known[index] = math.inf if math.isnan(value) else value
+        return known[index]
+
+    low, high = 0, len(orders) - 1
+    while high - low > 2:
+        left = (low + high) // 2
+        if at(left) <= at(left + 1):
+            high = left + 1
+        else:
+            low = left
+    return min(((at(index), orders[index]) for index in range(low, high + 1)), default=(math.inf, 0.0))
 
 
 class RDPAccountant(StepAccountant):
@@ -29,9 +49,8 @@ class RDPAccountant(StepAccountant):
         if trivial is not None:
             return trivial, 0.0
         cumulant = Cumulant(reduced)
-        orders = [order for order in alphas or self.DEFAULT_ALPHAS if 1.0 < order <= cumulant.largest_order]
-        found = [(renyi_epsilon_at(cumulant, order, delta), order) for order in orders]
-        epsilon, order = min(((e, o) for e, o in found if not math.isnan(e)), default=(math.inf, 0.0))
+        orders = sorted(o for o in set(alphas or self.DEFAULT_ALPHAS) if 1.0 < o <= cumulant.largest_order)
+        epsilon, order = _least(lambda order: renyi_epsilon_at(cumulant, order, delta), orders)
         return max(0.0, epsilon), order
 
     def get_epsilon(self, delta: float, alphas: Sequence[float] | None = None) -> float:
