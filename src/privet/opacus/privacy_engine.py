@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from privet.batches.kept import opening
-from privet.gradients.capture.loss_watch import LossWatch
 from privet.sampling.build import privatize_loader
 from privet.validation import refuse_mixed_records, refuse_mixing
 
@@ -21,6 +21,7 @@ from privet.opacus.accountants import create_accountant
 from privet.opacus.accountants.utils import get_noise_multiplier
 from privet.opacus.bill import EngineBill
 from privet.opacus.data_loader import DPDataLoader, private_part
+from privet.opacus.declared_loss import DeclaredLoss
 from privet.opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from privet.opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule, GradSampleHooks
 from privet.opacus.grad_sample.utils import get_gsm_class, prepare_module
@@ -276,7 +277,7 @@ class PrivacyEngine:
                 check=lambda args, kwargs: refuse_mixing(
                     opening(module, (args, kwargs)), args, kwargs, batch_axis=axis
                 ),
-                losses=LossWatch(mean=wrapped.loss_reduction == "mean", axis=axis),
+                losses=DeclaredLoss(mean=wrapped.loss_reduction == "mean", axis=axis),
             )
 
     # -- models ------------------------------------------------------------------------------------------------------
@@ -353,8 +354,11 @@ class PrivacyEngine:
             if part is not None and state:
                 part.load_state_dict(state)
             elif name == "optimizer_state_dict" and bool(state) != (part is not None):
-                warn(f"the checkpoint {'has' if state else 'lacks'} a state of the optimizer, and load_checkpoint was "
-                     f"{'not ' if part is None else ''}given one: it was not loaded.")
+                warnings.warn(
+                    f"the checkpoint {'has' if state else 'lacks'} a state of the optimizer, and load_checkpoint was "
+                    f"{'not ' if part is None else ''}given one: it was not loaded.",
+                    stacklevel=2,
+                )
         return loaded
 
 

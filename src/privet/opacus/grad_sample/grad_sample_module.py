@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from privet.gradients.capture.instrument import Instrument
-from privet.gradients.capture.loss_watch import LossWatch
 from privet.gradients.summation import per_example_gradients
 from privet.gradients.use import Recorded
 
+from privet.opacus.declared_loss import DeclaredLoss
 from privet.opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
 from privet.opacus.grad_sample.samplers import GRAD_SAMPLERS
 from privet.opacus.modules import trainable_modules, trainable_parameters
@@ -73,7 +73,8 @@ class GradSampleHooks(AbstractGradSampleHooks):
         self._before: list[Callable[[list[Tensor], bool], None]] = []
         self._after: list[Callable[[int], None]] = []
         self._check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
-        self._losses: LossWatch | None = None
+        self._losses: DeclaredLoss | None = None
+        self._ordinary: dict[str, Tensor] = {}
         self._instrument: Instrument | None = None
         self.hooks_enabled = False
         self.add_hooks()
@@ -119,6 +120,7 @@ class GradSampleHooks(AbstractGradSampleHooks):
         if self._instrument is not None:
             self._instrument.remove()
             self._instrument = None
+        self._ordinary.clear()
         self.hooks_enabled = False
 
     def watch_for(
@@ -127,7 +129,7 @@ class GradSampleHooks(AbstractGradSampleHooks):
         before: Callable[[list[Tensor], bool], None],
         after: Callable[[int], None],
         check: Callable[[tuple[Any, ...], dict[str, Any]], None],
-        losses: LossWatch | None,
+        losses: DeclaredLoss | None,
     ) -> None:
         """Tells a private optimizer of every batch, and asks more of the model. For the engine.
 
@@ -151,7 +153,8 @@ class GradSampleHooks(AbstractGradSampleHooks):
             listener(tensors, anew)
 
     def _scale(self, examples: int) -> float:
-        return float(max(examples, 1)) if self.loss_reduction == "mean" else 1.0
+        mean = self.loss_reduction == "mean" if self._losses is None else self._losses.mean
+        return float(max(examples, 1)) if mean else 1.0
 
     def _received(self, recorded: Recorded) -> None:
         """Puts the rows of one backward on the parameters."""
@@ -170,8 +173,9 @@ class GradSampleHooks(AbstractGradSampleHooks):
             mine = p.new_zeros(examples, *p.shape) if found is None else found.view(examples, *p.shape).to(p.dtype)
             held = getattr(p, "grad_sample", None)
             p.grad_sample = mine if held is None else [*(held if isinstance(held, list) else [held]), mine]  # type: ignore[attr-defined]
-            ordinary = mine.sum(0) / scale
-            p.grad = ordinary if p.grad is None else p.grad + ordinary
+            # The forward has taken away what was in p.grad: that of the backwards before is kept here.
+            before = None if held is None else self._ordinary.get(name)
+            p.grad = self._ordinary[name] = mine.sum(0) / scale + (0.0 if before is None else before)
 
     # -- what is asked of the model ----------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.instrument import Instrument
 from privet.gradients.rules.custom import register_rule
 from privet.gradients.summation import per_example_gradients
 from privet.gradients.use import Recorded
@@ -95,16 +95,12 @@ def compute_grad_sample(
         activations: its inputs, the batch on axis 0.
         backprops: the gradient of its output, the batch on axis 0.
     """
-    parameters = dict(trainable_parameters(layer))
-    examples = backprops.shape[0]
-    capture, recorded = Capture(parameters, within=layer.forward), Recorded(examples=examples)
-    with torch.enable_grad():
-        capture.begin(examples, recorded)
-        try:
-            output = layer(*activations)
-            capture.end([output])
-            output.backward(backprops)
-            rows = per_example_gradients(recorded, parameters)
-        finally:
-            capture.release()
+    parameters, brought = dict(trainable_parameters(layer)), list[Recorded]()
+    instrument = Instrument(layer, parameters, on_backward=brought.append)
+    try:
+        with torch.enable_grad():
+            layer(*activations).backward(backprops)
+    finally:
+        instrument.remove()
+    rows = per_example_gradients(brought[0], parameters)
     return {p: rows[name] for name, p in parameters.items() if name in rows}
