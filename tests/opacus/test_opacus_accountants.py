@@ -82,7 +82,6 @@ def test_batches_are_poisson_and_follow_no_global_seed():
 
 def test_a_loader_has_the_structure_of_a_batch_before_the_first_one():
     dataset = torch.utils.data.TensorDataset(torch.randn(10, 3), torch.arange(10))
-    loader = DPDataLoader(dataset, sample_rate=1e-9, generator=None)
     inputs, targets = next(iter(DPDataLoader(dataset, sample_rate=1e-6)))
     assert inputs.shape == (0, 3)
     assert targets.shape == (0,)

@@ -133,9 +133,7 @@ def test_poisson_steps_are_counted_one_by_one_and_cost_what_the_core_says(accoun
     )
     train(net, optimizer, batches)
     assert engine.accountant.history == [(SIGMA, BATCH / N, N // BATCH)]
-    mechanism = privet.Mechanism(
-        privet.Poisson(BATCH / N), privet.Flat(C), privet.Gaussian(SIGMA), steps=N // BATCH
-    )
+    mechanism = privet.Mechanism(privet.Poisson(BATCH / N), privet.Flat(C), privet.Gaussian(SIGMA), steps=N // BATCH)
     core = mechanism.epsilon(1e-5, accountant="pld" if accountant == "prv" else accountant)
     assert engine.get_epsilon(1e-5) == pytest.approx(core, rel=2e-2)
     assert engine.get_epsilon(1e-5) >= mechanism.epsilon(1e-5) * (1.0 - 1e-6)
@@ -186,9 +184,13 @@ def test_batches_that_are_added_up_by_hand_are_counted_as_what_they_are():
     optimizer.signal_skip_step()
     train(net, optimizer, [next(drawn)])
     assert engine.accountant.history == []
-    with pytest.warns(UserWarning) as told:
+    with (
+        pytest.warns(OpacusPrivacyWarning, match="2 batches were added up"),
+        pytest.warns(UserWarning, match="did not come, whole and fresh"),
+        pytest.warns(OpacusPrivacyWarning, match="batches left out"),
+        pytest.warns(UserWarning, match="were left out, and a later one"),
+    ):
         train(net, optimizer, [next(drawn)])
-    assert any("2 batches were added up" in str(warning.message) for warning in told)
     assert (SIGMA / 2, 1.0, 1) in engine.accountant.history
 
 
@@ -220,7 +222,7 @@ def test_a_parameter_that_is_moved_by_hand_between_backward_and_step_costs_every
     F.cross_entropy(net(inputs), targets).backward()
     with torch.no_grad():
         for p in net.parameters():
-            p -= 0.1 * p.grad
+            p.sub_(0.1 * p.grad)
     with (
         pytest.warns(OpacusPrivacyWarning, match="a parameter changed"),
         pytest.raises(privet.ProtocolError, match="private parameter changed"),

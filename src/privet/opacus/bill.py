@@ -3,8 +3,8 @@
     what is in the sum                                               what is counted
     one whole, fresh batch of the Poisson loader                     (σ, q)
     a batch of a loader that keeps the order, first of its pass      (σ, 1); later ones of the pass are paid for
-    several such batches of one pass                                 the same: each example is in one of them
-    anything else, of k backwards                                    (σ / k, 1), with a warning: an example may be in all
+    several such batches of one pass                                 the same: an example is in one of them
+    anything else, of k backwards                                    (σ / k, 1), and a warning: one may be in all of them
 
 Rows are counted before the noise is drawn. Batches are told apart by the core's tickets (`privet.training.billing`).
 """
@@ -22,14 +22,13 @@ from privet.accounting.event import Event, GaussianEvent, NonPrivateEvent, Parti
 from privet.clipping import ClippingPolicy
 from privet.errors import AccountingError
 from privet.mechanism import Gaussian, Mechanism
+from privet.opacus.accountants.accountant import IAccountant
+from privet.opacus.warning import warn
 from privet.sampling.base import BatchTicket
 from privet.sampling.loader import PrivateLoader
 from privet.training.billing import Billing
 from privet.training.guard import Guard
 from privet.training.handed_over import Match
-
-from privet.opacus.accountants.accountant import IAccountant
-from privet.opacus.warning import warn
 
 __all__ = ["EngineBill", "HistoryLedger"]
 

@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
-
-from privet.sampling.loader import PrivateLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from privet.opacus.empty_batch import CollateFnWithEmpty, wrap_collate_with_empty
 from privet.opacus.samplers import (
@@ -16,6 +21,7 @@ from privet.opacus.samplers import (
     UniformWithReplacementSampler,
 )
 from privet.opacus.warning import warn
+from privet.sampling.loader import PrivateLoader
 
 __all__ = ["CollateFnWithEmpty", "DPDataLoader", "private_part", "switch_generator", "wrap_collate_with_empty"]
 
@@ -102,7 +108,7 @@ class DPDataLoader(DataLoader[Any]):
             ValueError: for an iterable dataset, from which nothing can be drawn at random.
         """
         if isinstance(data_loader.dataset, IterableDataset):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004 - Opacus raises it
                 "Uniform sampling is not supported for IterableDataset: no example of a stream can be drawn at random. "
                 "Use a map-style dataset, with __len__ and __getitem__."
             )
@@ -124,7 +130,9 @@ def _tell_of_sampler(loader: DataLoader[Any]) -> None:
     sampler: Any = loader.sampler
     if isinstance(loader, DPDataLoader | PrivateLoader) or type(sampler) in (SequentialSampler, RandomSampler):
         return
-    warn(f"{type(sampler).__name__} is not used: under Poisson sampling every example has the same chance in each batch.")
+    warn(
+        f"{type(sampler).__name__} is not used: under Poisson sampling every example has the same chance in each batch."
+    )
 
 
 def private_part(loader: object) -> PrivateLoader | None:
@@ -152,7 +160,7 @@ def switch_generator(*, data_loader: DataLoader[Any], generator: Any) -> DataLoa
         kind, options = type(sampler), dict(vars(sampler))
         sampler = _redrawn(kind, options, generator)
     else:
-        raise ValueError("Non-batch processing is not supported: expected a loader that forms batches.")
+        raise ValueError("Non-batch processing is not supported: expected a loader that forms batches.")  # noqa: TRY004
     return DataLoader(
         data_loader.dataset,
         batch_sampler=sampler,

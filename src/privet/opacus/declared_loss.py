@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from privet.errors import ConfigurationError
 from privet.gradients.capture.loss_watch import LossWatch
-
 from privet.opacus.warning import warn
 
 __all__ = ["DeclaredLoss"]
@@ -39,7 +38,7 @@ class DeclaredLoss(LossWatch):
                 super()._look(examples)  # raises what is wrong with the loss as it was declared
                 raise
             warn(
-                "the loss is a sum over the examples, and loss_reduction is 'mean'. Opacus multiplies every gradient by "
-                "the number of examples that were drawn, so that one example rescales the others. Here gradients are "
-                "those of each example's own loss. Give loss_reduction='sum', or take the mean."
+                "the loss is a sum over the examples, and loss_reduction is 'mean'. Opacus multiplies every gradient "
+                "by the number of examples that were drawn, so that one example rescales the others. Here gradients "
+                "are those of each example's own loss. Give loss_reduction='sum', or take the mean."
             )

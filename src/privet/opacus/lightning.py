@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from privet.errors import ConfigurationError
-
 from privet.opacus.data_loader import DPDataLoader
 
 try:
     import pytorch_lightning as pl
 except ImportError as error:
     raise ConfigurationError(
-        "privet.opacus.lightning needs Lightning, which is not installed. Install it with: pip install privet[lightning]"
+        "privet.opacus.lightning needs Lightning, which is not installed. Run: pip install privet[lightning]"
     ) from error
 
 __all__ = ["DPLightningDataModule"]

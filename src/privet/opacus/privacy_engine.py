@@ -14,9 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from privet.batches.kept import opening
-from privet.sampling.build import privatize_loader
-from privet.validation import refuse_mixed_records, refuse_mixing
-
 from privet.opacus.accountants import create_accountant
 from privet.opacus.accountants.utils import get_noise_multiplier
 from privet.opacus.bill import EngineBill
@@ -31,6 +28,8 @@ from privet.opacus.samplers import key_of
 from privet.opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from privet.opacus.validators import ModuleValidator
 from privet.opacus.warning import warn
+from privet.sampling.build import privatize_loader
+from privet.validation import refuse_mixed_records, refuse_mixing
 
 __all__ = ["PrivacyEngine"]
 
@@ -87,7 +86,7 @@ class PrivacyEngine:
         rand_on_empty: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Returns `(module, optimizer, data_loader)`; in the mode `"ghost"` `(module, optimizer, criterion, data_loader)`.
+        """Returns `(module, optimizer, data_loader)`, and in the mode `"ghost"` the criterion before the loader.
 
         Args:
             module: the model, in train mode, or a `GradSampleModule` of it.

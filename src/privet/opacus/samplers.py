@@ -1,4 +1,4 @@
-"""Poisson sampling as torch samplers, at Opacus's names: batches are drawn from a key, by the sampling that is billed."""
+"""Poisson sampling as torch samplers, at Opacus's names: drawn from a key, by the sampling that is billed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from privet.noise.key import NoiseKey
+from privet.opacus.warning import warn
 from privet.sampling.poisson import Poisson
 from privet.sampling.sampler import LogicalBatches
-
-from privet.opacus.warning import warn
 
 __all__ = ["DistributedUniformWithReplacementSampler", "UniformWithReplacementSampler", "key_of"]
 
@@ -79,7 +78,7 @@ class UniformWithReplacementSampler(Sampler[list[int]]):
 
 
 class DistributedUniformWithReplacementSampler(Sampler[Tensor]):
-    """Yields this process's share of Poisson batches: its part of the data, each example with probability `sample_rate`.
+    """Yields this process's share of Poisson batches: of its part of the data, each example with one probability.
 
     Every process has a part of its own of the shuffled data, the same all over an epoch. A share without examples is
     yielded like any other, so that all processes take the same number of steps.

@@ -14,7 +14,6 @@ from typing import Any
 
 from privet.accounting import Accountant, ComposedEvent, Event, GaussianEvent, PoissonEvent, repeated
 from privet.accounting.event import Relation
-
 from privet.opacus.warning import warn
 
 __all__ = ["History", "IAccountant", "StepAccountant", "event_of", "joined"]

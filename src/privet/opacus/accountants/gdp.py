@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from privet.accounting import GdpAccountant
-
 from privet.opacus.accountants.accountant import StepAccountant
 from privet.opacus.warning import warn
 

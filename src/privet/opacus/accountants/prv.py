@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from privet.accounting import PldAccountant
-
 from privet.opacus.accountants.accountant import StepAccountant
 
 __all__ = ["PRVAccountant"]

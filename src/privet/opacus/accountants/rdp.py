@@ -9,7 +9,6 @@ from privet.accounting.event import Relation
 from privet.accounting.rdp import renyi_epsilon_at, trivial_epsilon
 from privet.accounting.renyi import Cumulant
 from privet.accounting.terms import reduce_event
-
 from privet.opacus.accountants.accountant import StepAccountant, event_of
 
 __all__ = ["RDPAccountant"]

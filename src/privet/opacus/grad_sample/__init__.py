@@ -1,5 +1,6 @@
 """Per-example gradients at Opacus's names. The samplers of torch's layers are all one: the core's rules."""
 
+from privet.opacus.grad_sample.embedding_norm_sample import compute_embedding_norm_sample
 from privet.opacus.grad_sample.fast_gradient_clipping import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
@@ -44,6 +45,7 @@ __all__ = [
     "GradSampleModuleNoOp",
     "compute_conv_grad_sample",
     "compute_embedding_grad_sample",
+    "compute_embedding_norm_sample",
     "compute_group_norm_grad_sample",
     "compute_instance_norm_grad_sample",
     "compute_layer_norm_grad_sample",

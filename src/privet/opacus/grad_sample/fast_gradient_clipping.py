@@ -12,7 +12,6 @@ from privet.errors import ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.summation import clipped_sum, squared_norms
 from privet.gradients.use import Recorded
-
 from privet.opacus.grad_sample.grad_sample_module import GradSampleHooks
 from privet.opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from privet.opacus.grad_sample.samplers import NORM_SAMPLERS

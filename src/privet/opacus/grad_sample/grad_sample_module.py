@@ -6,15 +6,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from privet.gradients.capture.instrument import Instrument
 from privet.gradients.summation import per_example_gradients
 from privet.gradients.use import Recorded
-
 from privet.opacus.declared_loss import DeclaredLoss
 from privet.opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
+from privet.opacus.grad_sample.instrument import ForgivingInstrument
 from privet.opacus.grad_sample.samplers import GRAD_SAMPLERS
 from privet.opacus.modules import trainable_modules, trainable_parameters
 
@@ -75,13 +73,15 @@ class GradSampleHooks(AbstractGradSampleHooks):
         self._check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self._losses: DeclaredLoss | None = None
         self._ordinary: dict[str, Tensor] = {}
-        self._instrument: Instrument | None = None
+        self._instrument: ForgivingInstrument | None = None
         self.hooks_enabled = False
         self.add_hooks()
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def add_hooks(self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False) -> None:
+    def add_hooks(
+        self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
+    ) -> None:
         """Begins to watch the module. The options are those that the object was made with.
 
         Raises:
@@ -103,7 +103,7 @@ class GradSampleHooks(AbstractGradSampleHooks):
         if self._instrument is None and hasattr(self._module, _MARK):
             parameters = dict(trainable_parameters(self._module))
             if parameters:
-                self._instrument = Instrument(
+                self._instrument = ForgivingInstrument(
                     self._module,
                     parameters,
                     batch_first=self.batch_first,
@@ -180,7 +180,7 @@ class GradSampleHooks(AbstractGradSampleHooks):
     # -- what is asked of the model ----------------------------------------------------------------------------------
 
     @classmethod
-    def is_supported(cls, module: nn.Module) -> bool:
+    def is_supported(cls, module: nn.Module) -> bool:  # noqa: ARG003 - Opacus's signature
         """Returns True: no layer needs a grad sampler of its own."""
         warnings.warn("every layer is supported; is_supported is deprecated", DeprecationWarning, stacklevel=2)
         return True

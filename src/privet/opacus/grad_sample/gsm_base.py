@@ -45,10 +45,10 @@ class AbstractGradSampleHooks(ABC):
             if hasattr(p, "grad_sample"):
                 del p.grad_sample
 
-    def forbid_grad_accumulation(self) -> None:
+    def forbid_grad_accumulation(self) -> None:  # noqa: B027 - only some modes know
         """Makes a second backward before the optimizer's step an error, where this is known."""
 
-    def allow_grad_accumulation(self) -> None:
+    def allow_grad_accumulation(self) -> None:  # noqa: B027
         """Makes several backwards before the optimizer's step add to `grad_sample`, as a list."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class AbstractGradSampleHooks(ABC):
 
 
 class AbstractGradSampleModule(nn.Module, AbstractGradSampleHooks, ABC):
-    """Wraps a module, whose trainable parameters then have an attribute `grad_sample`. See `AbstractGradSampleHooks`."""
+    """Wraps a module, whose trainable parameters then have `grad_sample`. See `AbstractGradSampleHooks`."""
 
     def __init__(self, m: nn.Module, *, batch_first: bool = True, loss_reduction: str = "mean") -> None:
         nn.Module.__init__(self)

@@ -20,7 +20,6 @@ from privet.gradients.capture.instrument import Instrument
 from privet.gradients.rules.custom import register_rule
 from privet.gradients.summation import per_example_gradients
 from privet.gradients.use import Recorded
-
 from privet.opacus.modules import trainable_parameters
 
 __all__ = ["GRAD_SAMPLERS", "NORM_SAMPLERS", "compute_grad_sample", "register_grad_sampler", "register_norm_sampler"]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from privet.gradients.clipped_sum import ClippedSum
 from privet.noise import GaussianNoise, noise_for
-
 from privet.opacus.optimizers.optimizer import DPOptimizer
 from privet.opacus.samplers import key_of
 

@@ -23,12 +23,11 @@ from privet.errors import ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.rows import of_type
 from privet.noise import GaussianNoise, NoiseMechanism, noise_for
+from privet.opacus.samplers import key_of
+from privet.opacus.warning import warn
 from privet.training.guard import Guard
 from privet.training.materialised import clipped_rows
 from privet.training.optimizers import refuse_optimizer
-
-from privet.opacus.samplers import key_of
-from privet.opacus.warning import warn
 
 __all__ = ["Bill", "DPOptimizer", "params"]
 
@@ -148,7 +147,9 @@ class DPOptimizer(torch.optim.Optimizer):
         """Returns how many backwards `p.grad_sample` holds: one for each step, or a list's length."""
         counts = {len(self._listed(p)) for p in self.params}
         if len(counts) > 1:
-            raise ValueError(f"the parameters hold rows of {sorted(counts)} backwards. Expected the same number for all.")
+            raise ValueError(
+                f"the parameters hold rows of {sorted(counts)} backwards. Expected the same number for all."
+            )
         return counts.pop()
 
     # What torch asks of an optimizer is asked of the wrapped one.
@@ -234,7 +235,7 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @property
     def gradient_multiplier(self) -> float:
-        """Returns the multiplier of the noise on the gradient: that which is billed, unless more is released with it."""
+        """Returns the multiplier of the gradient's noise: the billed one, unless more is released with it."""
         return float(self.noise_multiplier)
 
     def clip_and_accumulate(self) -> None:
@@ -246,7 +247,9 @@ class DPOptimizer(torch.optim.Optimizer):
                 "Gradients haven't been cleared since the last optimizer step: their rows are in a sum already, and "
                 "would count twice. Call optimizer.zero_grad() after each step."
             )
-        rows = {name: torch.cat(each) if len(each) > 1 else each[0] for name, each in zip(named, by_backward, strict=True)}
+        rows = {
+            name: torch.cat(each) if len(each) > 1 else each[0] for name, each in zip(named, by_backward, strict=True)
+        }
         if len({len(each) for each in rows.values()}) > 1:
             raise ValueError("the parameters hold rows of different numbers of examples. Expected one row for each.")
         self.add_to_sum(clipped_rows(rows, named, self.clipping_policy), [len(each) for each in by_backward[0]])

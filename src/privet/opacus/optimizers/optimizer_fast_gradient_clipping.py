@@ -7,7 +7,6 @@ from typing import Any
 
 from privet.errors import ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
-
 from privet.opacus.optimizers.optimizer import DPOptimizer
 
 __all__ = ["DPOptimizerFastGradientClipping"]

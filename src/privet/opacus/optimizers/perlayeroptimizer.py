@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from privet.clipping import ClippingPolicy, GroupWise
-
 from privet.opacus.optimizers.optimizer import DPOptimizer, params
 
 __all__ = ["DPPerLayerOptimizer"]

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from privet.sampling.loader import PrivateLoader
-
 from privet.opacus.data_loader import private_part
 from privet.opacus.optimizers import DPOptimizer
+from privet.sampling.loader import PrivateLoader
 
 __all__ = ["BatchMemoryManager", "BatchSplittingSampler", "wrap_data_loader"]
 

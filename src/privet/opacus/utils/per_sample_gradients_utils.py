@@ -135,7 +135,7 @@ def compute_microbatch_grad_sample_tensor_or_seq(
     return compute_microbatch_grad_sample(batch, module, batch_first, loss_reduction, chunk_method)
 
 
-def compute_grad_samples_microbatch_and_opacus(
+def compute_grad_samples_microbatch_and_opacus(  # noqa: PLR0917 - Opacus's signature
     x: Any,
     module: nn.Module,
     batch_first: bool = True,  # noqa: FBT001, FBT002 - Opacus's signature
@@ -185,9 +185,7 @@ def check_per_sample_gradients_are_correct(
     if grad_sample_mode == "ew" and not batch_first:
         raise RuntimeError("the mode 'ew' has the batch on axis 0.")
     for reduction in ("sum", "mean"):
-        single, batch = compute_grad_samples_microbatch_and_opacus(
-            x, module, batch_first, reduction, grad_sample_mode
-        )
+        single, batch = compute_grad_samples_microbatch_and_opacus(x, module, batch_first, reduction, grad_sample_mode)
         for name, rows in batch.items():
             if rows.shape != single[name].shape or not torch.allclose(single[name], rows, atol=atol, rtol=rtol):
                 return False

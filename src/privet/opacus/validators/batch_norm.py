@@ -36,13 +36,15 @@ def validate(module: _BatchNorm) -> list[UnsupportedModuleError]:
 
 @register_module_fixer(_CLASSES)
 def fix(module: _BatchNorm, **kwargs: Any) -> nn.Module:
-    """Returns a group norm of `num_groups`, by default gcd(32, features), or with `replace_bn_with_in` an instance norm.
+    """Returns a group norm of `num_groups`, by default gcd(32, features); or an instance norm (`replace_bn_with_in`).
 
     Raises:
         ValueError: if both options are given.
         UnsupportableModuleError: for an instance norm in place of SyncBatchNorm.
     """
-    logger.info("The default batch_norm fixer replaces BatchNorm with GroupNorm; replace_bn_with_in=True takes another.")
+    logger.info(
+        "The default batch_norm fixer replaces BatchNorm with GroupNorm; replace_bn_with_in=True takes another."
+    )
     by_instance, groups = kwargs.get("replace_bn_with_in", False), kwargs.get("num_groups")
     if by_instance and groups is not None:
         raise ValueError("replace_bn_with_in and num_groups ask for two replacements. Give one of them.")
@@ -50,5 +52,7 @@ def fix(module: _BatchNorm, **kwargs: Any) -> nn.Module:
         count = math.gcd(32, module.num_features) if groups is None else groups
         return nn.GroupNorm(count, module.num_features, affine=module.affine)
     if type(module) not in _INSTANCE:
-        raise UnsupportableModuleError(f"there is no instance norm of the kind of {type(module).__name__}: leave the option away.")
+        raise UnsupportableModuleError(
+            f"there is no instance norm of the kind of {type(module).__name__}: leave the option away."
+        )
     return _INSTANCE[type(module)](module.num_features)

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from privet.validation import validate as core_issues
-
 from privet.opacus.modules import clone_module, trainable_modules
 from privet.opacus.validators.errors import IllegalModuleConfigurationError, UnsupportedModuleError
+from privet.validation import validate as core_issues
 
 __all__ = ["ModuleValidator"]
 
@@ -42,9 +41,11 @@ class ModuleValidator:
                 found = validator(part)
                 asked.update({name} if found else ())
                 errors.extend(found)
-        for issue in core_issues(module):
-            if issue.path not in asked and _NO_PARAMETER not in issue.reason:
-                errors.append(IllegalModuleConfigurationError(str(issue)))
+        errors.extend(
+            IllegalModuleConfigurationError(str(issue))
+            for issue in core_issues(module)
+            if issue.path not in asked and _NO_PARAMETER not in issue.reason
+        )
         if strict and errors:
             raise UnsupportedModuleError(errors)
         return errors

@@ -1,4 +1,4 @@
-"""Recurrent and attention layers: Opacus asks for its own; the core trains either, so that the weights are just moved."""
+"""Recurrent and attention layers: Opacus asks for its own; the core trains either, and weights are just moved."""
 
 from __future__ import annotations
 
