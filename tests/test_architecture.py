@@ -38,6 +38,7 @@ LAYERS = {
         ("integrations",),
         ("cli",),
         ("__main__",),
+        ("opacus",),
     ),
     "gradients": (
         ("derived", "layout", "precision", "tracing"),
@@ -130,7 +131,8 @@ PRIVILEGES = {
         HOOKS,
         ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could
     ),
-    "talks to other ranks": ({"torch.distributed", "distributed"}, ("parallel/",)),
+    # Opacus's names are of processes that each add up what the first one's noise was added to.
+    "talks to other ranks": ({"torch.distributed", "distributed"}, ("parallel/", "opacus/")),
     # The slices of ranks, each of which is private, become one gradient: nowhere else is one made of other values.
     "puts private gradients together": ({"assembled"}, ("noise/", "parallel/")),
     # Checks ask gradients random questions, and an audit tosses coins; nothing of what they draw protects.
@@ -140,6 +142,8 @@ PRIVILEGES = {
         (
             *("noise/", "sampling/", "audit/", "tuning/select.py"),
             *("gradients/capture/comparison.py", "gradients/capture/other_values.py"),
+            # Values of a new layer, made-up examples, sequences for tests, and who trains on which part of the data.
+            *("opacus/layers/", "opacus/empty_batch.py", "opacus/utils/packed_sequences.py", "opacus/samplers.py"),
         ),
     ),
     "prints": ({"print", "rich", "pprint", "stdout"}, ("cli/",)),

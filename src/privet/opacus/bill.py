@@ -4,7 +4,7 @@
     one whole, fresh batch of the Poisson loader                     (σ, q)
     a batch of a loader that keeps the order, first of its pass      (σ, 1); later ones of the pass are paid for
     several such batches of one pass                                 the same: an example is in one of them
-    anything else, of k backwards                                    (σ / k, 1), and a warning: one may be in all of them
+    anything else, of k backwards                                    (σ / k, 1), and a warning: one may be in all
 
 Rows are counted before the noise is drawn. Batches are told apart by the core's tickets (`privet.training.billing`).
 """
