@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class EngineBill:
         accountant: Callable[[], IAccountant],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self._ledger: Any = HistoryLedger(accountant)
+        self._ledger = cast("Any", HistoryLedger(accountant))  # of the role of a ledger, what billing asks
         self._billing = Billing(self._ledger)
         self._sampling = loader.sampling
         self._at_hand: BatchTicket | None = None
@@ -109,7 +109,7 @@ class EngineBill:
         self._waiting: list[_Piece] = []  # of backwards that were not clipped yet
         self._pieces: list[_Piece] = []  # of the sum
         self.guard = Guard(parameters, self._ledger)
-        self.guard.attach(_Nobody())  # type: ignore[arg-type] - no optimizer may step on what was not released
+        self.guard.attach(cast("Any", _Nobody()))  # no optimizer may step on what was not released
         loader.on_batch(self._announce)
 
     def _announce(self, ticket: BatchTicket) -> None:

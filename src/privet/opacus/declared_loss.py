@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
 from privet.errors import ConfigurationError
 from privet.gradients.capture.loss_watch import LossWatch
 from privet.opacus.warning import warn
@@ -20,6 +25,12 @@ class DeclaredLoss(LossWatch):
     def mean(self) -> bool:
         """Returns whether losses are means over the examples."""
         return self._mean
+
+    def follow(self, outputs: Sequence[Tensor], examples: int, on_fault: Callable[[], None], **options: Any) -> None:
+        """Looks at the loss when the gradient comes; the examples may be on axis 0 of outputs where inputs differ."""
+        if self._axis and all(o.shape[self._axis : self._axis + 1] != (examples,) for o in outputs):
+            self._axis = 0
+        super().follow(outputs, examples, on_fault, **options)
 
     def _look(self, examples: int) -> None:
         due, outputs, trusted, backwards = self._due, [*self._outputs], [*self._trusted], self._backwards

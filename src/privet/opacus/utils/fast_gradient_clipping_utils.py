@@ -53,7 +53,7 @@ class DPTensorFastGradientClipping:
                     "the shape of the outputs before they were flattened as criterion(..., shape=outputs.shape)."
                 )
             losses = losses.view(-1)
-        (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
+        (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()  # type: ignore[no-untyped-call]
         self.optimizer.receive(*self.module.take_clipped(self.optimizer.clipping_policy, self.optimizer.named))
 
     def _with(self, losses: Tensor) -> DPTensorFastGradientClipping:
@@ -150,4 +150,5 @@ class DPLossFastGradientClipping:
         if targets is None or ignored is None:
             return losses.mean(1)
         counted = (torch.as_tensor(targets).view(losses.shape) != ignored).sum(1)
-        return losses.sum(1) / counted.clamp(min=1)
+        found: Tensor = losses.sum(1) / counted.clamp(min=1)
+        return found

@@ -58,7 +58,8 @@ def _unfolded(tensor: Tensor, kernel: Any, padding: Any, stride: Any, dilation: 
     for axis, (far, step) in enumerate(zip(reach, stride, strict=True)):
         tensor = tensor.unfold(2 + axis, far + 1, step)
     for axis, far in enumerate(dilation):
-        tensor = tensor[(..., *(slice(None, None, far) if i == axis else slice(None) for i in range(count)))]
+        kept: Any = tuple(slice(None, None, far) if i == axis else slice(None) for i in range(count))
+        tensor = tensor[(..., *kept)]
     places, inside = list(range(2, 2 + count)), list(range(2 + count, 2 + 2 * count))
     return tensor.permute(0, 1, *inside, *places).flatten(2 + count).flatten(1, 1 + count)
 
@@ -83,5 +84,5 @@ def filter_dilated_rows(
     tensor: Tensor, dilation: Sequence[int], dilated_kernel_size: Sequence[int], kernel_size: Sequence[int]
 ) -> Tensor:
     """Returns the entries of dilated patches that the kernel meets; the patches are on the last axes."""
-    steps = tuple(slice(None, size, step) for size, step in zip(dilated_kernel_size, dilation, strict=True))
+    steps: Any = tuple(slice(None, size, step) for size, step in zip(dilated_kernel_size, dilation, strict=True))
     return tensor[(..., *steps)]
