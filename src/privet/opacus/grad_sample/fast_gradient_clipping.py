@@ -90,13 +90,14 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks):
     def get_norm_sample(self) -> Tensor:
         """Returns each example's gradient norm, (B,). It is not private: look, and do not publish."""
         norms = [p._norm_sample for p in self.trainable_parameters]  # type: ignore[attr-defined]  # noqa: SLF001 - Opacus's name
-        found = torch.stack([norm.to(norms[0].device) for norm in norms]).norm(2, dim=0)
+        found: Tensor = torch.stack([norm.to(norms[0].device) for norm in norms]).norm(2, dim=0)
         self.per_sample_gradient_norms = found
         return found
 
     def get_clipping_coef(self) -> Tensor:
         """Returns the factor that clips each example to `max_grad_norm`, (B,)."""
-        return (self.max_grad_norm / (self.get_norm_sample() + 1e-6)).clamp(max=1.0)
+        factor: Tensor = self.max_grad_norm / (self.get_norm_sample() + 1e-6)
+        return factor.clamp(max=1.0)
 
     @property
     def per_sample_gradient_norms(self) -> Tensor:

@@ -36,7 +36,13 @@ class DistributedDPOptimizer(DPOptimizer):
         The sums of single processes are added up before this returns: none of them is ever in `p.grad` afterwards.
         """
         super().add_noise()
-        self.reduce_gradients()
+        try:
+            self.reduce_gradients()
+        except BaseException:  # the part of this process alone is not private
+            self._released = {}
+            for p in self.params:
+                p.grad = None
+            raise
 
     def reduce_gradients(self) -> None:
         """Adds up the gradients of all processes, in place."""

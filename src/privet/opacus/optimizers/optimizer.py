@@ -325,7 +325,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._is_last_step_skipped = False
         return True
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step, or only adds to the sum where a skip was signaled.
 
         Raises:

@@ -29,7 +29,8 @@ class DPPerLayerOptimizer(DPOptimizer):
         expected_batch_size: float | None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(max_grad_norm, Sequence) or len(max_grad_norm) != len(params(optimizer)):
+        given: object = max_grad_norm
+        if not isinstance(given, Sequence) or len(given) != len(params(optimizer)):
             raise ValueError(
                 f"max_grad_norm must be a list of one clip norm for each of {len(params(optimizer))} trainable "
                 f"parameters, got {max_grad_norm!r}."

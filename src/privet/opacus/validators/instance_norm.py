@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -32,7 +34,7 @@ def fix(module: _InstanceNorm) -> nn.Module:
     """Returns the module itself, or a copy without running statistics."""
     if not validate(module):
         return module
-    fixed = clone_module(module)
+    fixed: Any = clone_module(module)
     fixed.track_running_stats = False
     fixed.running_mean = fixed.running_var = fixed.num_batches_tracked = None
-    return fixed
+    return fixed  # type: ignore[no-any-return]

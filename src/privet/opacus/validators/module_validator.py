@@ -34,7 +34,7 @@ class ModuleValidator:
         errors: list[UnsupportedModuleError] = []
         if not module.training:
             errors.append(IllegalModuleConfigurationError("the model is in eval mode. Call train() first."))
-        asked = set()
+        asked: set[str] = set()
         for name, part in trainable_modules(module):
             validator = cls.VALIDATORS.get(type(part))
             if validator is not None:

@@ -20,13 +20,13 @@ def validate(module: nn.Module) -> list[UnsupportedModuleError]:
     return [ShouldReplaceModuleError(f"{name} is written as DP{name} in Opacus; ModuleValidator.fix puts that there.")]
 
 
-def _recurrent(kind: type[nn.RNNBase], module: nn.RNNBase) -> nn.RNNBase:
+def _recurrent(kind: Any, module: nn.RNNBase) -> nn.RNNBase:
     options: dict[str, Any] = {
         name: getattr(module, name)
         for name in ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
         if name != "proj_size" or module.proj_size
     }
-    fixed = kind(module.input_size, module.hidden_size, **options)
+    fixed: nn.RNNBase = kind(module.input_size, module.hidden_size, **options)
     fixed.load_state_dict(module.state_dict())
     return fixed
 
