@@ -214,6 +214,7 @@ class GradSampleModule(GradSampleHooks, AbstractGradSampleModule):
     """Wraps a module, whose parameters have per-example gradients after each backward. See `GradSampleHooks`.
 
     Example:
+        >>> import torch
         >>> model = GradSampleModule(nn.Linear(4, 2))
         >>> model(torch.randn(8, 4)).square().sum(1).mean().backward()
         >>> model._module.weight.grad_sample.shape

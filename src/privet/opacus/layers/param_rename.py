@@ -19,7 +19,7 @@ class RenameParamsMixin:
         >>> class Scale(RenameParamsMixin, nn.Module):
         ...     def __init__(self) -> None:
         ...         super().__init__()
-        ...         self.w = nn.Parameter(torch.ones(1))
+        ...         self.w = nn.Parameter(Tensor([1.0]))
         ...         self.set_rename_map({"w": "scale"})
         >>> list(Scale().state_dict())
         ['scale']

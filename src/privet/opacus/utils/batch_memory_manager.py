@@ -99,13 +99,6 @@ class BatchMemoryManager:
         data_loader: the loader that make_private returned.
         max_physical_batch_size: the most examples of a part.
         optimizer: the optimizer that make_private returned. Call its `step` and `zero_grad` on each part.
-
-    Example:
-        >>> with BatchMemoryManager(data_loader=loader, max_physical_batch_size=8, optimizer=optimizer) as parts:
-        ...     for inputs, targets in parts:
-        ...         nn.functional.cross_entropy(model(inputs), targets).backward()
-        ...         optimizer.step()
-        ...         optimizer.zero_grad()
     """
 
     def __init__(self, *, data_loader: DataLoader[Any], max_physical_batch_size: int, optimizer: DPOptimizer) -> None:
