@@ -320,3 +320,12 @@ def test_a_subclass_that_clips_by_itself_is_refused_and_one_that_says_how_is_fol
             optimizer.step()
             assert (net.weight.detach() - before).norm() == pytest.approx(0.1, rel=1e-4)
         hooks.cleanup()
+
+
+def test_a_module_that_is_private_at_the_cores_door_is_refused():
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    options = {"noise_multiplier": SIGMA, "max_grad_norm": C}
+    privet.PrivacyEngine().make_private(module=net, optimizer=optimizer, data_loader=loader(), **options)
+    with pytest.raises(privet.ProtocolError, match="made private before"):
+        PrivacyEngine().make_private(module=net, optimizer=optimizer, data_loader=loader(), **options)

@@ -142,10 +142,6 @@ class EngineBill:
                 piece = _Piece(count, None, None)
             self._pieces.append(piece)
 
-    def forgotten(self) -> None:
-        """Takes note that the sum was given up."""
-        self._pieces, self._waiting = [], []
-
     def begin(self, noise_multiplier: float, policy: ClippingPolicy) -> None:
         """Counts the release of the sum, before its noise is drawn."""
         pieces, self._pieces = self._pieces, []

@@ -28,7 +28,9 @@ from privet.opacus.samplers import key_of
 from privet.opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from privet.opacus.validators import ModuleValidator
 from privet.opacus.warning import warn
+from privet.parallel import bare
 from privet.sampling.build import privatize_loader
+from privet.training.once import refuse_private
 from privet.validation import refuse_mixed_records, refuse_mixing
 
 __all__ = ["PrivacyEngine"]
@@ -116,7 +118,7 @@ class PrivacyEngine:
         if isinstance(optimizer, DPOptimizer):
             optimizer = optimizer.original_optimizer
         _require_own_parameters(module, optimizer)
-        self._require_free(optimizer)
+        refuse_private(bare(module), optimizer, dict(trainable_parameters(module)))
         several = isinstance(module, DifferentiallyPrivateDistributedDataParallel | DistributedDataParallel)
         optimizer_class = get_optimizer_class(clipping, several, grad_sample_mode)
         self.validate(module=module, optimizer=None, data_loader=None)
@@ -204,11 +206,6 @@ class PrivacyEngine:
         return self.accountant.get_epsilon(delta)
 
     # -- the parts of make_private -----------------------------------------------------------------------------------
-
-    def _require_free(self, optimizer: torch.optim.Optimizer) -> None:
-        for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
-            if getattr(p, "_privet_once", False):
-                raise ValueError("this optimizer is private at privet's own door. Use one of the two doors for it.")
 
     def _loader(
         self, data_loader: DataLoader[Any], *, poisson: bool, several: bool, rand_on_empty: bool
