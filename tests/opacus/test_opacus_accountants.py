@@ -82,7 +82,7 @@ def test_batches_are_poisson_and_follow_no_global_seed():
 
 def test_a_loader_has_the_structure_of_a_batch_before_the_first_one():
     dataset = torch.utils.data.TensorDataset(torch.randn(10, 3), torch.arange(10))
-    inputs, targets = next(iter(DPDataLoader(dataset, sample_rate=1e-6)))
+    inputs, targets = next(batch for batch in DPDataLoader(dataset, sample_rate=0.02) if not len(batch[0]))
     assert inputs.shape == (0, 3)
     assert targets.shape == (0,)
     assert targets.dtype == torch.int64

@@ -30,7 +30,7 @@ from privet.training.billing import Billing
 from privet.training.guard import Guard
 from privet.training.handed_over import Match
 
-__all__ = ["EngineBill", "HistoryLedger"]
+__all__ = ["EngineBill", "HistoryLedger", "RateBill"]
 
 
 class HistoryLedger:
@@ -186,3 +186,22 @@ def _all_apart(matches: Sequence[Match]) -> bool:
 
 class _Nobody:
     """Stands for the optimizer that may step on any gradient: there is none."""
+
+
+class RateBill:
+    """Counts every release at one rate: for a loader whose batches nothing announces, such as a process's share."""
+
+    def __init__(self, accountant: Callable[[], Any], sample_rate: float) -> None:
+        self._accountant = accountant
+        self._rate = sample_rate
+        self._backwards = 0
+
+    def clipped(self, examples: Any) -> None:
+        """Takes note of backwards that were added to the sum."""
+        self._backwards += len(examples)
+
+    def begin(self, noise_multiplier: float, policy: Any) -> None:
+        """Counts the release of the sum; one of several batches as one that nothing amplifies."""
+        backwards, self._backwards = max(1, self._backwards), 0
+        rate = self._rate if backwards == 1 else 1.0
+        self._accountant().step(noise_multiplier=noise_multiplier / backwards, sample_rate=rate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from privet.batches.kept import opening
 from privet.opacus.accountants import create_accountant
 from privet.opacus.accountants.utils import get_noise_multiplier
-from privet.opacus.bill import EngineBill
+from privet.opacus.bill import EngineBill, RateBill
 from privet.opacus.data_loader import DPDataLoader, private_part
 from privet.opacus.declared_loss import DeclaredLoss
 from privet.opacus.distributed import DifferentiallyPrivateDistributedDataParallel
@@ -374,22 +374,3 @@ def _require_own_parameters(module: nn.Module, optimizer: torch.optim.Optimizer)
             "Module parameters are different than optimizer Parameters. Make the optimizer from the parameters of the "
             "module as it is now, after ModuleValidator.fix."
         )
-
-
-class RateBill:
-    """Counts every release at one rate: for a loader whose batches nothing announces, such as a process's share."""
-
-    def __init__(self, accountant: Callable[[], Any], sample_rate: float) -> None:
-        self._accountant = accountant
-        self._rate = sample_rate
-        self._backwards = 0
-
-    def clipped(self, examples: Any) -> None:
-        """Takes note of backwards that were added to the sum."""
-        self._backwards += len(examples)
-
-    def begin(self, noise_multiplier: float, policy: Any) -> None:
-        """Counts the release of the sum; one of several batches as one that nothing amplifies."""
-        backwards, self._backwards = max(1, self._backwards), 0
-        rate = self._rate if backwards == 1 else 1.0
-        self._accountant().step(noise_multiplier=noise_multiplier / backwards, sample_rate=rate)

@@ -15,7 +15,12 @@ from privet.opacus.warning import warn
 from privet.sampling.poisson import Poisson
 from privet.sampling.sampler import LogicalBatches
 
-__all__ = ["DistributedUniformWithReplacementSampler", "UniformWithReplacementSampler", "key_of"]
+__all__ = [
+    "DistributedUniformWithReplacementSampler",
+    "UniformWithReplacementSampler",
+    "key_of",
+    "steps_of",
+]
 
 
 def key_of(generator: torch.Generator | None, what: str) -> NoiseKey:
