@@ -124,6 +124,8 @@ class PrivacyEngine:
         self.validate(module=module, optimizer=None, data_loader=None)
         refuse_mixed_records(data_loader.dataset, data_loader.collate_fn)
         loader = self._loader(data_loader, poisson=poisson_sampling, several=several, rand_on_empty=rand_on_empty)
+        if isinstance(module, DistributedDataParallel):  # its reducer would wait for gradients that never come
+            module.require_backward_grad_sync = module.require_forward_param_sync = False
         wrapped = self._wrapped(
             module,
             mode=grad_sample_mode,
