@@ -329,3 +329,19 @@ def test_a_module_that_is_private_at_the_cores_door_is_refused():
     privet.PrivacyEngine().make_private(module=net, optimizer=optimizer, data_loader=loader(), **options)
     with pytest.raises(privet.ProtocolError, match="made private before"):
         PrivacyEngine().make_private(module=net, optimizer=optimizer, data_loader=loader(), **options)
+
+
+@pytest.mark.usefixtures("_reproducible")
+def test_a_batch_of_which_a_part_is_left_out_is_not_counted_as_a_sampled_one():
+    engine, net, optimizer, batches = private(data_loader=loader())
+    with BatchMemoryManager(data_loader=batches, max_physical_batch_size=3, optimizer=optimizer) as parts:
+        drawn = iter(parts)
+        train(net, optimizer, [next(drawn)])
+        next(drawn)
+        optimizer._skips.clear()
+        with (
+            pytest.warns(OpacusPrivacyWarning, match="2 batches were added up"),
+            pytest.warns(UserWarning, match="did not come, whole and fresh"),
+        ):
+            train(net, optimizer, [next(drawn)])
+    assert engine.accountant.history == [(SIGMA / 2, 1.0, 1)]

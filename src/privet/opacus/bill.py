@@ -105,6 +105,7 @@ class EngineBill:
         self._billing = Billing(self._ledger)
         self._sampling = loader.sampling
         self._at_hand: BatchTicket | None = None
+        self._parts = 0  # of the logical batch at hand that were handed over
         self._known: BatchTicket | None = None
         self._waiting: list[_Piece] = []  # of backwards that were not clipped yet
         self._pieces: list[_Piece] = []  # of the sum
@@ -113,7 +114,7 @@ class EngineBill:
         loader.on_batch(self._announce)
 
     def _announce(self, ticket: BatchTicket) -> None:
-        self._at_hand = ticket
+        self._at_hand, self._parts = ticket, 1 if ticket.first else self._parts + 1
         self._billing.handed_over.announce(ticket)
 
     def before(self, tensors: list[Tensor], anew: bool) -> None:  # noqa: FBT001 - as the hooks call it
@@ -174,8 +175,9 @@ class EngineBill:
             return None
         first, last = parts[0], parts[-1]
         batch = all(part.of_same_batch(first) for part in parts) and first.first and last.last
-        between = sum(part.first for part in parts) == sum(part.last for part in parts) == 1
-        return [Match.certain(last)] if batch and between and len(set(map(id, parts))) == len(parts) else None
+        # None was left out, whatever the reason, and none is in it twice.
+        all_of_it = self._at_hand is last and len({id(part) for part in parts}) == len(parts) == self._parts
+        return [Match.certain(last)] if batch and all_of_it else None
 
 
 def _all_apart(matches: Sequence[Match]) -> bool:
