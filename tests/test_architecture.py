@@ -55,9 +55,11 @@ LAYERS = {
     "training": (
         (
             "accumulate",
+            "clip_count",
             "divisor",
             "guard",
             "handed_over",
+            "loaders",
             "loss_module",
             "memory",
             "models",

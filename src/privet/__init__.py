@@ -23,7 +23,7 @@ from privet.errors import (
 
 if TYPE_CHECKING:
     from privet.accounting import Accountant, Budget, FileLedger, Ledger, Relation, Unit, register_accountant
-    from privet.clipping import PSAC, Automatic, ClippingPolicy, Flat, GroupWise, PerLayer
+    from privet.clipping import PSAC, Adaptive, Automatic, ClippingPolicy, Flat, GroupWise, PerLayer
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
     from privet.mechanism import Mechanism
@@ -42,6 +42,7 @@ __all__ = [
     "Accountant",
     "AccountingError",
     "Accumulate",
+    "Adaptive",
     "Automatic",
     "BatchMemoryManager",
     "Budget",
@@ -89,6 +90,7 @@ _HOMES = {
     "PSAC": "privet.clipping",
     "Accountant": "privet.accounting",
     "Accumulate": "privet.training.accumulate",
+    "Adaptive": "privet.clipping",
     "Automatic": "privet.clipping",
     "BatchMemoryManager": "privet.training.virtual_steps",
     "Budget": "privet.accounting",

@@ -23,6 +23,7 @@ from privet.parallel import bare
 from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.accumulate import Accumulate, accumulate_for
 from privet.training.checkpoint import File, load, save
+from privet.training.clip_count import refuse_adaptive
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import Door, door_ledger
 from privet.training.models import AboutModels
@@ -195,6 +196,7 @@ class PrivacyEngine(Door, AboutModels):
             require_valid(inner)
             refuse_mixed_records(getattr(data_loader, "dataset", None), getattr(data_loader, "collate_fn", None))
             groups_of(policy, list(parameters))
+            refuse_adaptive(policy, ranks.spread)
             key = noise_key(secure_mode=self._secure_mode, generator=noise_generator)
         key = ranks.key(key)
         mean = loss_reduction == "mean"
@@ -223,6 +225,7 @@ class PrivacyEngine(Door, AboutModels):
             ledger=self.ledger,
             divisor=divisor,
             follows_rate=mean,
+            batch_size=loader.expected_batch_size,
             ranks=ranks,
             parts=parts.batches,
         )
@@ -246,7 +249,7 @@ class PrivacyEngine(Door, AboutModels):
         if key.predictable:
             self.ledger.mark("reproducible key")
         watched.attach(optimizer)
-        update.follow(loader)
+        update.loaders.follow(loader)
         self._watched.append(watched)
         made_private(inner, optimizer)
         self._know_records(loader.dataset_size)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from privet._checks import check_count, check_positive
-from privet.accounting.event import Event, Relation
-from privet.clipping import ClippingPolicy
+from privet.accounting.event import ClipCountEvent, Event, Relation
+from privet.clipping import Adaptive, ClippingPolicy
 from privet.errors import ConfigurationError
 from privet.noise.description import Gaussian, Noise
 from privet.sampling.base import Sampling
@@ -50,11 +50,26 @@ class Mechanism:
                     f"got {getattr(self, name)!r}."
                 )
         check_positive(f"sensitivity of {type(self.clipping).__name__}", self.clipping.sensitivity)
+        if isinstance(self.clipping, Adaptive):
+            if not isinstance(self.noise, Gaussian):
+                raise ConfigurationError(
+                    f"clipping is Adaptive, whose count is released beside the gradient as one Gaussian, and the noise "
+                    f"is {self.noise!r}. Expected Gaussian noise with it, or a fixed clip norm such as Flat's."
+                )
+            self.clipping.split(self.noise.multiplier)
         object.__setattr__(self, "steps", check_count("steps", self.steps))
 
     def event(self, count: int | None = None) -> Event:
         """Returns the event of the planned steps (or passes), or of `count` of them."""
-        return self.sampling.event_for(self.noise.event, self.steps if count is None else count)
+        return self.sampling.event_for(self.release, self.steps if count is None else count)
+
+    @property
+    def release(self) -> Event:
+        """Returns the event of one step, before any amplification by sampling."""
+        if isinstance(self.clipping, Adaptive):
+            gradient, count = self.clipping.split(self.noise.multiplier)
+            return ClipCountEvent(noise_multiplier=gradient, count_noise=count)
+        return self.noise.event
 
     def drawn_under(self, sampling: Sampling | None) -> Mechanism:
         """Returns the mechanism with the sampling that a batch was drawn under, maybe before a schedule changed it."""
@@ -92,7 +107,8 @@ class Mechanism:
         certificate = calibrate_noise_multiplier(
             epsilon,
             delta,
-            lambda multiplier: replace(self, noise=self.noise.with_multiplier(multiplier)).event(),
+            # Whatever is released beside the gradient is paid for by the noise multiplier too.
+            lambda multiplier: self.sampling.event_for(self.noise.with_multiplier(multiplier).event, self.steps),
             accountant=accountant,
             relation=relation,
         )

@@ -46,6 +46,7 @@ from privet.sampling import PrivateLoader, loader_for
 from privet.sampling.partition import with_batch_size
 from privet.sampling.physical import PhysicalSize
 from privet.training.checkpoint import File, load, save
+from privet.training.clip_count import refuse_adaptive
 from privet.training.collective import passes_of, refuse_options
 from privet.training.door import Door, door_ledger
 from privet.training.loss_module import LossModule, LossPerExample
@@ -141,6 +142,7 @@ class PrivateStep(Door):
             parameters = private_parameters(inner, optimizer)
             groups_of(mechanism.clipping, list(parameters))
             refuse_options(performance, ranks.spread)
+            refuse_adaptive(mechanism.clipping, ranks.spread, compiled=performance.compile)
             if performance.passes == 2:
                 refuse_several_weights(mechanism.clipping, list(parameters))
             key = noise_key(secure_mode=secure_mode, generator=noise_generator)
@@ -254,7 +256,7 @@ class PrivateStep(Door):
         self._know_records(loader.dataset_size)
         if self._size.most is None and not self._size.auto:
             self._size = PhysicalSize("physical_batch_size", self._physical_size())
-        self._update.follow(loader)
+        self._update.loaders.follow(loader)
         return loader
 
     def _physical_size(self) -> int | Literal["auto"] | None:

@@ -92,6 +92,7 @@ WAYS = {
     "functorch": lambda model: passes(model, mode="functorch"),
     "virtual steps": small_parts,
     "accumulated": accumulated,
+    "adaptive": lambda model: passes(model, clipping="adaptive"),
     "schedules": scheduled,
     "partition": partition,
     "rare": rare,

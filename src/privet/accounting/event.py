@@ -155,8 +155,6 @@ class ClipCountEvent(Event, kind="clip_count"):
 
     Andrew et al., arXiv 1905.03871, section 3: every example adds +1/2 or -1/2 to the recentred count, so its
     sensitivity is 1/2 and `count_noise` is the standard deviation of the noise on the count itself.
-
-    For accounting only: nothing in privet runs this mechanism yet.
     """
 
     noise_multiplier: float

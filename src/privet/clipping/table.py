@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from privet.clipping.adaptive import Adaptive
 from privet.clipping.automatic import Automatic
 from privet.clipping.flat import Flat
 from privet.clipping.group_wise import GroupWise
@@ -22,6 +23,7 @@ _TABLE: dict[type[ClippingPolicy], str | None] = {
     PerLayer: "per_layer",
     Automatic: "automatic",
     PSAC: "psac",
+    Adaptive: "adaptive",
     GroupWise: None,  # it needs more than a clip norm: only as an object
 }
 

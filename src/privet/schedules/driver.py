@@ -73,7 +73,7 @@ class Schedule:
         self._t = 0
         self._set(0)
         if rate is not None:
-            self._update.expect_resampling()
+            self._update.loaders.expect_resampling()
         self._update.schedules.append(self)
 
     @staticmethod

@@ -62,7 +62,7 @@ class Billing:
             )
             key = self.handed_over.current_pass if parts_of is None else parts_of.pass_key
             self._begin_left_out(mechanism, key, before=parts_of)
-            self._write(mechanism.noise.event)
+            self._write(mechanism.release)
             if parts_of is not None:
                 self.handed_over.take(parts_of)
             return self._written

@@ -13,7 +13,7 @@ from privet.training.private_module import GradSampleMode
 
 __all__ = ["Clipping", "Options"]
 
-Clipping = Literal["flat", "per_layer", "automatic", "psac"] | ClippingPolicy
+Clipping = Literal["flat", "per_layer", "automatic", "psac", "adaptive"] | ClippingPolicy
 
 
 class Options(TypedDict, total=False):

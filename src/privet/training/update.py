@@ -20,12 +20,13 @@ from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import NoiseMechanism
 from privet.parallel.role import Alone, Due, Ranks
-from privet.sampling.base import BatchTicket, refuse_change
-from privet.sampling.loader import PrivateLoader
+from privet.sampling.base import BatchTicket, Sampling, refuse_change
 from privet.training.accumulated_sum import AccumulatedSum
 from privet.training.billing import Billing
+from privet.training.clip_count import adapted, counted, resumed
 from privet.training.divisor import Divisor
 from privet.training.guard import Guard
+from privet.training.loaders import Loaders
 from privet.training.logical_sum import LogicalSum, thrown_away
 from privet.training.optimizers import StepHooks
 from privet.training.riding_ledger import RidingLedger
@@ -73,6 +74,7 @@ class PrivateUpdate:
         divisor: a public constant: the expected batch size for a mean loss, 1 for a sum. None if it is not known yet;
             then no step may be taken.
         follows_rate: whether the divisor is an expected batch size, and so changes with the sampling rate.
+        batch_size: the expected batch size, where the divisor is not.
         ranks: those that train together; by default this process alone.
         parts: how many backwards make a step, each on one part of a logical batch.
     """
@@ -86,6 +88,7 @@ class PrivateUpdate:
         ledger: LedgerLike,
         divisor: float | None,
         follows_rate: bool = True,
+        batch_size: float | None = None,
         ranks: Ranks | None = None,
         parts: int = 1,
     ) -> None:
@@ -93,6 +96,7 @@ class PrivateUpdate:
         self.ranks: Ranks = Alone() if ranks is None else ranks
         self.noise = self.ranks.noise(noise)
         self.divisor = Divisor(divisor, sampling=mechanism.sampling if follows_rate else None)
+        self._expected = self.divisor if follows_rate else Divisor(batch_size, sampling=mechanism.sampling)
         self.steps = 0
         self.schedules: list[Scheduled] = []
         self.billing = Billing(ledger)
@@ -100,9 +104,8 @@ class PrivateUpdate:
         self._mechanism = self.settled = mechanism
         self.parts = parts
         self._sum = LogicalSum() if parts == 1 else AccumulatedSum(parts)
-        self._resampled = False
+        self.loaders = Loaders(self.announce)
         self._known: BatchTicket | None = None  # the batch whose tensors the model was given
-        self._loaders: list[weakref.ref[PrivateLoader]] = []
         self._on_forget: list[Callable[[], None]] = []
         self._late: LateSum | None = None
         self._riding = RidingLedger(self)
@@ -156,31 +159,10 @@ class PrivateUpdate:
             )
         if mechanism.sampling != self._mechanism.sampling:
             refuse_change(self._mechanism.sampling, mechanism.sampling)
-            for loader in self._followed():
-                loader.resample(mechanism.sampling)
+            self.loaders.resample(mechanism.sampling)
         self._mechanism = mechanism
 
     # -- where the batch came from -----------------------------------------------------------------------------------
-
-    def follow(self, loader: PrivateLoader) -> None:
-        """Hears of every batch of a loader, which follows changes of the sampling rate in turn."""
-        loader.on_batch(self.announce)
-        if self._resampled:
-            loader.expect_resampling()
-        self._loaders = [kept for kept in self._loaders if kept() is not None] + [weakref.ref(loader)]
-
-    def follows(self, loader: PrivateLoader) -> bool:
-        """Returns whether the loader's batches are announced here."""
-        return any(kept is loader for kept in self._followed())
-
-    def _followed(self) -> list[PrivateLoader]:
-        return [loader for loader in (kept() for kept in self._loaders) if loader is not None]
-
-    def expect_resampling(self) -> None:
-        """Prepares the loaders for a sampling rate that changes."""
-        self._resampled = True
-        for loader in self._followed():
-            loader.expect_resampling()
 
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch that the private loader is about to hand over."""
@@ -307,8 +289,10 @@ class PrivateUpdate:
             self._late.summed(clipped)
         # The number is used up before any noise is drawn: whatever fails, no other sum meets the noise of this step.
         step, self.steps = self.steps, self.steps + 1
-        private = self.noise.release(clipped, multiplier=self._mechanism.noise.multiplier, step=step)
-        for name, value in private.values.items():
+        released, now = counted(clipped, self._mechanism), self._mechanism
+        values = self.noise.release(released, multiplier=now.noise.multiplier, step=step).values
+        self._mechanism = adapted(values, now, expected=lambda: self._expected.under(self._drawn(ticket)))
+        for name, value in values.items():
             parameter = self.parameters[name]
             # A parameter that was frozen since its backward must not move. Its part of the noise was drawn anyway.
             if parameter.requires_grad:
@@ -332,8 +316,10 @@ class PrivateUpdate:
 
     def _divisor(self, ticket: BatchTicket | None) -> float:
         """Returns what the noisy sum of a batch is divided by."""
-        drawn = self._mechanism.drawn_under(None if ticket is None else ticket.sampling)
-        return self.divisor.under(drawn.sampling)
+        return self.divisor.under(self._drawn(ticket))
+
+    def _drawn(self, ticket: BatchTicket | None) -> Sampling:
+        return self._mechanism.drawn_under(None if ticket is None else ticket.sampling).sampling
 
     def refuse_zero_grad(self) -> None:
         """Raises if a gradient would be thrown away between backward and step."""
@@ -350,7 +336,8 @@ class PrivateUpdate:
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, without any key."""
         schedules = [schedule.state_dict() for schedule in self.schedules]
-        return {"steps": self.steps, "noise": self.noise.state_dict(), "schedules": schedules}
+        state = {"steps": self.steps, "noise": self.noise.state_dict(), "schedules": schedules}
+        return {**state, "clip_norm": self._mechanism.clipping.sensitivity}
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:
         """Raises if the state was saved under other schedules."""
@@ -370,6 +357,7 @@ class PrivateUpdate:
         self.noise.load_state_dict(state["noise"])
         self.steps = max(self.steps, int(state["steps"]))
         self.billing.resumed()
+        self._mechanism = resumed(self._mechanism, state)
         for schedule, its_state in zip(self.schedules, state.get("schedules", []), strict=True):
             schedule.load_state_dict(its_state)
 

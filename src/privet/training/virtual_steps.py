@@ -74,7 +74,7 @@ class BatchMemoryManager:
         self._size = PhysicalSize("max_physical_batch_size", max_physical_batch_size)
         self._update = update_of(optimizer)
         loader: object = data_loader
-        if not isinstance(loader, PrivateLoader) or not self._update.follows(data_loader):
+        if not isinstance(loader, PrivateLoader) or not self._update.loaders.follows(data_loader):
             raise ConfigurationError(
                 f"this {type(data_loader).__name__} is not the loader of the optimizer's module. Expected the one that "
                 "make_private returned with it."
