@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from privet.step import PrivateStep
     from privet.training.accumulate import Accumulate
     from privet.training.chained import ChainedOptimizer
+    from privet.training.loggers import CSVLogger, TensorBoardLogger
     from privet.training.performance import Performance
+    from privet.training.statistics import StepStatistics
     from privet.training.virtual_steps import BatchMemoryManager
     from privet.validation import get_compatible_module, validate
 
@@ -47,6 +49,7 @@ __all__ = [
     "BatchMemoryManager",
     "Budget",
     "BudgetExceededError",
+    "CSVLogger",
     "ChainedOptimizer",
     "ClippingPolicy",
     "ConfigurationError",
@@ -74,7 +77,9 @@ __all__ = [
     "Relation",
     "Sampling",
     "Schedule",
+    "StepStatistics",
     "Stepwise",
+    "TensorBoardLogger",
     "Unit",
     "UnsupportedModelError",
     "get_compatible_module",
@@ -94,6 +99,7 @@ _HOMES = {
     "Automatic": "privet.clipping",
     "BatchMemoryManager": "privet.training.virtual_steps",
     "Budget": "privet.accounting",
+    "CSVLogger": "privet.training.loggers",
     "ChainedOptimizer": "privet.training.chained",
     "ClippingPolicy": "privet.clipping",
     "Exponential": "privet.schedules",
@@ -115,7 +121,9 @@ _HOMES = {
     "Relation": "privet.accounting",
     "Sampling": "privet.sampling",
     "Schedule": "privet.schedules",
+    "StepStatistics": "privet.training.statistics",
     "Stepwise": "privet.schedules",
+    "TensorBoardLogger": "privet.training.loggers",
     "Unit": "privet.accounting",
     "get_compatible_module": "privet.validation",
     "register_accountant": "privet.accounting",

@@ -15,10 +15,13 @@ from privet.report.declared import TOPICS
 from privet.report.described import holds_selection
 from privet.report.facts import Facts
 
-__all__ = ["REPRODUCIBLE", "Hazard", "Status", "hazards"]
+__all__ = ["COLLECTED", "REPRODUCIBLE", "Hazard", "Status", "hazards"]
 
 REPRODUCIBLE = "reproducible key"
 """The mark of a run whose noise another person can draw again."""
+
+COLLECTED = "statistics without noise were collected"
+"""The mark of a run that showed clip fractions and norms of gradients."""
 
 
 class Status(enum.Enum):
@@ -143,11 +146,13 @@ _LIST: tuple[Callable[[Facts], Hazard], ...] = (
         "adaptivity",
         "Composition holds for numbers that were fixed beforehand or follow public numbers.",
     ),
-    _declared(
+    lambda facts: _declared(
         "Statistics that were released without noise",
         "statistics",
-        "Training loss and accuracy on private data are no part of ε.",
-    ),
+        "Clip fractions and norms of gradients were collected, and are no part of ε; nor are loss and accuracy."
+        if COLLECTED in facts.marks
+        else "Training loss and accuracy on private data are no part of ε.",
+    )(facts),
     _declared(
         "Data taken for public that are not",
         "public_data",

@@ -6,7 +6,7 @@ import math
 
 from privet.accounting.decimals import rounded_text
 from privet.report.facts import Facts
-from privet.report.hazards import REPRODUCIBLE
+from privet.report.hazards import COLLECTED, REPRODUCIBLE
 
 __all__ = ["in_plain_words", "mark_in_words", "number", "relation_in_words", "unit_in_words", "warnings"]
 
@@ -34,6 +34,7 @@ _MARKS = {
         "batches were drawn that no step was seen to take, and they were billed; if they were left out because of "
         "what was in them, ε does not cover it"
     ),
+    COLLECTED: "clip fractions and norms of gradients were shown to those who trained; ε does not cover them",
     "a parameter changed while p.grad was not private": (
         "a parameter changed by hand while a gradient without noise could be seen; the ledger counts it as a release "
         "without protection"

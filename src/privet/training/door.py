@@ -16,12 +16,13 @@ from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
 from privet.accounting.ledger import Ledger
 from privet.accounting.role import LedgerLike, check_door_ledger
-from privet.errors import ConfigurationError, PrivetError
+from privet.errors import ConfigurationError, PrivetError, ProtocolError
 from privet.mechanism import Mechanism
 from privet.parallel import Ranks, ranks_for
 from privet.training.checkpoint import load_state, state_of
 from privet.training.collective import refuse_mode, refuse_rules
 from privet.training.plausible import warn_of_delta
+from privet.training.statistics import STATISTICS_MARK, Logger, Statistics, StepStatistics
 from privet.training.update import PrivateUpdate
 
 __all__ = ["Door", "door_ledger"]
@@ -85,6 +86,7 @@ class Door(ABC):
         self._records: int | None = None  # the least number of examples in the data of a loader, once one is known
         self._warned_of_delta = False
         self._ranks: Ranks | None = None
+        self._statistics: Statistics | None = None
 
     @final
     def _ranks_for(self, module: nn.Module, mode: str = "auto") -> Ranks:
@@ -193,6 +195,46 @@ class Door(ABC):
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """Returns what the next step of each private module releases."""
         return tuple(update.mechanism for update in self._updates())
+
+    # -- what is not private -----------------------------------------------------------------------------------------
+
+    @final
+    def collect_statistics(
+        self, *loggers: Logger, quantiles: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)
+    ) -> Statistics:
+        """Begins to collect how many gradients each step clips and how long they are, and marks the ledger.
+
+        NOT PRIVATE: these numbers have no noise, and ε does not cover them. They are for those who hold the data.
+
+        Args:
+            loggers: each is called with the `StepStatistics` of every logical step, such as a `CSVLogger`.
+            quantiles: the levels of the quantiles of norms.
+
+        Raises:
+            ProtocolError: if nothing is private yet.
+        """
+        if not self._updates():
+            raise ProtocolError("nothing is private here yet. Expected make_private first, then collect_statistics.")
+        self._statistics = Statistics(quantiles=quantiles, loggers=loggers)
+        self._ledger.mark(STATISTICS_MARK)
+        for model, update in enumerate(self._updates()):
+            update.watcher = self._statistics.of_model(model)
+        return self._statistics
+
+    @final
+    @property
+    def statistics(self) -> StepStatistics | None:
+        """Returns what clipping did in the last logical step; None before the first. NOT PRIVATE: it has no noise.
+
+        Raises:
+            ProtocolError: if nothing is collected: it has to be asked for.
+        """
+        if self._statistics is None:
+            raise ProtocolError(
+                "statistics are not collected: they have no noise, and ε does not cover them. Expected to be asked "
+                "first, which marks the ledger. Call collect_statistics()."
+            )
+        return self._statistics.latest
 
     # -- the state of the run ----------------------------------------------------------------------------------------
 

@@ -108,6 +108,7 @@ class PrivateUpdate:
         self._known: BatchTicket | None = None  # the batch whose tensors the model was given
         self._on_forget: list[Callable[[], None]] = []
         self._late: LateSum | None = None
+        self.watcher: Callable[[ClippedSum, Mechanism, int], None] | None = None  # of statistics, without noise
         self._riding = RidingLedger(self)
         self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
@@ -298,6 +299,8 @@ class PrivateUpdate:
             if parameter.requires_grad:
                 divided = value if divisor == 1 else value.div_(divisor)
                 self.guard.release(parameter, self.ranks.gradient(parameter, of_type(divided, parameter.dtype)))
+        if self.watcher is not None:
+            self.watcher(released, now, step)
 
     def _due(self) -> Due:
         """Returns what this process is about to release, or raises if it cannot."""
