@@ -26,7 +26,8 @@ from privet import (
 )
 from privet.clipping import ClippingPolicy
 from privet.gradients.clipped_sum import ClippedSum
-from privet.sampling import BatchTicket
+from privet.noise import NoiseKey
+from privet.sampling import BatchTicket, privatize_loader
 from privet.schedules import Exponential, Schedule
 from privet.training.accumulated_sum import AccumulatedSum
 from tests.contracts.doors import Expected, assert_exact, reference, taken
@@ -135,6 +136,21 @@ def test_a_logical_batch_smaller_than_k_has_empty_parts_and_one_step():
         assert any(value.any() for value in found.values()) == any(len(x) for x, _ in parts)
 
 
+@pytest.mark.parametrize("poisson", [True, False])
+def test_each_example_of_a_logical_batch_is_in_one_part(poisson):
+    data = TensorDataset(torch.arange(N))
+    draw = {"poisson": poisson, "key": NoiseKey.from_generator(torch.Generator().manual_seed(1))}
+    parts = privatize_loader(DataLoader(data, batch_size=PHYSICAL), accumulate=K, **draw)
+    draw["key"] = NoiseKey.from_generator(torch.Generator().manual_seed(1))
+    whole = privatize_loader(DataLoader(data, batch_size=PHYSICAL * K), **draw)
+    for _ in range(4):
+        found = [x.tolist() for (x,) in parts]
+        for i, (x,) in enumerate(whole):
+            of_batch = found[K * i : K * (i + 1)]
+            assert [each for part in of_batch for each in part] == x.tolist()
+            assert max(map(len, of_batch)) - min(map(len, of_batch)) <= 1
+
+
 def test_the_loader_counts_its_batches_and_the_ledger_its_steps():
     run = Run(sigma=1.0)
     steps = -(-N // (PHYSICAL * K))
@@ -204,6 +220,13 @@ def test_batches_may_be_read_ahead_also_in_new_tensors(count, copied, recwarn):
     assert run.engine.ledger.steps == run.loader.steps_per_pass
     assert run.engine.ledger.marks == ("reproducible key",)
     assert [str(w.message) for w in recwarn if "billed" in str(w.message)] == []
+
+
+def test_batches_may_be_read_ahead_over_the_end_of_a_pass():
+    run = Run()
+    run.trained(read_ahead(itertools.chain(run.loader, run.loader), 2))
+    run.assert_as_whole()
+    assert run.engine.ledger.steps == 2 * run.loader.steps_per_pass
 
 
 def test_a_closure_brings_the_last_part_and_zero_grad_comes_before_the_first():
