@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from privet import (
     Accumulate,
     BatchMemoryManager,
+    BudgetExceededError,
     ConfigurationError,
     Flat,
     Gaussian,
@@ -218,8 +219,30 @@ def test_batches_may_be_read_ahead_also_in_new_tensors(count, copied, recwarn):
     run.trained(((x.clone(), y.clone()) for x, y in batches) if copied else batches)
     run.assert_as_whole()
     assert run.engine.ledger.steps == run.loader.steps_per_pass
+    marks = {"reproducible key", *(["batches read ahead or left out"] if copied else [])}
+    assert set(run.engine.ledger.marks) == marks
+    assert len([w for w in recwarn if "read ahead" in str(w.message)]) == copied
+
+
+def test_copies_without_reading_ahead_leave_no_doubt(recwarn):
+    run = Run()
+    run.trained((x.clone(), y.clone()) for x, y in run.loader)
+    run.assert_as_whole()
     assert run.engine.ledger.marks == ("reproducible key",)
-    assert [str(w.message) for w in recwarn if "billed" in str(w.message)] == []
+    assert [w for w in recwarn if "read ahead" in str(w.message)] == []
+
+
+def test_a_step_that_the_budget_refuses_leaves_nothing_of_its_parts():
+    run = Run(sigma=1.0)
+    run.engine.set_budget(epsilon=12.0, delta=1e-5)
+    for_ever = itertools.chain.from_iterable(itertools.repeat(run.loader))
+    with pytest.raises(BudgetExceededError):
+        run.trained(for_ever)
+    run.optimizer.zero_grad()
+    assert run.engine.ledger.steps == len(run.seen) > 0
+    assert run.engine.epsilon(1e-5) <= 12.0
+    with pytest.raises(ProtocolError, match="no backward since"):
+        run.optimizer.step()
 
 
 def test_batches_may_be_read_ahead_over_the_end_of_a_pass():

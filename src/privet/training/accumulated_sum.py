@@ -7,6 +7,8 @@ k-th. Batches may be read ahead. So the parts wait here in order, and each backw
     a backward on the oldest part that waits            its sum is added to those of the parts before
     a backward on a later part, or on one that was      refused: a part was left out, or an example would be in the
       trained on, known by its tensors                    sum twice
+    a backward on new tensors, while several parts of   taken for the oldest of them; the step is in doubt, as one on
+      its size wait                                       a batch that was read ahead (`Billing`)
     a backward on another number of rows                refused: rows are not the examples of that part
     a backward after the k-th, before the step          refused: the step came too late
     a step before the k-th backward                     refused: it came too early
@@ -37,6 +39,7 @@ class AccumulatedSum:
         self._parts = parts
         self._waiting: deque[BatchTicket] = deque()  # handed over, and not trained on yet
         self._taken: list[BatchTicket] = []  # trained on, of the logical batch at hand
+        self._doubted: list[BatchTicket] = []  # what a backward of this logical batch may have been on instead
         self._gathered: ClippedSum | None = None
         self._last: BatchTicket | None = None  # handed over last
         self._trained: tuple[int, int] | None = None  # the pass of the last part that was trained on
@@ -63,8 +66,8 @@ class AccumulatedSum:
         return len(self._taken) == self._parts
 
     def match(self) -> Match | None:
-        """Returns which batch the sum is of, if it is of all of it."""
-        return Match.certain(self._taken[-1]) if self._complete else None
+        """Returns which batch the sum is of, if it is of all of it, and all parts that it may be of."""
+        return Match(self._taken[-1], (self._taken[-1], *self._doubted)) if self._complete else None
 
     @property
     def parts_of(self) -> BatchTicket | None:
@@ -132,6 +135,8 @@ class AccumulatedSum:
                 "For several views, run the model on each and add the losses before one backward; to leave examples "
                 "out, give them a loss of zero. Nothing was released."
             )
+        if known is None and examples:
+            self._doubted += [each for each in list(self._waiting)[1:] if each.size == examples]
         self._trained = oldest.pass_key
         return self._waiting.popleft()
 
@@ -187,7 +192,7 @@ class AccumulatedSum:
 
     def discard(self) -> None:
         """Forgets what was gathered; nothing of it was released."""
-        self._taken, self._gathered = [], None
+        self._taken, self._doubted, self._gathered = [], [], None
 
     def forget(self) -> None:
         """Forgets everything that was handed over: no step is taken on it any more."""
