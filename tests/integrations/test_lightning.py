@@ -154,6 +154,14 @@ def test_epsilon_is_logged_and_shown(tmp_path):
     assert not [name for name in fit.callback_metrics if "clip" in name]  # it is not private
 
 
+def test_the_clip_fraction_is_shown_where_it_is_asked_for_and_marked():
+    callback = private(log_clip_fraction=True, max_grad_norm=1e-3)
+    fit = trainer(callback, max_epochs=1)
+    fit.fit(Classifier(), loader())
+    assert float(fit.progress_bar_metrics["clip_fraction (not private)"]) == 1.0
+    assert "statistics without noise were collected" in callback.engine.ledger.marks
+
+
 def test_a_budget_that_is_met_ends_fit_and_keeps_the_weights(tmp_path):
     engine = PrivacyEngine(budget=Budget(epsilon=by_hand(1, noise_multiplier=1.0)[1] + 1e-3, delta=DELTA))
     callback, model = private(engine=engine), Validated()

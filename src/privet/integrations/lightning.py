@@ -56,6 +56,9 @@ class PrivateTraining(Callback):
             runs share. By default a new one.
         module: the name of the part of the LightningModule that is trained and called in `training_step`. By default
             the LightningModule itself where it has a `forward`, else its one child that has trainable parameters.
+        log_clip_fraction: whether to log what fraction of each step's gradients was made shorter, as
+            "clip_fraction (not private)". It has no noise and ε does not cover it: the ledger is marked. Leave it off
+            where a logger sends what it gets to other people.
         options: all other options of `PrivacyEngine.make_private`, such as `max_grad_norm`.
 
     The loader's `batch_size` is that of one process, as ever in Lightning; under Poisson sampling it is the expected
@@ -85,11 +88,13 @@ class PrivateTraining(Callback):
         epochs: int | None = None,
         engine: PrivacyEngine | None = None,
         module: str | None = None,
+        log_clip_fraction: bool = False,
         **options: Any,
     ) -> None:
         self.engine = PrivacyEngine() if engine is None else engine
         self.stopped_by_budget = False
         self._module = module
+        self._log_clip_fraction = log_clip_fraction
         self._arguments = PrivateArguments(
             noise_multiplier=noise_multiplier,
             target_epsilon=target_epsilon,
@@ -149,6 +154,8 @@ class PrivateTraining(Callback):
         if self._resumed is not None:  # Lightning itself restores the loader in mid-epoch alone
             self._loader.load_state_dict(self._resumed)
         feed(trainer, self._loader)
+        if self._log_clip_fraction:
+            self.engine.collect_statistics()
         self.stopped_by_budget, self._logged = False, None
         self._stop_instead_of_raising(trainer, optimizer)
 
@@ -198,11 +205,14 @@ class PrivateTraining(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs ε, as of the last step whose number is a multiple of `log_every_n_steps`."""
+        """Logs ε, as of the last step whose number is a multiple of `log_every_n_steps`, and what else is asked for."""
         step, every = trainer.global_step, max(getattr(trainer, "log_every_n_steps", 1), 1)
         if self._logged is None or (step % every == 0 and self._logged[0] != step):
             self._ask(step)
         self._log(on_step=True)
+        if self._log_clip_fraction and (found := self.engine.statistics) is not None:
+            name = "clip_fraction (not private)"
+            self.log(name, found.clipped, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs ε of all steps so far."""
