@@ -141,7 +141,13 @@ def watched(
 
 
 def train_privately(
-    training: TensorDataset, test: TensorDataset, *, target_epsilon: float, checkpoint: Path, console: Console
+    training: TensorDataset,
+    test: TensorDataset,
+    *,
+    epochs: int,
+    target_epsilon: float,
+    checkpoint: Path,
+    console: Console,
 ) -> tuple[History, float]:
     """Returns the history of the private run and its noise multiplier; saves a checkpoint."""
     model = network()
@@ -149,27 +155,27 @@ def train_privately(
     loader = DataLoader(training, batch_size=PRIVATE.batch_size)
     engine = PrivacyEngine()
     model, optimizer, loader = engine.make_private_with_epsilon(
-        module=model, optimizer=optimizer, data_loader=loader, epochs=PRIVATE.epochs,
+        module=model, optimizer=optimizer, data_loader=loader, epochs=epochs,
         target_epsilon=target_epsilon, target_delta=DELTA, max_grad_norm=CLIP_NORM,
     )  # fmt: skip
     history = watched(
         "with privacy   ",
-        lambda after: train(model, optimizer, loader, epochs=PRIVATE.epochs, after_epoch=after),
-        model=model, test=test, epochs=PRIVATE.epochs, epsilon=lambda: engine.get_epsilon(delta=DELTA), console=console,
+        lambda after: train(model, optimizer, loader, epochs=epochs, after_epoch=after),
+        model=model, test=test, epochs=epochs, epsilon=lambda: engine.get_epsilon(delta=DELTA), console=console,
     )  # fmt: skip
     engine.save_checkpoint(checkpoint, module=model, optimizer=optimizer)
     return history, engine.mechanisms[0].noise.multiplier
 
 
-def train_plainly(training: TensorDataset, test: TensorDataset, *, console: Console) -> History:
+def train_plainly(training: TensorDataset, test: TensorDataset, *, epochs: int, console: Console) -> History:
     """Returns the history of the same network without privacy, with a recipe that suits it."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=PLAIN.learning_rate, momentum=PLAIN.momentum)
     loader = DataLoader(training, batch_size=PLAIN.batch_size, shuffle=True)
     return watched(
         "without privacy",
-        lambda after: train(model, optimizer, loader, epochs=PLAIN.epochs, after_epoch=after),
-        model=model, test=test, epochs=PLAIN.epochs, epsilon=None, console=console,
+        lambda after: train(model, optimizer, loader, epochs=epochs, after_epoch=after),
+        model=model, test=test, epochs=epochs, epsilon=None, console=console,
     )  # fmt: skip
 
 
@@ -227,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Handwritten digits under a privacy budget.")
     parser.add_argument("--epsilon", type=float, default=8.0, help="the budget, at δ = 1e-5 (default: 8)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for plot and checkpoint")
+    parser.add_argument("--short", action="store_true", help="three epochs of either run, to see that the script runs")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # on a network this small, a second thread only waits
@@ -238,9 +245,10 @@ def main() -> None:
 
     checkpoint, picture = options.out / "digits.pt", options.out / "digits.png"
     private, noise = train_privately(
-        training, test, target_epsilon=options.epsilon, checkpoint=checkpoint, console=console
-    )
-    plain = train_plainly(training, test, console=console)
+        training, test, epochs=3 if options.short else PRIVATE.epochs, target_epsilon=options.epsilon,
+        checkpoint=checkpoint, console=console,
+    )  # fmt: skip
+    plain = train_plainly(training, test, epochs=3 if options.short else PLAIN.epochs, console=console)
     plot(private, plain, picture)
 
     ours, theirs = step_seconds()

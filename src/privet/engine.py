@@ -181,7 +181,8 @@ class PrivacyEngine(Door, AboutModels):
         Raises:
             ConfigurationError: for an option that is out of range, or parameters that do not fit together.
             UnsupportedModelError: for a model whose examples cannot be told apart, with all offenders.
-            Either leaves everything as it was.
+
+        An error leaves everything as it was.
         """
         noise = Gaussian(check_at_least("noise_multiplier", noise_multiplier))
         policy = policy_for(clipping, max_grad_norm)
@@ -317,7 +318,8 @@ class PrivacyEngine(Door, AboutModels):
         Raises:
             ConfigurationError: for an option that is out of range, or if steps were taken already.
             AccountingError: if no noise reaches the target.
-            Either leaves everything as it was.
+
+        An error leaves everything as it was.
         """
         check_target_delta("target_delta", target_delta)
         planned = privatize_loader(
