@@ -1,9 +1,9 @@
-# Every target does its own set-up in .venv and says what it does. Needed beforehand: Python 3.11+, make, a C compiler.
+# Every target does its own set-up in .venv and says what it does. Needed beforehand: Python 3.11+ and make.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo attack test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed clean
+.PHONY: help venv demo docs attack test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -26,6 +26,7 @@ help:
 	@echo 'make test-cpus   the tests that touch numbers, as other processors run them (many minutes)'
 	@echo 'make explore     the tests again, on other random examples than the ones of every other run, and the deep ones (hours)'
 	@echo 'make check       format, lint, types, documentation, tests'
+	@echo 'make docs        build the documentation as pages to browse, into site/ (half a minute)'
 	@echo 'make crosscheck  the accountants beside two public ones (installs those in .venv-crosscheck)'
 	@echo 'make bench       all of the following, into benchmarks/results (hours; installs peers in environments of their own):'
 	@echo '     bench-spine       whole steps beside non-private PyTorch and Opacus, time and memory'
@@ -34,6 +35,7 @@ help:
 	@echo '     bench-compiled    compiled steps, compile time included, beside compiled non-private PyTorch'
 	@echo '     bench-accounting  how near an ε is and how long it takes, beside three other libraries (a quarter of an hour)'
 	@echo '     bench-distributed steps on one process and on two, beside DistributedDataParallel (ten minutes)'
+	@echo '     bench-choosing    what clip norm, learning rate, batch size and epochs do to accuracy (ten minutes)'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
 
@@ -66,6 +68,10 @@ explore: $(STAMP)
 	@echo '==> Running every test on fresh random examples'
 	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'deep or not deep' $(PYTEST_ARGS)
 
+docs: $(STAMP)
+	@echo '==> Building the documentation (mkdocs.yml); open site/index.html'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 check: $(STAMP)
 	scripts/check
 
@@ -81,7 +87,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed
+bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing
 
 bench-spine: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
@@ -104,10 +110,14 @@ bench-distributed: $(STAMP)
 	@echo '==> Timing steps on one process and on two (benchmarks/distributed.py)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distributed --out benchmarks/results
 
+bench-choosing: $(STAMP)
+	@echo '==> Training on the digits with other and other numbers (benchmarks/choosing.py)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.choosing --out benchmarks/results
+
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Asking the accountants for ε beside three others, in .venv-crosscheck (benchmarks/accounting.py)'
 	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt opacus
 	$(BIN)/python -m benchmarks.accounting --out benchmarks/results --peers .venv-crosscheck/bin/python
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .venv-crosscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
+	rm -rf $(VENV) $(BENCH_VENV) .venv-crosscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output site
