@@ -48,7 +48,7 @@ class Choice:
 
 
 BASE = Choice()
-BUDGETS = (1.0, 3.0, 8.0)
+BUDGETS = (1.0, 8.0)
 CLIP_NORMS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 RATES = (0.05, 0.15, 0.45, 1.4, 4.2, 12.0)
 BATCH_SIZES = (36, 72, 144, 288, 575)
@@ -115,7 +115,7 @@ def draw(results: dict[str, Any]) -> None:
         (sizes, BATCH_SIZES, "batch_size", "expected batch size (40 epochs)"),
         (epochs, EPOCHS, "epochs", "epochs (expected batch size 288)"),
     ):
-        for budget, mark in zip(BUDGETS, ("v-", "o-", "^-"), strict=True):
+        for budget, mark in zip(BUDGETS, ("v-", "^-"), strict=True):
             found = [mean(replace(BASE, epsilon=budget, **{name: value})) for value in values]
             panel.plot(values, found, mark, label=f"ε = {budget:g}")
         panel.set_xlabel(label)
