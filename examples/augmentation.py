@@ -85,8 +85,8 @@ def main() -> None:
     """Trains with one view and with several, and prints what came of it."""
     parser = argparse.ArgumentParser(description="Several views of each picture for the same ε.")
     parser.add_argument("--epsilon", type=float, default=3.0, help="the budget, at δ = 1e-5 (default: 3)")
-    parser.add_argument("--views", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--views", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--short", action="store_true", help="few steps, one seed, two views")
     options = parser.parse_args()
     numbers, seeds, steps = ([1, 2], 1, 20) if options.short else (options.views, options.seeds, 200)

@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The language of a word, learned privately.")
     parser.add_argument("--words", type=Path, default=Path("/usr/share/dict"), help="a folder of word lists")
     parser.add_argument("--epsilon", type=float, default=3.0, help="the budget, at δ = 1e-5 (default: 3)")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the first weights; noise and batches have no seed")
     parser.add_argument("--short", action="store_true", help="made-up words, few steps")
     options = parser.parse_args()
