@@ -9,6 +9,11 @@ Debian and Ubuntu `apt-get install dataset-fashion-mnist` puts them into the fol
 The network is the one with tanh activations of Papernot et al., "Tempered Sigmoid Activations for Deep Learning with
 Differential Privacy" (2021), 26,010 parameters. The recipe is the published one for this network: 40 epochs of
 expected batches of 2,048, clip norm 0.1, SGD with learning rate 4.0 and momentum 0.9.
+
+Measured on 2026-11-28 (PyTorch 2.13, one thread of a server without a GPU, ε = 3.000 at δ = 1e-5, noise multiplier
+1.826, 1,200 steps): 86.96 % of the test pictures after the last epoch, with seed 0, one run; about 490 s of computing.
+After the five epochs before, it was 87.09, 87.09, 87.32, 87.00 and 87.03 %. Published for this network at ε = 3: 86.0 %
+(Tramèr and Boneh, 2021). The average of the weights was added after that run, and is not measured yet.
 """
 
 from __future__ import annotations
