@@ -69,3 +69,9 @@ def test_the_example_of_a_docstring_is_shown_as_code():
     loaded = griffe.load("privet.mechanism", search_paths=[ROOT / "src"], extensions=extensions)
     sections = loaded["Mechanism"].docstring.parse("google")
     assert "examples" in {section.kind.value for section in sections}
+
+
+def test_a_tree_keeps_its_lines():
+    written = "A tree.\n\nroot\n├── one\n└── two\n\nAfter it."
+    assert docs_examples.shown(written) == "A tree.\n\n    root\n    ├── one\n    └── two\n\nAfter it."
+    assert docs_examples.shown("Nothing.\n\nTo draw.\n") == "Nothing.\n\nTo draw.\n"

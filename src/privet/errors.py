@@ -1,15 +1,15 @@
 """Every exception of privet. All derive from `PrivetError` and from the built-in they refine.
 
-    PrivetError
-    ├── ConfigurationError (ValueError)     a description that cannot be trained or accounted
-    ├── UnsupportedModelError (ValueError)  a model, or an option of a layer, whose examples cannot be told apart
-    ├── CoverageError (RuntimeError)        a gradient reached a parameter by a way that was not captured
-    ├── ProtocolError (RuntimeError)        calls out of order: a step without a backward, two backwards, ...
-    ├── BudgetExceededError (RuntimeError)  the next step would exceed the budget; raised before it is taken
-    ├── OutOfMemoryError (MemoryError)      memory ran out with the smallest physical batch that there is
-    ├── AccountingError (ArithmeticError)   an accountant could not reach a bound that it can vouch for
-    ├── RanksError (RuntimeError)           ranks of a distributed run that differ, or one that failed or has left
-    └── LedgerError (ValueError)            a ledger that is damaged, or whose entries do not fit together
+PrivetError
+├── ConfigurationError (ValueError)     a description that cannot be trained or accounted
+├── UnsupportedModelError (ValueError)  a model, or an option of a layer, whose examples cannot be told apart
+├── CoverageError (RuntimeError)        a gradient reached a parameter by a way that was not captured
+├── ProtocolError (RuntimeError)        calls out of order: a step without a backward, two backwards, ...
+├── BudgetExceededError (RuntimeError)  the next step would exceed the budget; raised before it is taken
+├── OutOfMemoryError (MemoryError)      memory ran out with the smallest physical batch that there is
+├── AccountingError (ArithmeticError)   an accountant could not reach a bound that it can vouch for
+├── RanksError (RuntimeError)           ranks of a distributed run that differ, or one that failed or has left
+└── LedgerError (ValueError)            a ledger that is damaged, or whose entries do not fit together
 """
 
 __all__ = [
