@@ -1,7 +1,7 @@
 """Every example runs in its short form, spends what it was allowed to spend, and those that can learn something do.
 
-The examples for several processes are run in `parallel/test_example.py`, those for the Trainer of transformers in
-`integrations/test_huggingface_examples.py`.
+The examples for several processes are run in `parallel/test_example.py`, those for the Trainer of transformers, for
+Lightning and for Accelerate in `integrations/test_huggingface_examples.py` and `test_framework_examples.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-ELSEWHERE = {"bert_classification", "ddp", "fsdp_lora", "lora_llama_trainer"}
+ELSEWHERE = {"accelerate_digits", "bert_classification", "ddp", "fsdp_lora", "lightning_digits", "lora_llama_trainer"}
 
 # For each example: its short form, its budget (None: it has several), and a figure that the short form reaches, if any.
 SHORT = {
