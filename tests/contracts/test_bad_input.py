@@ -161,7 +161,7 @@ IN_MID_RUN: dict[str, tuple[Any, Act, type[Exception], str, str]] = {
         Paper, twice_through_one_graph, ProtocolError, "backward ran again", "add the losses",
     ),
     "a second backward before the step": (
-        Paper, two_before_the_step, ProtocolError, "second backward", "virtual steps",
+        Paper, two_before_the_step, ProtocolError, "second backward", "accumulate=k",
     ),
     "a step without a backward, or twice on one gradient": (
         Paper, step_twice, ProtocolError, "no backward since the last step", "one optimizer.step",
