@@ -44,7 +44,7 @@ LAYERS = {
         ("derived", "layout", "precision", "tracing"),
         ("rows",),
         ("use",),
-        ("rules",),
+        ("given", "rules"),
         ("clipped_sum", "weights"),
         ("gathered",),
         ("reference", "summation"),

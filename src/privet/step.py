@@ -168,12 +168,12 @@ class PrivateStep(Door):
         self._loss = LossModule(inner, loss_per_example)
         self._key = key
         self._has_loader = False
-        self._capture = Capture(parameters, within=self._loss.forward)
+        self._capture = Capture(parameters, within=self._loss.forward, parts=ranks.spread.parts)
         self._passes = passes_of(performance, ranks.spread, inner, groups_of(mechanism.clipping, list(parameters)))
         self._way = self._way_to_sums()
         watch_custom_modules(inner, self._capture)
         self._tripwires = Tripwires(parameters, self._capture.release)
-        watch_stand_ins(ranks.spread.gathering, parameters, self._capture, self._tripwires)
+        watch_stand_ins(ranks.spread, parameters, self._capture, self._tripwires)
         self._first = FirstBatch(
             self._loss,
             self._capture,
@@ -288,9 +288,10 @@ class PrivateStep(Door):
         with (ranks := self._update.ranks).telling():
             examples = count_examples(batch)
             self._update.discard()  # what a step that was interrupted may have left: nothing of it was released
-            self._first.trains(refuse_thawed(bare(self.model), self._update.parameters, self._capture.parameters))
+            self._first.trains(refuse_thawed(bare(self.model), self._update.parameters, self._capture.roots.objects))
             self._tripwires.renew()
             self._update.recognize(tensors_in(batch), anew=True)
+        ranks.spread.require_alike(tensors_in(batch))
         parts = ranks.spread.most(-(-examples // (self._size.most or max(examples, 1))))
         with ranks.running():
             losses, clipped = self._summed(batch, examples, parts)
@@ -309,9 +310,7 @@ class PrivateStep(Door):
         There are at least so many parts: where every forward needs all ranks, a rank goes along with one that has more.
         """
         if parts == 0:
-            private, policy = self._private(), self.mechanism.clipping
-            sink = self._update.ranks.spread.sink(list(private))
-            return torch.zeros(0), clipped_sum(Recorded(examples=0), private, policy, sink=sink)
+            return torch.zeros(0), self._sum_of_nobody()
         losses: list[Tensor] = []
         total: ClippedSum | None = None
         start, taken = 0, 0
@@ -333,6 +332,13 @@ class PrivateStep(Door):
             start, taken = start + size, taken + 1
         assert total is not None
         return losses[0] if len(losses) == 1 else torch.cat(losses), total
+
+    def _sum_of_nobody(self) -> ClippedSum:
+        """Returns the sum of a batch that is empty on all ranks."""
+        private, spread = self._private(), self._update.ranks.spread
+        met = {} if spread.collective else private  # gathered parameters may never have been met
+        sink, names = spread.sink(list(private)), list(private)
+        return clipped_sum(Recorded(examples=0), met, self.mechanism.clipping, sink=sink, names=names)
 
     def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
         wanted = self._first.wanted(batch, examples)

@@ -36,6 +36,23 @@ def test_the_example_runs_under_torchrun_and_prints_once():
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize(
+    ("processes", "found"), [(2, "2 ranks, a tensor"), (4, "2x2 ranks, fully_shard over a tensor")]
+)
+def test_the_tensor_parallel_example_learns_and_prints_once(processes):
+    options = ("--data-parallel", "2") if processes == 4 else ()
+    several = said(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+        example=("tensor_parallel.py", *options),
+    )
+    found = "2x2 ranks, fully_shard over" if options else "2 ranks,"
+    assert f"ranks: {found} a tensor parallel plan on each, gloo" in several
+    ((before, after, epsilon),) = re.findall(r"sentences ([\d.]+) before and ([\d.]+) after, at ε = ([\d.]+),", several)
+    assert float(after) < 0.4 * float(before)
+    assert epsilon == "8.00"
+
+
+@pytest.mark.deep
 def test_the_sharded_example_learns_on_two_processes_and_prints_once():
     several = said("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", example=("fsdp_lora.py",))
     ((before, after, epsilon),) = re.findall(r"sentences ([\d.]+) before and ([\d.]+) after, at ε = ([\d.]+),", several)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from privet import BatchMemoryManager, Exponential, Performance, Schedule, register_rule
 from privet.errors import ConfigurationError, CoverageError, RanksError
@@ -118,14 +117,6 @@ def parts_alone():
     engine_on_texts(model)
 
 
-def tensor_parallel():
-    model = language(simple=True)
-    plan = {"up": ColwiseParallel()}
-    for block in model.blocks:
-        parallelize_module(block, init_device_mesh("cpu", (2,)), plan)
-    engine_on_texts(model)
-
-
 def two_meshes():
     model = language()
     fully_shard(model.blocks[0], mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b")))
@@ -213,7 +204,6 @@ def scenario(rank, world, folder):
     found["refused"] = {
         "late": raised(sharded_late),
         "parts alone": raised(parts_alone),
-        "tensor parallel": raised(tensor_parallel),
         "two meshes": raised(two_meshes),
         "first generation": raised(first_generation),
         "shown": raised(lambda: engine_on_texts(sharded(language()), grad_sample_mode="hooks")),
@@ -255,7 +245,6 @@ def test_a_model_that_recomputes_takes_two_passes_unless_told_otherwise(ranks):
     [
         ("late", "or sharded since (fully_shard), do so before make_private"),
         ("parts alone", "table.weight, head.weight, head.bias. Expected all of them sharded. Call fully_shard on the"),
-        ("tensor parallel", "blocks.0.up.weight, blocks.0.up.bias"),
         ("two meshes", "sharded over 2 different meshes"),
         ("first generation", "torch.distributed.fsdp.fully_shard(block) for each block"),
         ("shown", "grad_sample_mode='hooks'"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, Protocol, final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeVar, final
 
-from torch import nn
+from torch import Tensor, nn
 
-from privet.gradients.summation import DictSink, SumSink
+from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.summation import DictSink, LocalNorms, NormReducer, SumSink, clipped_sum
+from privet.gradients.use import Recorded
+from privet.gradients.weights import Policy
 
-__all__ = ["HERE", "Here", "Spread", "is_part", "put_into_parts"]
+__all__ = ["HERE", "Here", "LocalCalls", "Parts", "Spread", "is_part", "put_into_parts", "spread_sum"]
+
+_P = TypeVar("_P")
 
 
 def is_part(t: object) -> bool:
@@ -22,6 +27,51 @@ def put_into_parts(module: nn.Module) -> None:
     for child in module.modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(child).__mro__):
             child.reshard()  # type: ignore[operator]
+
+
+class LocalCalls(Protocol):
+    """How an operation on parts becomes operations of this process (implemented by `Capture`)."""
+
+    def local(self, value: object) -> nn.Parameter | None:
+        """Returns the own part of a private parameter, or None for anything else."""
+
+    def name_of(self, local: nn.Parameter) -> str:
+        """Returns a parameter's name, for messages."""
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Records one operation of this process, and returns its result."""
+
+    def intercept_shared(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        add_up: Callable[[Tensor], Tensor],
+    ) -> Any:
+        """Does the same where examples are spread over processes: their gradients (R, *shape) are added up by `add_up`.
+
+        All of these processes have to record the same operations in the same order.
+        """
+
+
+class Parts(Protocol):
+    """Operations on parameters of which each process holds a part, as tensor parallel plans make them."""
+
+    def local(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Returns the own part as a parameter in the same memory."""
+
+    def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], calls: LocalCalls) -> Any:
+        """Runs one operation by operations on the own parts, and returns its result.
+
+        Raises:
+            UnsupportedModelError: if it is not known what they would be.
+        """
+
+    def own(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Returns the own part of a parameter's gradient. All processes call it, in the same order."""
+
+    def unlike(self, gradients: Mapping[str, Tensor]) -> list[str]:
+        """Returns which parameters that are whole everywhere have other gradients elsewhere. All processes call it."""
 
 
 class Spread(Protocol):
@@ -38,6 +88,23 @@ class Spread(Protocol):
     @property
     def collective(self) -> bool:
         """Returns whether every forward needs all ranks."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """Returns how operations go on while parameters are in parts, or None if all are whole then."""
+
+    @property
+    def norms(self) -> NormReducer:
+        """Returns what adds up the squared norms of the parts of examples' gradients."""
+
+    def counted(self, parameters: Mapping[str, _P]) -> Mapping[str, _P]:
+        """Returns those of the parameters that this process counts in norms, and sums: each is counted once."""
+
+    def require_alike(self, batch: Sequence[Tensor]) -> None:
+        """Raises RanksError on all processes if some that have to see one batch see others."""
+
+    def together(self, own: Mapping[str, str]) -> Mapping[str, str]:
+        """Returns what all processes found of parameters, by name, where forwards are collective."""
 
     def most(self, own: int) -> int:
         """Returns the largest number that a rank gives, if all ranks have to do the same; else the own number."""
@@ -64,6 +131,19 @@ class Here:
 
     gathering: Sequence[nn.Module] = ()
     collective: bool = False
+    parts: Parts | None = None
+    norms: NormReducer = LocalNorms()
+
+    def counted(self, parameters: Mapping[str, _P]) -> Mapping[str, _P]:
+        """Returns all of them."""
+        return parameters
+
+    def require_alike(self, batch: Sequence[Tensor]) -> None:
+        """Does nothing."""
+
+    def together(self, own: Mapping[str, str]) -> Mapping[str, str]:
+        """Returns what was found here."""
+        return own
 
     def most(self, own: int) -> int:
         """Returns the number."""
@@ -84,3 +164,25 @@ class Here:
 
 
 HERE: Final = Here()
+
+
+def spread_sum(
+    recorded: Recorded,
+    parameters: Mapping[str, nn.Parameter],
+    policy: Policy,
+    spread: Spread,
+    *,
+    scale: float = 1.0,
+    absent: Tensor | None = None,  # (B,) bool
+) -> ClippedSum:
+    """Returns the clipped sum of what one backward recorded here and elsewhere; see `summation.clipped_sum`."""
+    return clipped_sum(
+        recorded,
+        spread.counted(parameters),
+        policy,
+        scale=scale,
+        absent=absent,
+        reducer=spread.norms,
+        sink=spread.sink(list(parameters)),
+        names=list(parameters),
+    )

@@ -29,6 +29,10 @@ class Holding(Protocol):
     def spread(self) -> Spread:
         """Returns how forwards and sums see it."""
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Returns which share of each batch this rank takes, and how many there are; None for one for each rank."""
+
     def begin(self, module: nn.Module) -> None:
         """Puts the wrapper of the module to rest, and gives all ranks the values that rank 0 has of what they share."""
 
@@ -70,8 +74,9 @@ class Joined:
 
     @property
     def share(self) -> Share:
-        """Returns every W-th example of each batch, W being the number of ranks."""
-        return Share(rank=self._agreement.rank, ranks=self._agreement.size, together=self.spread.collective)
+        """Returns every W-th example of each batch, W being the number of ranks that see other examples."""
+        place, shares = self.holding.place or (self._agreement.rank, self._agreement.size)
+        return Share(rank=place, ranks=shares, together=self.spread.collective)
 
     @property
     def spread(self) -> Spread:

@@ -1,22 +1,30 @@
-"""Where the shards of each parameter lie: which ranks hold them, and which elements this rank holds.
+"""Where the parts of each parameter lie: which ranks hold them, and which elements this rank holds.
 
-mesh                          placements            what a rank holds
-(W,)                          Shard(d)              every W-th part of axis d, as `torch.chunk` cuts it
-(R, W), hybrid sharding       Replicate, Shard(d)   the same, R times over
+mesh                          placements              what a rank holds
+(W,)                          Shard(d)                every W-th part of axis d, as `torch.chunk` cuts it
+(R, W), hybrid sharding       Replicate, Shard(d)     the same, R times over
+(T,), tensor parallel         Shard(d) or Replicate   a part of axis d, or all of it
+(W, T), both                  Shard(d), one of these  a part of axis d of what tensor parallel alone would hold
+
+A parameter is first split between the ranks of a tensor parallel group, which see the same examples. What each of them
+holds is then cut between ranks that see other examples.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from privet.errors import ConfigurationError
 from privet.noise.source import Piece
+from privet.parallel.role import fitting
 
 __all__ = ["Layout", "layouts_of"]
 
@@ -30,17 +38,28 @@ class Layout:
         axis: the axis that is cut.
         place: which part this rank holds.
         parts: how many parts there are.
+        split: the axis that is split over the tensor parallel group, or None if each of its ranks has all.
+        split_place: which part of that this rank's group of cut parts makes up.
+        split_parts: how many there are of them.
     """
 
-    parameter: DTensor
-    axis: int
-    place: int
-    parts: int
+    parameter: Tensor
+    axis: int = 0
+    place: int = 0
+    parts: int = 1
+    split: int | None = None
+    split_place: int = 0
+    split_parts: int = 1
+
+    def _share(self, axis: int) -> tuple[int, int]:
+        """Returns where on an axis the part of the tensor parallel group begins, and its length."""
+        size = self.parameter.shape[axis]
+        return _part(size, self.split_place, self.split_parts) if axis == self.split else (0, size)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the whole parameter."""
-        return tuple(self.parameter.shape)
+        """Returns the shape of all that is cut: of the whole parameter, or of what tensor parallel would hold here."""
+        return tuple(self._share(axis)[1] for axis in range(self.parameter.dim()))
 
     @property
     def each(self) -> int:
@@ -50,20 +69,27 @@ class Layout:
     @property
     def first(self) -> int:
         """Returns the first index of the own part on the axis."""
-        return min(self.place * self.each, self.shape[self.axis])
+        return _part(self.shape[self.axis], self.place, self.parts)[0]
 
     @property
     def length(self) -> int:
         """Returns the length of the own part on the axis."""
-        return min(self.each, self.shape[self.axis] - self.first)
+        return _part(self.shape[self.axis], self.place, self.parts)[1]
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """Returns the shape of what this rank holds."""
+        return (*self.shape[: self.axis], self.length, *self.shape[self.axis + 1 :]) if self.shape else ()
 
     @property
     def padded(self) -> tuple[int, ...]:
         """Returns the shape of a part, were all of them as long as the first."""
         return (*self.shape[: self.axis], self.each, *self.shape[self.axis + 1 :])
 
-    def cut(self, value: Tensor) -> Tensor:  # the whole shape -> (parts, elements of a padded part)
-        """Returns the parts of a whole value, filled up with zeros, one row each."""
+    def cut(self, value: Tensor) -> Tensor:  # the shape -> (parts, elements of a padded part)
+        """Returns the parts of a value, filled up with zeros, one row each."""
+        if self.parts == 1:
+            return value.reshape(1, -1)
         missing = self.each * self.parts - self.shape[self.axis]
         if missing:
             zeros = value.new_zeros(*self.shape[: self.axis], missing, *self.shape[self.axis + 1 :])
@@ -76,47 +102,69 @@ class Layout:
 
     def own(self, row: Tensor) -> Tensor:  # (elements of a padded part,) -> the shape of the own part
         """Returns the own part, without what only filled it up."""
+        if self.parts == 1:
+            return row.view(self.shape).contiguous()
         return row.view(self.padded).narrow(self.axis, 0, self.length).contiguous()
 
     def pieces(self) -> list[Piece]:
         """Returns where each run of consecutive elements of the own part lies in the whole parameter."""
-        inner = prod(self.shape[self.axis + 1 :])
-        run, step = self.length * inner, self.shape[self.axis] * inner
-        rows = range(prod(self.shape[: self.axis]) if run else 0)
-        return [Piece(start=row * run, offset=row * step + self.first * inner, size=run) for row in rows]
+        whole = tuple(self.parameter.shape)
+        starts = [self._share(axis)[0] for axis in range(len(whole))]
+        if self.parts > 1:
+            starts[self.axis] += self.first
+        lengths = self.local
+        steps = [prod(whole[axis + 1 :]) for axis in range(len(whole))]
+        # Behind the last axis of which a part is missing here, elements lie one after the other.
+        last = max((axis for axis, size in enumerate(whole) if lengths[axis] != size), default=-1)
+        run = prod(lengths[max(last, 0) :])
+        if not run or not prod(lengths):
+            return []
+        inside = sum(start * step for start, step in zip(starts, steps, strict=True))
+        outer = [range(0, lengths[axis] * steps[axis], steps[axis]) for axis in range(max(last, 0))]
+        offsets = (inside + sum(place) for place in itertools.product(*outer))
+        return [Piece(start=number * run, offset=offset, size=run) for number, offset in enumerate(offsets)]
 
-    def gradient(self, value: Tensor) -> DTensor:  # the shape of the own part
+    def gradient(self, value: Tensor) -> Tensor:  # the shape of the own part
         """Returns the own part of a gradient as the optimizer expects it."""
         p = self.parameter
+        if not isinstance(p, DTensor):
+            return fitting(p, value)
         return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def layouts_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Layout]:
-    """Returns how each trainable parameter of a fully sharded module lies on the ranks.
+def _part(size: int, place: int, parts: int) -> tuple[int, int]:
+    """Returns where one of several parts begins, as `torch.chunk` cuts them, and its length."""
+    each = -(-size // parts)
+    first = min(place * each, size)
+    return first, min(each, size - first)
+
+
+def layouts_of(parameters: Mapping[str, nn.Parameter], *, gathered: bool) -> dict[str, Layout]:
+    """Returns how each trainable parameter of a module lies on the ranks.
+
+    Args:
+        parameters: by name.
+        gathered: whether `fully_shard` cuts them, which has to be all of them then.
 
     Raises:
-        ConfigurationError: if one is not sharded, or in a way that is not supported, with all of them by name.
+        ConfigurationError: if one is placed in a way that is not supported, with all of them by name.
     """
     found: dict[str, Layout] = {}
     whole, strange = [], []
     for name, p in parameters.items():
         if not isinstance(p, DTensor):
             whole.append(name)
+            found[name] = Layout(p)
             continue
-        *replicas, placement = p.placements
-        plain = type(placement) is Shard and len(replicas) <= 1 and all(type(r) is Replicate for r in replicas)
-        if not plain:
-            strange.append(f"{name} {p.placements}")
-            continue
-        axis = p.device_mesh.ndim - 1
-        assert isinstance(placement, Shard)
-        layout = Layout(p, placement.dim, p.device_mesh.get_local_rank(axis), p.device_mesh.size(axis))
+        layout = _layout(p, gathered=gathered)
         local = tuple(p.to_local().shape)
-        if local != (*layout.shape[: layout.axis], layout.length, *layout.shape[layout.axis + 1 :]):
+        if layout is None:
+            strange.append(f"{name} {p.placements}")
+        elif local != layout.local:
             strange.append(f"{name}, of which this rank holds {local}")
-            continue
-        found[name] = layout
-    if whole:
+        else:
+            found[name] = layout
+    if whole and gathered:
         raise ConfigurationError(
             f"trainable parameters are whole on every rank, in a module of which other parts are sharded: "
             f"{', '.join(whole)}. Expected all of them sharded. Call fully_shard on the root module too, after its "
@@ -125,25 +173,42 @@ def layouts_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Layout]:
     if strange:
         raise ConfigurationError(
             f"parameters are placed on ranks in a way that is not supported: {'; '.join(strange)}. Expected "
-            "fully_shard on a mesh of one dimension, or of two for hybrid sharding, without tensor parallel plans."
+            "fully_shard on a mesh of one dimension, or of two for hybrid sharding; a tensor parallel plan on one "
+            "dimension; or fully_shard over mesh['dp'] of what a plan has laid out over mesh['tp']."
         )
-    _refuse_unlike_meshes(found)
     return found
 
 
-def _refuse_unlike_meshes(layouts: Mapping[str, Layout]) -> None:
-    """Raises unless all parameters lie on one mesh, whose ranks are in ascending order."""
-    meshes: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, layout in layouts.items():
-        mesh = layout.parameter.device_mesh.mesh
-        meshes.setdefault((tuple(mesh.shape), tuple(mesh.flatten().tolist())), name)
-    if len(meshes) > 1:
-        raise ConfigurationError(
-            f"parameters are sharded over {len(meshes)} different meshes, such as those of "
-            f"{', '.join(meshes.values())}. Expected one mesh. Give the same mesh to every fully_shard."
-        )
-    ((_, ranks),) = meshes
-    if list(ranks) != sorted(ranks) or dist.get_rank() not in ranks:
-        raise ConfigurationError(
-            f"the mesh has ranks {list(ranks)}. Expected ascending order, and this rank, {dist.get_rank()}, in it."
-        )
+def _layout(p: DTensor, *, gathered: bool) -> Layout | None:
+    """Returns how one distributed parameter lies on the ranks, or None if in no way that is known."""
+    mesh, placements = p.device_mesh, p.placements
+    if not gathered:
+        return _split(p, mesh, 0, placements[0]) if mesh.ndim == 1 and _is_plain(placements[0]) else None
+    if mesh.ndim == 1 and type(placements[0]) is Shard:
+        return Layout(p, placements[0].dim, mesh.get_local_rank(0), mesh.size(0))
+    if mesh.ndim != 2:
+        return None
+    if type(placements[0]) is Replicate and type(placements[1]) is Shard:  # hybrid sharding
+        return Layout(p, placements[1].dim, mesh.get_local_rank(1), mesh.size(1))
+    cut: Placement = placements[0]
+    if isinstance(cut, Shard) or type(cut).__name__ == "_StridedShard":
+        cuts = {"axis": cut.dim, "place": mesh.get_local_rank(0), "parts": mesh.size(0)}  # type: ignore[attr-defined]
+        return _split(p, mesh, 1, placements[1], **cuts) if _is_plain(placements[1]) else None
+    return None
+
+
+def _is_plain(placement: Placement) -> bool:
+    return type(placement) in {Shard, Replicate}
+
+
+def _split(p: DTensor, mesh: DeviceMesh, dimension: int, placement: Placement, **cuts: int) -> Layout:
+    """Returns the layout of a parameter that one dimension of a mesh splits, or has copies of."""
+    if not isinstance(placement, Shard):
+        return Layout(p, **cuts)
+    return Layout(
+        p,
+        **cuts,
+        split=placement.dim,
+        split_place=mesh.get_local_rank(dimension),
+        split_parts=mesh.size(dimension),
+    )

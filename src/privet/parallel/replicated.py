@@ -37,6 +37,7 @@ class Replicated:
     """
 
     spread: Spread = HERE
+    place: tuple[int, int] | None = None
 
     def __init__(self, group: dist.ProcessGroup, agreement: Agreement) -> None:
         self._group = group

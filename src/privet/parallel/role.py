@@ -22,7 +22,7 @@ from privet.sampling.share import WHOLE, Share
 __all__ = ["Alone", "Due", "Ranks", "fitting"]
 
 
-def fitting(parameter: nn.Parameter, value: Tensor) -> Tensor:
+def fitting(parameter: Tensor, value: Tensor) -> Tensor:
     """Returns a whole gradient in the parameter's shape."""
     return value if value.shape == parameter.shape else value.view_as(parameter)
 

@@ -14,7 +14,7 @@ own, so that they may fall between any two gathers of parameters.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -50,11 +50,20 @@ class ScatterSink:
         order: of the names, in which the sums are expected. Every name gets one sum.
         group: of the ranks between which a parameter is cut.
         agreement: of all ranks.
+        elsewhere: names whose sums another rank forms, which holds the same parts and sees the same examples.
     """
 
     def __init__(
-        self, layouts: Mapping[str, Layout], order: Sequence[str], group: dist.ProcessGroup, agreement: Agreement
+        self,
+        layouts: Mapping[str, Layout],
+        order: Sequence[str],
+        group: dist.ProcessGroup,
+        agreement: Agreement,
+        *,
+        elsewhere: Collection[str] = (),
     ) -> None:
+        self._elsewhere = elsewhere
+        self._device: torch.device | None = None  # of the sums that have come
         self._layouts = layouts
         self._order = deque(order)
         self._group = group
@@ -64,10 +73,23 @@ class ScatterSink:
         self._sent: list[_Sent] = []
 
     def put(self, name: str, value: Tensor) -> None:
-        """Takes the sum of one parameter, of the shape of the whole parameter."""
+        """Takes the sum of one parameter, of all that is cut."""
+        self._device = value.device
         self._early[name] = self._layouts[name].cut(value)
-        while self._order and self._order[0] in self._early:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Puts the sums that are due into buckets, as far as they have come."""
+        while self._order and (self._order[0] in self._early or self._order[0] in self._elsewhere):
             following = self._order.popleft()
+            if following in self._elsewhere:
+                p = self._layouts[following].parameter
+                zero = torch.zeros(
+                    self._layouts[following].shape,
+                    dtype=torch.promote_types(p.dtype, torch.float32),
+                    device=p.device if self._device is None else self._device,
+                )
+                self._early[following] = self._layouts[following].cut(zero)
             self._add(following, self._early.pop(following))
 
     def _add(self, name: str, rows: Tensor) -> None:
@@ -93,8 +115,9 @@ class ScatterSink:
         self._sent.append(_Sent(list(bucket), [each.shape[1] for each in bucket.values()], rows, mine, work))
 
     def values(self) -> Mapping[str, Tensor]:
-        """Returns the own parts of all sums, once every rank has given its own."""
-        assert not self._order, f"no sum of {list(self._order)} came"
+        """Returns the own parts of all sums, once every rank has given its own; those that did not come are zero."""
+        self._elsewhere = {*self._elsewhere, *self._order} - set(self._early)
+        self._go_on()
         if self._bucket:
             self._send()
         found = {}

@@ -50,12 +50,12 @@ class Share:
         return 0
 
     def digest(self, examples: list[int]) -> int:
-        """Returns a number by which ranks see that they drew the same batch; 0 for a batch that nobody shares.
+        """Returns a number by which ranks see that they drew the same batch; 0 for a batch of this process alone.
 
         Two machines with unlike mathematical libraries could draw unlike batches from one key, and then an example
         could be in two shares.
         """
-        if self.ranks == 1:
+        if self.ranks == 1 and not self.together:
             return 0
         drawn = np.asarray(examples, dtype="<i8").tobytes()
         return int.from_bytes(hashlib.blake2b(drawn, digest_size=8).digest(), "big") >> 1

@@ -8,6 +8,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from privet.errors import ConfigurationError
+from privet.gradients.spread import is_part
 
 __all__ = ["LossModule", "LossPerExample"]
 
@@ -30,6 +31,11 @@ class LossModule(nn.Module):
     def checked(self, batch: Any, examples: int) -> Tensor:  # (B,)
         """Returns the loss of each example, or raises ConfigurationError if it is none."""
         losses = self(batch)
+        if is_part(losses):
+            raise ConfigurationError(
+                "loss_per_example returned a tensor that is distributed over ranks. Expected losses that are whole on "
+                "each of them. Give the model's last plan output_layouts=Replicate(), and leave use_local_output=True."
+            )
         if not isinstance(losses, Tensor) or losses.shape != (examples,):
             found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             if isinstance(losses, Tensor) and losses.shape == (examples, examples) and examples > 1:

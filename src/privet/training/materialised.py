@@ -18,49 +18,22 @@ Axes: B examples.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.given import given
 from privet.gradients.rows import wide
 from privet.gradients.summation import clipped_sum, per_example_gradients
-from privet.gradients.use import Operation, Recorded, Rule, Use, Uses
+from privet.gradients.use import Recorded
 from privet.gradients.weights import Policy
 from privet.training.update import PrivateUpdate
 
 __all__ = ["Materialised", "clear_with_zero_grad", "clipped_rows"]
-
-
-class _GivenRule(Rule):
-    """The rows are the gradients."""
-
-    def per_example(self, uses: Uses) -> Tensor:
-        (use,) = uses
-        return wide(use.gradient)
-
-
-class _Given(Operation):
-    """Stands for whatever per-example gradients came from. It is never run."""
-
-    rules: Mapping[str, Rule] = {"rows": _GivenRule()}
-
-    def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Any:
-        """Raises: the gradients are there already."""
-        raise AssertionError("the gradients were given: there is no forward to run")
-
-    def data_gradients(
-        self, data: Sequence[Tensor], values: Mapping[str, Tensor], gradient: Any, needed: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """Raises: the gradients are there already."""
-        raise AssertionError("the gradients were given: there is no backward to run")
-
-
-_GIVEN = _Given()
 
 
 def clipped_rows(
@@ -70,7 +43,7 @@ def clipped_rows(
 ) -> ClippedSum:
     """Returns the clipped sum of given per-example gradients, by the code and with the guarantees of `clipped_sum`."""
     examples = len(next(iter(rows.values())))
-    uses = {name: [Use(_GIVEN, "rows", (), r.detach(), tuple(parameters[name].shape))] for name, r in rows.items()}
+    uses = {name: [given(r.detach(), tuple(parameters[name].shape))] for name, r in rows.items()}
     return clipped_sum(Recorded(examples=examples, direct=uses), parameters, policy)
 
 

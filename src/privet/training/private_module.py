@@ -11,7 +11,7 @@ from torch import nn
 from privet.batches.kept import opening
 from privet.gradients.capture.instrument import Instrument
 from privet.gradients.capture.loss_watch import LossWatch
-from privet.gradients.summation import clipped_sum
+from privet.gradients.spread import spread_sum
 from privet.gradients.use import Recorded
 from privet.parallel.mesh import refuse_late_wrapper
 from privet.training.materialised import Materialised, clear_with_zero_grad
@@ -122,6 +122,6 @@ class PrivateModule:
             self.materialised.keep(recorded, scale=scale)
             return
         trainable = [name for name, p in self.update.parameters.items() if p.requires_grad]
-        met, sink = self.instrument.capture.standing_for(trainable), self.update.ranks.spread.sink(trainable)
-        clipped = clipped_sum(recorded, met, self.update.mechanism.clipping, scale=scale, sink=sink)
+        met, spread = self.instrument.capture.standing_for(trainable), self.update.ranks.spread
+        clipped = spread_sum(recorded, met, self.update.mechanism.clipping, spread, scale=scale)
         self.update.receive(clipped, examples=examples)

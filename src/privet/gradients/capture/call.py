@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.routing import Routed
 from privet.gradients.derived import Derivation
+from privet.gradients.given import added_up
 from privet.gradients.layout import Layout
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Operation, Use
@@ -53,6 +54,7 @@ class CapturedCall:
     roles: tuple[str, ...]  # of the values, in order
     targets: dict[str, str | Derivation]  # role -> the parameter, or derived tensor, whose use is recorded
     data_count: int
+    add_up: Callable[[Tensor], Tensor] | None = None  # of rows that are spread over processes
 
     def examples_first(self, t: Tensor) -> Tensor:
         """Returns data, or a gradient, with the examples on axis 0 as the operation's rules expect them."""
@@ -76,7 +78,8 @@ class CapturedCall:
         kept.extend(self.examples_first(g.detach()) for g in gradients[1:])
         met = tuple(kept)
         shapes = {role: tuple(v.shape) for role, v in zip(self.roles, values, strict=True)}
-        return [(target, Use(operation, role, met, gradient, shapes[role])) for role, target in self.targets.items()]
+        found = [(target, Use(operation, role, met, gradient, shapes[role])) for role, target in self.targets.items()]
+        return found if self.add_up is None else [(target, added_up(use, self.add_up)) for target, use in found]
 
 
 class CapturedOperation(torch.autograd.Function):

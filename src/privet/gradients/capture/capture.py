@@ -35,16 +35,16 @@ from privet.gradients.capture.call import CapturedCall, tensors_among
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.handled import HandledCall, in_backward
 from privet.gradients.capture.moved import KnownMoves, MovedRows, MovesMet, codes_of
-from privet.gradients.capture.watched import Roots
+from privet.gradients.capture.on_parts import OnParts
+from privet.gradients.capture.watched import Roots, asks_only
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site, Told, Trace
 from privet.gradients.rules.free import EXPANSIONS, expansion
 from privet.gradients.rules.functional import fallback
 from privet.gradients.rules.registry import apart_handler_of, handler_of, structural_handler_of
+from privet.gradients.spread import Parts
 from privet.gradients.use import Operation, UseSink
 
 __all__ = ["Capture"]
-
-_TENSOR_GETTERS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
 class Capture:
@@ -55,6 +55,7 @@ class Capture:
         batch_first: whether axes merged with the batch have the batch outside.
         mapped: whether vmap takes the place of every rule of an operation on parameters.
         within: the function that every forward begins with, such as the module's `forward`.
+        parts: runs operations on parameters of which each process holds a part.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Capture:
         batch_first: bool = True,
         mapped: bool = False,
         within: Callable[..., Any] | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self.roots = Roots(parameters, self)
-        self.moved = MovedRows(self.roots.is_root, codes_of(within))
+        self.moved = MovedRows(self.roots.is_root, codes_of(within), in_parts=parts is not None)
         self.layouts = Layouts()
         self.batch_first = batch_first
         self.handler_of = structural_handler_of if mapped else handler_of
+        self.on_parts = OnParts(self, parts)
         self._channels_last = False
         self._told: Told | None = None
         self._cycle: Cycle | None = None
@@ -233,7 +236,7 @@ class Capture:
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records an operation in which watched tensors take part, and returns its result."""
-        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _TENSOR_GETTERS:  # type: ignore[attr-defined]
+        if asks_only(func):
             return func(*args, **kwargs)
         cycle = self._cycle
         assert cycle is not None

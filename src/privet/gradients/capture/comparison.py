@@ -30,6 +30,7 @@ from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.other_values import in_double, to_double
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.derived import Derivation
+from privet.gradients.spread import HERE, Spread
 from privet.gradients.summation import weighted_sums
 from privet.gradients.use import Recorded, Use
 
@@ -77,6 +78,7 @@ class Comparison:
         tripwires: are kept quiet while autograd's own gradients are formed.
         restore: is called before each run, to put state and random numbers back.
         batch_axis: the axis of the inputs that the examples are on.
+        spread: the processes that hold the model together, which compare alike.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Comparison:
         tripwires: Tripwires,
         restore: Callable[[], None],
         batch_axis: int,
+        spread: Spread = HERE,
     ) -> None:
+        self._spread = spread
         self._module = module
         self._capture = capture
         self._run = run
@@ -106,6 +110,7 @@ class Comparison:
         """
         look = self._look(inputs, examples)
         tolerance = _COARSE if look.coarse else _SINGLE
+        self._refuse_unlike(look)
         wrong, finite = self._judged(look, tolerance)
         if not wrong:
             return finite
@@ -168,7 +173,25 @@ class Comparison:
                     f"{[tuple(g.shape) for g in gradients]}. Expected shapes that do not depend on values."
                 )
             torch.autograd.backward(outputs, list(gradients))
-            return arrived()
+            found = arrived()
+        if self._spread.parts is None:
+            return found
+        own, met = self._spread.parts.own, {name: self._capture.roots.part(name) for name in found}
+        return {name: g if (p := met[name]) is None else own(g, p) for name, g in sorted(found.items())}
+
+    def _refuse_unlike(self, look: _Look) -> None:
+        """Raises if processes that each have all of a parameter found other gradients of it."""
+        if self._spread.parts is None:
+            return
+        found = {name: _of(look.expected[0], name, p) for name, p in self._parameters.items()}
+        unlike = self._spread.parts.unlike(found)
+        if unlike:
+            raise UnsupportedModelError(
+                f"parameters that are whole on every rank of a tensor parallel group have another gradient on some of "
+                f"them: {', '.join(unlike)}. They met a part of the data on each rank, and no plan says so. Expected "
+                "the same data on all of them, or a plan. Use SequenceParallel for a normalisation of some positions, "
+                "and gather what is in parts (PrepareModuleInput, or output_layouts=Replicate()) before other layers."
+            )
 
     # -- doubt -------------------------------------------------------------------------------------------------------
 
@@ -226,7 +249,9 @@ class Comparison:
                     allowed += min(8.0 * noise.get(name, 0.0), max(5e-2 * size, 1e-2 * largest))
                 if not _norm(own - got) <= allowed:
                     wrong[name] = "another gradient" if bool(got.any()) else "no gradient"
-        return wrong, finite
+        # One verdict for all processes: they go on with as many forwards, and raise alike.
+        judged = self._spread.together({**wrong, **({} if finite else {"": "not finite"})})
+        return {name: kind for name, kind in judged.items() if name}, "" not in judged
 
     def _error(
         self, wrong: Mapping[str, str], inputs: Any, examples: int, *, double: bool, tolerance: _Tolerance

@@ -28,6 +28,7 @@ from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
 from privet.gradients.layout import Told, Trace
 from privet.gradients.rules.strategy import prefers_channels_last
+from privet.gradients.spread import HERE, Spread
 from privet.gradients.use import Recorded
 
 __all__ = ["GrowthError", "check_coverage", "learn_layouts"]
@@ -51,6 +52,7 @@ def check_coverage(
     examples: int,
     batch_axis: int = 0,
     whole: bool = False,
+    spread: Spread = HERE,
 ) -> bool:
     """Learns the layouts, checks that capture covers the model, and returns whether the check was conclusive.
 
@@ -67,6 +69,7 @@ def check_coverage(
         batch_axis: the axis of the inputs that the examples are on, 0 or 1.
         whole: whether all examples are looked at. Then what was learned of this batch is told to the forwards that the
             capture begins from now on, until it is told something else.
+        spread: the processes that hold the module together.
 
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
@@ -96,7 +99,7 @@ def check_coverage(
                     told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
                 capture.tell(told)
                 comparison = Comparison(
-                    module, capture, run, tripwires=tripwires, restore=restore, batch_axis=batch_axis
+                    module, capture, run, tripwires=tripwires, restore=restore, batch_axis=batch_axis, spread=spread
                 )
                 return comparison.check(some, count)
         except PrivetError:

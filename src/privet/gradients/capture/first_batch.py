@@ -129,6 +129,7 @@ class FirstBatch:
                 examples=examples,
                 batch_axis=self._axis,
                 whole=whole,
+                spread=self._spread,
             )
         except CoverageError:
             if also is not None:

@@ -24,12 +24,24 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - there is no public way to ask
 
 
+class AddsUp(Protocol):
+    """Says whether rows are spread over processes (implemented by `OnParts`)."""
+
+    @property
+    def add_up(self) -> Callable[[Tensor], Tensor] | None:
+        """Returns what adds rows up over processes, or None if each is whole here."""
+
+
 class Capturing(Recorder, Protocol):
     """What watches the forward (implemented by `Capture`)."""
 
     roots: Roots
     layouts: Layouts
     batch_first: bool
+
+    @property
+    def on_parts(self) -> AddsUp:
+        """Returns what records operations on parameters in parts."""
 
     @property
     def channels_last(self) -> bool:
@@ -140,6 +152,7 @@ class HandledCall:
             roles=tuple(values),
             targets={role: known.target(root) for role, root in watched.items()},
             data_count=len(data),
+            add_up=capture.on_parts.add_up,
         )
         plain = [self._plain(value) if role in watched else value for role, value in values.items()]
         edge = known.parameters[known.sources(next(iter(watched.values())))[0]]

@@ -31,7 +31,7 @@ from privet.gradients.capture.loss_watch import LossWatch
 from privet.gradients.capture.stand_ins import watch_stand_ins
 from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
 from privet.gradients.derived import Derivation
-from privet.gradients.spread import HERE, Spread
+from privet.gradients.spread import HERE, Spread, is_part
 from privet.gradients.use import Recorded, Use
 
 __all__ = ["Instrument"]
@@ -100,7 +100,8 @@ class Instrument:
         spread: Spread = HERE,
         on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
-        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, within=module.forward)
+        within = module.forward
+        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, within=within, parts=spread.parts)
         self._module = module
         self._axis = 0 if batch_first else 1
         self._on_backward = on_backward
@@ -131,7 +132,7 @@ class Instrument:
             module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True, prepend=first),
             module.register_forward_hook(Hook(self._after, nothing), always_call=True),
             *([] if mapped else watch_custom_modules(module, self.capture)),
-            *watch_stand_ins(spread.gathering, parameters, self.capture, self._tripwires),
+            *watch_stand_ins(spread, parameters, self.capture, self._tripwires),
         ]
 
     @property
@@ -158,12 +159,13 @@ class Instrument:
             return None
         if not module.training or not torch.is_grad_enabled() or self.capture.watching:
             return None
-        trainable = refuse_thawed(self._module, self._own, self.capture.parameters)
+        trainable = refuse_thawed(self._module, self._own, self.capture.roots.objects)
         if not trainable:  # gradients pass through to the inputs, as for a discriminator held fixed
             return None
         self._first.trains(trainable)
         self._tripwires.renew()
         inputs = Arguments(args, kwargs)
+        self._spread.require_alike(tensors_in(inputs))
         members = count_examples(inputs, self._axis, name="the inputs")
         examples, replaced = members, None
         if members == 0:
@@ -282,6 +284,11 @@ class Instrument:
     def _check_outputs(self, outputs: list[Tensor], examples: int) -> None:
         """Raises if an output hides how the examples were put together."""
         for o in outputs:
+            if is_part(o):
+                self._fail(UnsupportedModelError(
+                    "the model returned a tensor that is distributed over ranks. Expected one that is whole on each of "
+                    "them. Give the last plan output_layouts=Replicate(), and leave use_local_output=True."
+                ))  # fmt: skip
             if o.dim() == 0:
                 self._fail(UnsupportedModelError(
                     "the model returned a scalar that needs a gradient, such as a loss of its own: it hides how the "

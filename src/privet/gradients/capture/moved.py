@@ -52,6 +52,9 @@ _UNSEEN: Any = object()
 _PADS = nn.utils.rnn.pad_packed_sequence.__code__
 """Puts the steps of a packed sequence back by example, in the order of the examples."""
 _TORCH = str(Path(torch.__file__).parent)
+_DISTRIBUTED = tuple(
+    f"{_TORCH}/{p}" for p in ("distributed/tensor/", "distributed/_functional_collectives.py", "_utils.py")
+)
 
 
 class MovesMet:
@@ -140,10 +143,14 @@ class MovedRows(TorchFunctionMode):
     Args:
         is_root: whether a value is a parameter that is watched.
         within: the code of the functions that a forward begins with: a place is told by the calls inside of them.
+        in_parts: whether each process holds parts of tensors, which torch brings together.
     """
 
-    def __init__(self, is_root: Callable[[object], bool], within: Iterable[CodeType] = ()) -> None:
+    def __init__(
+        self, is_root: Callable[[object], bool], within: Iterable[CodeType] = (), *, in_parts: bool = False
+    ) -> None:
         super().__init__()
+        self._in_parts = in_parts
         self.known = KnownMoves()
         self._is_root = is_root
         self._within = frozenset(within)
@@ -217,7 +224,7 @@ class MovedRows(TorchFunctionMode):
         self, cycle: Cycle, mover: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         move = None
-        if mover is not None and not any(map(self._is_root, args[:3])) and _caller().f_code is not _PADS:
+        if mover is not None and not any(map(self._is_root, args[:3])) and not self._is_known(_caller().f_code):
             move = move_of(mover, args, kwargs)
         if self._met is not None:
             if move is not None:
@@ -247,6 +254,11 @@ class MovedRows(TorchFunctionMode):
             self._tag(getattr(result, "_base", None), place)
         return result
 
+    def doubt_of_all(self, func: Callable[..., Any]) -> DoubtError | None:
+        """Returns a doubt of any operation on a parameter, if some rows of this forward have been moved."""
+        moved = next((place for ref, place in self._tags.values() if ref() is not None), None)
+        return None if moved is None or routed_now() is not None else _doubt(func, moved)
+
     def _tagged(self, t: Tensor) -> bool:
         found = self._tags.get(id(t))
         return found is not None and found[0]() is t
@@ -255,6 +267,12 @@ class MovedRows(TorchFunctionMode):
         for t in tensors_among(values if isinstance(values, tuple) else (values,)):
             self._tags[id(t)] = (weakref.ref(t), place)
             self._follows = True
+
+    def _is_known(self, code: CodeType) -> bool:
+        """Returns whether it is known of the caller of a function that it leaves every example its place."""
+        # Parts that are brought together, or cut, over ranks that see the same examples. Where ranks see parts of the
+        # batch, operations on parameters refuse it.
+        return code is _PADS or (self._in_parts and code.co_filename.startswith(_DISTRIBUTED))
 
     # -- places ------------------------------------------------------------------------------------------------------
 

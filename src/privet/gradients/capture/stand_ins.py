@@ -7,7 +7,7 @@ it is looked for once its module is about to run, and then it is watched, and ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.hook import Hook, nothing
 from privet.gradients.capture.tripwire import Tripwires
+from privet.gradients.spread import Spread, is_part
 
 __all__ = ["watch_stand_ins"]
 
@@ -48,20 +49,29 @@ class _Places:
         """Takes note of the objects that stand in for parameters now, and were not there before."""
         for child, attribute, name in self._places:
             found = child._parameters[attribute]  # noqa: SLF001
-            if found is None or found is self._own[name] or found is self._capture.parameters[name]:
+            known = self._own[name], self._capture.parameters[name], self._capture.roots.part(name)
+            if found is None or any(found is each for each in known):
                 continue
-            self._capture.meet(name, found)
+            if is_part(found):  # a tensor parallel plan goes on to hold it in parts
+                self._capture.on_parts.meet(name, found)
+            else:
+                self._capture.meet(name, found)
             self._tripwires.add(name, found)
 
 
 def watch_stand_ins(
-    modules: Iterable[nn.Module], parameters: Mapping[str, nn.Parameter], capture: Capture, tripwires: Tripwires
+    spread: Spread, parameters: Mapping[str, nn.Parameter], capture: Capture, tripwires: Tripwires
 ) -> list[RemovableHandle]:
     """Makes modules that gather parameters show the gathered ones to the capture; returns the handles of the hooks.
 
-    Call it once the modules have the hooks with which they gather: those run first then.
+    Call it once the modules have the hooks with which they gather: those run first then. Where nothing is gathered,
+    operations meet the parts that a tensor parallel plan has made, and the capture is told of these at once.
     """
+    if not spread.gathering and spread.parts is not None:
+        for name, p in parameters.items():
+            if is_part(p):
+                capture.on_parts.meet(name, p)
     return [
         module.register_forward_pre_hook(Hook(_Places(module, parameters, capture, tripwires).look, nothing))
-        for module in modules
+        for module in spread.gathering
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ __all__ = ["Tripwires", "refuse_thawed"]
 
 
 def refuse_thawed(
-    module: nn.Module, known: Mapping[str, nn.Parameter], stand_ins: Mapping[str, nn.Parameter] | None = None
+    module: nn.Module, known: Mapping[str, nn.Parameter], stand_ins: Iterable[nn.Parameter] = ()
 ) -> frozenset[str]:
     """Returns the names of the known parameters that are trainable now, and raises if any other is.
 
@@ -23,7 +23,7 @@ def refuse_thawed(
         known: its parameters, by name.
         stand_ins: objects that stand for parameters while a module runs, and maybe after it.
     """
-    ours = {id(p) for p in (*known.values(), *(stand_ins or {}).values())}
+    ours = {id(p) for p in (*known.values(), *stand_ins)}
     if any(p.requires_grad and id(p) not in ours for p in _parameters_of(module, set())):
         for name, p in module.named_parameters():
             if not p.requires_grad or id(p) in ours:

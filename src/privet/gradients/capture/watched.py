@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import FrameType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from torch.utils.checkpoint import CheckpointFunction
 from privet.gradients.derived import Derivation, is_isometry
 from privet.gradients.tracing import tracing
 
-__all__ = ["Interceptor", "Roots"]
+__all__ = ["Interceptor", "Roots", "asks_only"]
+
+_TENSOR_GETTERS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
 class Interceptor(Protocol):
@@ -38,6 +40,15 @@ class Interceptor(Protocol):
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records one operation, and returns its result."""
+
+    @property
+    def on_parts(self) -> Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]:
+        """Returns what records an operation on parameters of which this process holds a part, and gives its result."""
+
+
+def asks_only(func: Callable[..., Any]) -> bool:
+    """Returns whether a function of torch reads an attribute of a tensor that is no tensor with a gradient."""
+    return getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _TENSOR_GETTERS  # type: ignore[attr-defined]
 
 
 def _is_computed_again() -> bool:
@@ -66,11 +77,15 @@ class _Watched:
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
             if cls.interceptor.watching:
                 if torch.is_grad_enabled():
-                    return cls.interceptor.intercept(func, args, kwargs or {})
+                    return cls._intercepted(func, args, kwargs or {})
                 if cls.interceptor.learning and _is_computed_again():
                     with torch.enable_grad():
-                        return cls.interceptor.intercept(func, args, kwargs or {})
+                        return cls._intercepted(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def _intercepted(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return cls.interceptor.intercept(func, args, kwargs)
 
 
 class _WatchedParameter(_Watched, nn.Parameter):
@@ -84,10 +99,26 @@ class _WatchedParameter(_Watched, nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
+class _WatchedPart(_Watched):
+    """A parameter of which each process holds a part, while it is watched."""
+
+    @classmethod
+    def _intercepted(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return cls.interceptor.on_parts(func, args, kwargs)
+
+
 class _DerivedTensor(_Watched, Tensor):
     """A tensor computed from watched parameters alone."""
 
     derivation: Derivation
+
+
+class _Part(NamedTuple):
+    """A parameter of which each process holds a part."""
+
+    shown: nn.Parameter
+    plain: type[nn.Parameter]  # its class while it is not watched
+    watched: type[Any]
 
 
 class Roots:
@@ -104,6 +135,9 @@ class Roots:
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameter_class = type("WatchedParameter", (_WatchedParameter,), {"interceptor": interceptor})
         self._derived_class = type("DerivedTensor", (_DerivedTensor,), {"interceptor": interceptor})
+        self._interceptor = interceptor
+        self._parts: dict[str, _Part] = {}
+        self._part_names: dict[int, str] = {}
         self._calls = itertools.count()
 
     def watch(self) -> None:
@@ -111,10 +145,26 @@ class Roots:
 
         That is the last step's private gradient, which the optimizer has taken.
         """
+        if self._parts:
+            self._follow_parts()
         for parameter in self.parameters.values():
             if parameter.requires_grad and type(parameter) is nn.Parameter:
                 parameter.grad = None
                 parameter.__class__ = self._parameter_class
+        for part in self._parts.values():
+            if part.shown.requires_grad and type(part.shown) is part.plain:
+                part.shown.grad = None
+                part.shown.__class__ = part.watched
+
+    def _follow_parts(self) -> None:
+        """Makes own parts lie where what modules hold lies now, and train if that does."""
+        for name, part in self._parts.items():
+            local, shown = self.parameters[name], cast("Any", part.shown)
+            held = shown.detach().to_local()
+            if local.data_ptr() != held.data_ptr():
+                local.data = held
+            if local.requires_grad != part.shown.requires_grad:
+                local.requires_grad_(part.shown.requires_grad)
 
     def meet(self, name: str, parameter: nn.Parameter) -> None:
         """Takes another object for a parameter from now on: one that was gathered from its shards, and is let go of."""
@@ -122,8 +172,40 @@ class Roots:
         self.parameters[name] = parameter
         self._names[id(parameter)] = name
 
+    def meet_part(self, name: str, shown: nn.Parameter, local: nn.Parameter) -> None:
+        """Takes a tensor that modules hold, of which this process has a part, for a parameter from now on.
+
+        Args:
+            name: of the parameter.
+            shown: what modules hold, and operations meet.
+            local: the own part, in the same memory: what rules are told of.
+        """
+        self.meet(name, local)
+        plain = type(shown)
+        watched = type("WatchedPart", (_WatchedPart, plain), {"interceptor": self._interceptor})
+        self._parts[name] = _Part(shown, plain, watched)
+        self._part_names[id(shown)] = name
+
+    @property
+    def objects(self) -> list[nn.Parameter]:
+        """Returns all objects that are parameters of this capture, or stand in for one in a module."""
+        return [*self.parameters.values(), *(part.shown for part in self._parts.values())]
+
+    def part(self, name: str) -> nn.Parameter | None:
+        """Returns what modules hold of a parameter, if this process has a part of it, or None."""
+        found = self._parts.get(name)
+        return None if found is None else found.shown
+
+    def local(self, value: object) -> nn.Parameter | None:
+        """Returns the own part of a parameter of which each process holds one, or None for anything else."""
+        name = self._part_names.get(id(value))
+        return None if name is None else self.parameters[name]
+
     def unwatch(self) -> None:
         """Makes all parameters ordinary ones again."""
+        for part in self._parts.values():
+            if isinstance(part.shown, _WatchedPart):
+                cast("Any", part.shown).__class__ = part.plain
         for parameter in self.parameters.values():
             if isinstance(parameter, _WatchedParameter):
                 parameter.__class__ = nn.Parameter  # type: ignore[assignment]

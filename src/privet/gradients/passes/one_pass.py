@@ -15,8 +15,7 @@ from privet.gradients.capture.anew import agree_on_doubt
 from privet.gradients.capture.capture import Capture
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.role import Losses
-from privet.gradients.spread import HERE, Spread
-from privet.gradients.summation import clipped_sum
+from privet.gradients.spread import HERE, Spread, spread_sum
 from privet.gradients.use import Recorded
 from privet.gradients.weights import Policy
 
@@ -58,5 +57,4 @@ class OnePass:
             capture.release()
             raise
         met = capture.standing_for(parameters)
-        total = clipped_sum(recorded, met, policy, absent=absent, sink=self._spread.sink(list(met)))
-        return total, found.detach()
+        return spread_sum(recorded, met, policy, self._spread, absent=absent), found.detach()

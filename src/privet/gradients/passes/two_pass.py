@@ -81,13 +81,14 @@ class TwoPass:
                 agree_on_doubt(capture, self._spread)
                 capture.end([found])
                 total = found.sum()
-            met = capture.standing_for(parameters)  # gathered parameters are known now
+            standing = capture.standing_for(parameters)  # gathered parameters are known now
+            met, names = self._spread.counted(standing), [*reversed(standing)]
             norms = _Norms(met, examples, self._uses)
             capture.turn_to(norms, last=False)
             norms = self._through_norms(total, norms)
-            squared = norms.total()
+            squared = self._spread.norms.sum(norms.total())
             weights, left_out = weights_of(policy, squared, absent)
-            sink, magnified = self._spread.sink([*reversed(met)]), magnification_of(sensitivity)
+            sink, magnified = self._spread.sink(names), magnification_of(sensitivity)
             sums = _Sums(met, examples, weights[0], left_out, magnified, counts=norms.counts, sink=sink)
             capture.turn_to(sums, last=True)
             total.backward()  # type: ignore[no-untyped-call]
@@ -211,8 +212,7 @@ class _Sums:
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 zero = torch.zeros(p.shape, device=p.device, dtype=dtype)
                 self._hand_on(name, self._values.pop(name, zero))
-        found = self._sink.values()
-        return {name: found[name] for name in self._parameters}
+        return self._sink.values()
 
 
 def _sources(target: str | Derivation, parameters: Mapping[str, nn.Parameter]) -> list[str]:
