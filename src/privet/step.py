@@ -344,6 +344,7 @@ class PrivateStep(Door):
         wanted = self._first.wanted(batch, examples)
         if wanted is not None:
             self._first.run(*wanted)
+            self._keep_to_budget(examples)
             if isinstance(self._way, TwoPass):
                 free_idle()  # the check held all uses of the model at once, which no step will
         parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None
@@ -373,6 +374,21 @@ class PrivateStep(Door):
                 raise
             clipped, losses = self._anew.run(batch, size, doubt, summed)
         return losses[:examples], clipped.of_first(examples)
+
+    def _keep_to_budget(self, examples: int) -> None:
+        """Takes two backwards from now on, on all ranks, if one would keep more than the activation budget on one.
+
+        The size that counts is that of physical batches, which is public, and the same on all ranks.
+        """
+        budget, update = self.performance.activation_budget, self._update
+        if budget is None or self._passes == 2:
+            return
+        size = self._size.most or (update.divisor.value or examples) / update.ranks.share.ranks
+        over = update.ranks.spread.most(int(self._first.held * size > budget))
+        groups = groups_of(self.mechanism.clipping, list(update.parameters))
+        if over and len(set(groups)) == 1:
+            self._passes = 2
+            self._way = self._way_to_sums()
 
     def _way_to_sums(self) -> SumOfBatch:
         if self.performance.compile:

@@ -198,9 +198,17 @@ def said_passes(**options):
     return step._passes, sorted(step._update.parameters)
 
 
+def within_budget(most):
+    """Returns how many backwards a step takes that may keep so many bytes, which need not be alike on all ranks."""
+    step = step_on_texts(sharded(language(simple=True)), performance=Performance(activation_budget=most))
+    step(next(iter(step.batches(texts()))))
+    return step._passes
+
+
 def scenario(rank, world, folder):
     found = {name: way(sharded) for name, way in WAYS.items()}
     found["passes"] = said_passes(), said_passes(performance=Performance(passes=1))
+    found["budget"] = within_budget(10**9), within_budget(1), within_budget(1 if rank else 10**9)
     found["refused"] = {
         "late": raised(sharded_late),
         "parts alone": raised(parts_alone),
@@ -238,6 +246,10 @@ def test_a_model_that_recomputes_takes_two_passes_unless_told_otherwise(ranks):
     names = sorted(name for name, _ in language(simple=True).named_parameters())
     for found in ranks:
         assert found["passes"] == ((2, names), (1, names))
+
+
+def test_one_rank_above_its_activation_budget_takes_all_to_two_passes(ranks):
+    assert [found["budget"] for found in ranks] == [(1, 2, 2), (1, 2, 2)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Axes: B units of privacy (examples, unless an owner says otherwise), R rows, T p
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,6 +202,20 @@ class Recorded:
 
     def done(self) -> None:
         """Does nothing: everything was kept as it came."""
+
+    @property
+    def held(self) -> int:
+        """Returns how many bytes of memory the uses keep of their examples, what several of them share counted once."""
+        held: dict[int, int] = {}
+        for use in itertools.chain(*self.direct.values(), *self.derived.values()):
+            for t in (use.gradient, *use.data):
+                if t is not None:
+                    memory = (
+                        t.untyped_storage()
+                    )  # may be a larger batch's, or repeat one number
+                    size = min(t.numel() * t.element_size(), memory.nbytes())
+                    held[memory.data_ptr()] = max(size, held.get(memory.data_ptr(), 0))
+        return sum(held.values())
 
 
 class Rule(ABC):

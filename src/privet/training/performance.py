@@ -18,7 +18,10 @@ class Performance:
     Attributes:
         passes: 1 for the least time; 2 for the least memory, with a second backward of the same forward. `"auto"` is 1,
             but for a sharded model that recomputes its activations, of which one backward would keep as much as if it
-            did not.
+            did not, and for one that would keep more than `activation_budget`.
+        activation_budget: the most bytes that one backward of a physical batch may keep on each process until the norms
+            are known: inputs and output gradients of all layers with trainable parameters. What one example keeps is
+            measured when the first batch is checked. Above the budget, steps take two backwards. None for no limit.
         physical_batch_size: the most examples in memory at once; `"auto"` for the largest number that fits, found by
             halving; None for all of the batch. With a number, every tensor of the batch has the examples on axis 0.
         padded: whether every physical batch is filled up to `physical_batch_size` with rows of zeros, which add exactly
@@ -31,13 +34,14 @@ class Performance:
 
     Example:
         >>> Performance(passes=2, physical_batch_size=64)
-        Performance(passes=2, physical_batch_size=64, padded=False, compile=False)
+        Performance(passes=2, physical_batch_size=64, padded=False, compile=False, activation_budget=None)
     """
 
     passes: Literal[1, 2, "auto"] = "auto"
     physical_batch_size: int | Literal["auto"] | None = None
     padded: bool = False
     compile: bool = False
+    activation_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.passes not in (1, 2, "auto") or isinstance(self.passes, bool):
@@ -49,6 +53,13 @@ class Performance:
             )
         if size is not None and size != "auto":
             check_count("physical_batch_size", size, 1)
+        if self.activation_budget is not None:
+            check_count("activation_budget", self.activation_budget, 1)
+            if self.passes != "auto" or self.compile:
+                raise ConfigurationError(
+                    "activation_budget decides between one and two backwards, which passes or compile=True has decided "
+                    "already. Expected one of them. Leave passes at 'auto' and compile at False, or the budget away."
+                )
         if self.compile and self.passes == 2:
             raise ConfigurationError("compile=True traces one backward, and passes=2 takes two. Give one of the two.")
         if self.fixed_shapes and size == "auto":

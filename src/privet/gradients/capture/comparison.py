@@ -99,6 +99,7 @@ class Comparison:
         self._tripwires = tripwires
         self._restore = restore
         self._axis = batch_axis
+        self.held = 0  # the most bytes that a backward has kept of an example
         self._parameters = {name: p for name, p in capture.parameters.items() if p.requires_grad}
 
     def check(self, inputs: Any, examples: int) -> bool:
@@ -159,6 +160,7 @@ class Comparison:
             torch.autograd.backward(outputs, draws)
         finally:
             self._capture.release()
+        self.held = max(self.held, -(-recorded.held // examples))
         return recorded, draws
 
     def _own(self, inputs: Any, gradients: Sequence[Tensor]) -> dict[str, Tensor]:

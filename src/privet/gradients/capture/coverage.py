@@ -53,6 +53,7 @@ def check_coverage(
     batch_axis: int = 0,
     whole: bool = False,
     spread: Spread = HERE,
+    on_held: Callable[[int], None] = lambda held: None,
 ) -> bool:
     """Learns the layouts, checks that capture covers the model, and returns whether the check was conclusive.
 
@@ -70,6 +71,7 @@ def check_coverage(
         whole: whether all examples are looked at. Then what was learned of this batch is told to the forwards that the
             capture begins from now on, until it is told something else.
         spread: the processes that hold the module together.
+        on_held: gets how many bytes the backward of one example keeps until the norms are known.
 
     Raises:
         UnsupportedModelError: if the batch axis cannot be told somewhere.
@@ -101,7 +103,9 @@ def check_coverage(
                 comparison = Comparison(
                     module, capture, run, tripwires=tripwires, restore=restore, batch_axis=batch_axis, spread=spread
                 )
-                return comparison.check(some, count)
+                conclusive = comparison.check(some, count)
+                on_held(comparison.held)
+                return conclusive
         except PrivetError:
             raise
         except Exception:

@@ -65,6 +65,11 @@ class FirstBatch:
         self._trainable: frozenset[str] = frozenset()
         self._schedule = Schedule()
         self._repeats = False  # whether all that trains was checked before
+        self.held = 0
+        """The most bytes that the backward of one example was seen to keep until the norms are known."""
+
+    def _holds(self, held: int) -> None:
+        self.held = max(self.held, held)
 
     def trains(self, trainable: frozenset[str]) -> None:
         """Counts one more forward; makes the check due again on schedule, or if other parameters train than before."""
@@ -130,6 +135,7 @@ class FirstBatch:
                 batch_axis=self._axis,
                 whole=whole,
                 spread=self._spread,
+                on_held=self._holds,
             )
         except CoverageError:
             if also is not None:
