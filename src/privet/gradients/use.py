@@ -210,9 +210,7 @@ class Recorded:
         for use in itertools.chain(*self.direct.values(), *self.derived.values()):
             for t in (use.gradient, *use.data):
                 if t is not None:
-                    memory = (
-                        t.untyped_storage()
-                    )  # may be a larger batch's, or repeat one number
+                    memory = t.untyped_storage()  # may be a larger batch's, or repeat one number
                     size = min(t.numel() * t.element_size(), memory.nbytes())
                     held[memory.data_ptr()] = max(size, held.get(memory.data_ptr(), 0))
         return sum(held.values())
