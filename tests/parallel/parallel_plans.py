@@ -46,10 +46,21 @@ class Feed(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class Root(nn.Module):
+    """A root mean square norm, written out."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
 class Block(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
-        self.first, self.second = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.first, self.second = nn.LayerNorm(width), Root(width)
         self.attention, self.feed = Attention(width), Feed(width, hidden)
         self.again = False
 
@@ -64,12 +75,12 @@ class Block(nn.Module):
 class Plain(nn.Module):
     """A language model whose positions, last norm and one more layer are in no plan."""
 
-    def __init__(self, *, width=8, hidden=12, vocabulary=VOCABULARY, tied=False, again=False):
+    def __init__(self, *, width=8, hidden=12, vocabulary=VOCABULARY, tied=False, again=False, padding=None):
         super().__init__()
-        self.table = nn.Embedding(vocabulary, width)
+        self.table = nn.Embedding(vocabulary, width, padding_idx=padding)
         self.positions = nn.Parameter(0.1 * torch.randn(LENGTH, width))
         self.blocks = nn.ModuleList([Block(width, hidden)])
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, vocabulary, bias=not tied)
         if tied:
             self.head.weight = self.table.weight

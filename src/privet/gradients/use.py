@@ -209,10 +209,13 @@ class Recorded:
         held: dict[int, int] = {}
         for use in itertools.chain(*self.direct.values(), *self.derived.values()):
             for t in (use.gradient, *use.data):
-                if t is not None:
+                if t is None:
+                    continue
+                size, key = t.numel() * t.element_size(), id(t)
+                if type(t) is Tensor:  # others, such as one that another process still sends, have no memory to ask for
                     memory = t.untyped_storage()  # may be a larger batch's, or repeat one number
-                    size = min(t.numel() * t.element_size(), memory.nbytes())
-                    held[memory.data_ptr()] = max(size, held.get(memory.data_ptr(), 0))
+                    size, key = min(size, memory.nbytes()), memory.data_ptr()
+                held[key] = max(size, held.get(key, 0))
         return sum(held.values())
 
 

@@ -88,8 +88,11 @@ class _Watched:
         return cls.interceptor.intercept(func, args, kwargs)
 
 
-class _WatchedParameter(_Watched, nn.Parameter):
-    """A parameter while it is watched. A copy of it is an ordinary parameter."""
+class _CopiedPlain:
+    """A copy of a watched parameter is an ordinary one."""
+
+    requires_grad: bool
+    detach: Callable[[], Tensor]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         memo[id(self)] = copy = nn.Parameter(self.detach().clone(), self.requires_grad)
@@ -99,7 +102,11 @@ class _WatchedParameter(_Watched, nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-class _WatchedPart(_Watched):
+class _WatchedParameter(_CopiedPlain, _Watched, nn.Parameter):
+    """A parameter while it is watched."""
+
+
+class _WatchedPart(_CopiedPlain, _Watched):
     """A parameter of which each process holds a part, while it is watched."""
 
     @classmethod
