@@ -48,7 +48,6 @@ Row = dict[str, Any]
 
 BATCHES = {"mnist": 64, "embedding": 64, "cifar": 32, "transformer": 8}
 RANKS = (1, 2)
-BLOCK = 3
 LEAST = 5  # blocks of each way
 SEED = 0
 _LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -130,7 +129,7 @@ def sent() -> int:
     return int(_LOOPBACK.read_text(encoding="ascii")) if _LOOPBACK.exists() else 0
 
 
-def measured(network: str, *, seconds: float) -> list[Row]:
+def measured(network: str, *, seconds: float, block: int) -> list[Row]:
     """Returns for each layout what a step of each way takes on this rank, and the bytes that all ranks sent for it."""
     several = dist.is_initialized()
     layouts = layouts_of(network, dist.get_world_size() if several else 1)
@@ -150,9 +149,9 @@ def measured(network: str, *, seconds: float) -> list[Row]:
             if several:
                 dist.barrier()
             before, start = sent(), time.perf_counter()
-            for _ in range(BLOCK):
+            for _ in range(block):
                 step()
-            times[key].append((time.perf_counter() - start) / BLOCK)
+            times[key].append((time.perf_counter() - start) / block)
             if several:
                 dist.barrier()
             moved[key] += sent() - before
@@ -167,8 +166,9 @@ def measured(network: str, *, seconds: float) -> list[Row]:
                 private / bare for private, bare in zip(times[layout, "private"], times[layout, "plain"], strict=True)
             ),
             "blocks": blocks,
+            "steps": block,
             **{
-                way: {"step_s": statistics.median(times[layout, way]), "bytes": moved[layout, way] / blocks / BLOCK}
+                way: {"step_s": statistics.median(times[layout, way]), "bytes": moved[layout, way] / blocks / block}
                 for way in WAYS
             },
         }
@@ -176,24 +176,24 @@ def measured(network: str, *, seconds: float) -> list[Row]:
     ]
 
 
-def on_rank(rank: int, ranks: int, folder: str, network: str, seconds: float) -> None:
+def on_rank(rank: int, ranks: int, folder: str, network: str, pace: tuple[float, int]) -> None:
     """Measures on one rank, and writes what rank 0 found."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if ranks > 1:
         where = f"file://{folder}/rendezvous"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
-    found = measured(network, seconds=seconds)
+    found = measured(network, seconds=pace[0], block=pace[1])
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
     if ranks > 1:
         dist.destroy_process_group()
 
 
-def cells(network: str, ranks: int, *, seconds: float) -> list[Row]:
+def cells(network: str, ranks: int, *, seconds: float, block: int) -> list[Row]:
     """Returns one row for each layout on so many ranks, measured in the same processes."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(on_rank, args=(ranks, folder, network, seconds), nprocs=ranks)
+        multiprocessing.spawn(on_rank, args=(ranks, folder, network, (seconds, block)), nprocs=ranks)
         found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
     parameters = sum(p.numel() for p in NETWORKS[network].build().parameters())
     about = {"network": network, "batch": BATCHES[network], "parameters": parameters, "ranks": ranks}
@@ -232,7 +232,7 @@ torch {about["versions"]["torch"]}. Load averages of the machine before and afte
 
 Milliseconds of a step on rank 0, and bytes a step that all ranks together sent over the loopback interface. All \
 layouts but *one process* are on two ranks. *Plain* is the same layout without privacy. *Batch* is of each rank, and \
-of both together for tensor parallel. *x* is private / plain, the median over blocks of {BLOCK} steps, and *growth* is \
+of both together for tensor parallel. *x* is private / plain, the median over blocks of a few steps, and *growth* is \
 x over x of one process: what ranks add to the price of privacy. {about["note"]}
 
 ![private / plain, by layout](distributed.png)
@@ -275,13 +275,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for distributed.json, distributed.md and distributed.png")
     parser.add_argument("--networks", nargs="*", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--seconds", type=float, default=20.0, help="about how long to measure each row")
+    parser.add_argument("--block", type=int, default=3, help="steps of each way before the next one takes its turn")
     parser.add_argument("--note", default="", help="a sentence for the page, such as what else the machine did")
     options = parser.parse_args()
-    rows: list[Row] = []
+    held = options.out / "distributed.json" if options.out is not None else None
+    rows: list[Row] = json.loads(held.read_text("utf-8"))["rows"] if held is not None and held.exists() else []
+    rows = [row for row in rows if row["network"] not in options.networks]
     before = os.getloadavg()
     for network in options.networks:
         for ranks in RANKS:
-            found = cells(network, ranks, seconds=options.seconds)
+            found = cells(network, ranks, seconds=options.seconds, block=options.block)
             rows += found
             print("\n".join(map(json.dumps, found)), flush=True)
     load = " and ".join(f"{minutes[0]:.1f}" for minutes in (before, os.getloadavg()))
