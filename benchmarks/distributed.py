@@ -49,6 +49,7 @@ Row = dict[str, Any]
 BATCHES = {"mnist": 64, "embedding": 64, "cifar": 32, "transformer": 8}
 RANKS = (1, 2)
 LEAST = 5  # blocks of each way
+WARM = 8  # steps before the first block: private steps check their first batch and their eighth
 SEED = 0
 _LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
@@ -139,7 +140,7 @@ def measured(network: str, *, seconds: float, block: int) -> list[Row]:
             torch.manual_seed(SEED)
             batch = NETWORKS[network].batch(BATCHES[network])
             steps[layout, way] = make(LAYOUTS[layout](NETWORKS[network].build()), batch)
-            for _ in range(3):
+            for _ in range(WARM):
                 steps[layout, way]()
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     moved = dict.fromkeys(steps, 0)
