@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from privet import ConfigurationError, PrivacyEngine, ProtocolError, UnsupportedModelError
+from privet.integrations import needed
 from privet.integrations.huggingface import PrivacyArguments, PrivateTrainer, installed, per_example_loss
 from privet.integrations.huggingface.options import refuse_launcher, refuse_options
 from tests.integrations.huggingface_models import N, batch_of, built
@@ -195,16 +197,13 @@ def test_the_guarantee_is_read_from_a_command_line():
 
 @pytest.mark.parametrize("found", ["none", "4.45.2"])
 def test_a_package_that_is_missing_or_too_old_is_said_in_one_line(found, monkeypatch):
-    def version(package):
-        if found == "none":
-            raise installed.PackageNotFoundError(package)
-        return found
-
-    monkeypatch.setattr(installed, "version", version)
-    with pytest.raises(
-        ImportError, match=r"needs transformers 4.46 or newer, found .*: pip install 'privet\[hugg"
-    ) as e:
-        installed._refuse_what_is_missing()
+    if found == "none":
+        monkeypatch.setattr(needed.importlib.util, "find_spec", lambda package: None)
+    else:
+        monkeypatch.setattr(needed.importlib, "import_module", lambda package: SimpleNamespace(__version__=found))
+    wanted = r"needs transformers 4.46 or newer here, and found .*: pip install 'privet\[hugg"
+    with pytest.raises(ImportError, match=wanted) as e:
+        importlib.reload(installed)
     assert "\n" not in str(e.value)
 
 
