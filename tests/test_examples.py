@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-ELSEWHERE = {"accelerate_digits", "bert_classification", "ddp", "fsdp_lora", "lightning_digits", "lora_llama_trainer"}
+ELSEWHERE = {
+    "accelerate_digits",
+    "bert_classification",
+    "ddp",
+    "fsdp_lora",
+    "lightning_digits",
+    "lora_llama_trainer",
+    "tensor_parallel",
+}
 
 # For each example: its short form, its budget (None: it has several), and a figure that the short form reaches, if any.
 SHORT = {

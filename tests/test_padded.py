@@ -134,8 +134,8 @@ def test_rows_that_fill_up_may_be_nan_and_are_not_counted(passes):
 
 def test_these_tests_would_see_a_mask_that_is_not_used(monkeypatch):
     """The last row is data, so that what fills up would be told from nothing."""
-    whole = one_pass.clipped_sum
-    monkeypatch.setattr(one_pass, "clipped_sum", lambda *a, absent, **k: whole(*a, absent=None, **k))
+    whole = one_pass.spread_sum
+    monkeypatch.setattr(one_pass, "spread_sum", lambda *a, absent, **k: whole(*a, absent=None, **k))
     step, seen = step_of(net_of(), physical_batch_size=5, padded=True)
     step(batch_of_eight())
     expected = reference(net_of(), batch_of_eight(), entropy, Flat(0.3))

@@ -392,7 +392,9 @@ BY_HAND = {
     "a row added": "INSERT INTO phase SELECT NULL, 'x', 0, event, count, changed FROM phase WHERE place = 0",
     "a run renamed": "UPDATE phase SET run = 'x'",
     "a mark taken out": "DELETE FROM mark",
-    "the digest changed": "UPDATE head SET digest = replace(digest, substr(digest, 1, 1), 'f') || ''",
+    "the digest changed": (
+        "UPDATE head SET digest = CASE substr(digest, 1, 1) WHEN 'f' THEN 'e' ELSE 'f' END || substr(digest, 2)"
+    ),
     "the relation changed": "UPDATE head SET relation = 'zero_out'",
     "no head": "DELETE FROM head",
     "two heads": "INSERT INTO head SELECT * FROM head",

@@ -36,9 +36,7 @@ def test_the_example_runs_under_torchrun_and_prints_once():
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(
-    ("processes", "found"), [(2, "2 ranks, a tensor"), (4, "2x2 ranks, fully_shard over a tensor")]
-)
+@pytest.mark.parametrize("processes", [2, 4])
 def test_the_tensor_parallel_example_learns_and_prints_once(processes):
     options = ("--data-parallel", "2") if processes == 4 else ()
     several = said(

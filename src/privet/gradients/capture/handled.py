@@ -16,7 +16,7 @@ from privet.gradients.capture.watched import Roots
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site
 from privet.gradients.use import Operation
 
-__all__ = ["Capturing", "HandledCall", "in_backward"]
+__all__ = ["AddsUp", "Capturing", "HandledCall", "in_backward"]
 
 
 def in_backward() -> bool:
