@@ -45,7 +45,11 @@ def test_every_example_is_run():
 @pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
 )  # peft asks transformers for an old name
-@pytest.mark.parametrize("name", sorted(SHORT))
+@pytest.mark.parametrize(
+    # What the audit prints is tested in tests/audit; its example takes as long as three others.
+    "name",
+    [pytest.param(name, marks=[pytest.mark.deep] if name == "audit" else []) for name in sorted(SHORT)],
+)
 def test_the_short_form_runs_within_its_budget(name, monkeypatch, capsys, tmp_path):
     options, budget, figure = SHORT[name]
     monkeypatch.chdir(tmp_path)

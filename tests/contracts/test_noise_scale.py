@@ -196,7 +196,10 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("door", "policy"), PAIRS)
+# Half of the pairs, each door and each policy among them; the rest with the deep tests.
+@pytest.mark.parametrize(
+    ("door", "policy"), [pytest.param(*pair, marks=[pytest.mark.deep] if i % 2 else []) for i, pair in enumerate(PAIRS)]
+)
 def test_the_noise_follows_a_scheduled_clip_norm(door: str, policy: str) -> None:
     assert wrong_steps(Run(door, policy, COURSES["the clip norm"])) == []
 

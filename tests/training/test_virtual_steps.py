@@ -468,9 +468,16 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("moment", ["start", "mid-run", "mid-batch"])
+@pytest.mark.parametrize(
+    ("moment", "workers"),
+    [
+        ("start", 0),
+        ("mid-run", 0),
+        ("mid-batch", 2),
+        *(pytest.param(*pair, marks=pytest.mark.deep) for pair in [("start", 2), ("mid-run", 2), ("mid-batch", 0)]),
+    ],
+)
 def test_the_largest_size_that_fits_is_found_by_halving(
     new: Callable[..., Run], moment: str, error: str, workers: int
 ) -> None:

@@ -100,7 +100,7 @@ def places_of(step: Any) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:a step was taken on a batch:UserWarning")
-@pytest.mark.parametrize(("interrupted", "then"), [(N, N), (N, 5), (0, 1), (5, 0)])
+@pytest.mark.parametrize(("interrupted", "then"), [(N, N), pytest.param(N, 5, marks=pytest.mark.deep), (0, 1), (5, 0)])
 def test_the_step_after_an_interrupt_anywhere_is_right(
     interrupted: int, then: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -110,8 +111,16 @@ def distance(first: ClippedSum, second: ClippedSum) -> float:
     return math.sqrt(sum(float((a[n].double() - b[n].double()).square().sum()) for n in a))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def pairs(odd: int) -> list[Any]:
+    """Returns every case with every mode; half of them, each case and each mode often, are run ordinarily."""
+    return [
+        pytest.param(case, mode, id=f"{case}-{mode}", marks=[pytest.mark.deep] if (i + j) % 2 == odd else [])
+        for i, case in enumerate(CASES)
+        for j, mode in enumerate(MODES)
+    ]
+
+
+@pytest.mark.parametrize(("case", "mode"), pairs(0))
 def test_the_clipped_sum_is_the_reference(case: Case, mode: str) -> None:
     """In float64: the rules in float32 are compared in `test_rules_reference.py`, and bounded in float32 below."""
     module, batch = case.module().double(), case.inputs(SIZE, torch.float64)
@@ -126,8 +135,7 @@ def test_the_clipped_sum_is_the_reference(case: Case, mode: str) -> None:
             assert error < 1e-9, f"{name}, {bound}: {error}"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "mode"), pairs(1))
 def test_one_example_moves_the_sum_by_the_sensitivity_at_most(case: Case, mode: str) -> None:
     module, batch = case.module(), case.inputs(SIZE, torch.float32)
     watched, chosen = Watched(mode, module, batch), allowed(mode, module, BOUND)

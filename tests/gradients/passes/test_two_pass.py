@@ -61,7 +61,11 @@ def sums_of(module, *batches, loss=case_loss, policy=None, passes=2) -> list[dic
     return seen
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Every other rule; the rest with the deep tests, and by policy in `test_modes_by_policy.py`.
+HALF = [pytest.param(case, id=str(case), marks=[pytest.mark.deep] if i % 2 else []) for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", HALF)
 def test_every_rule_gives_the_sum_of_the_reference(case: Case):
     module, batch = case.module().double(), case.inputs(3, torch.float64)
     for policy in (Flat(1e-2), Flat(1e6), PerLayer({"": 0.1}) if isinstance(module, nn.Embedding) else Flat(1.0)):

@@ -60,7 +60,10 @@ def compilations(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.deep] if name in {"resnet", "transformer"} else []) for name in SMALL],
+    [
+        pytest.param(name, marks=[pytest.mark.deep] if name in {"cifar", "resnet", "transformer"} else [])
+        for name in SMALL
+    ],
 )
 def test_a_network_is_one_graph_with_the_eager_sum(name, compilations):
     torch.manual_seed(1)
