@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import privet
 from privet.errors import ConfigurationError, ProtocolError
 from privet.gradients.clipped_sum import ClippedSum
 from privet.noise import GaussianNoise, NoiseKey, PrivateGradient, SecureNoise
 from tests.noise.law import refutations
 
-SOURCE = Path(__file__).resolve().parents[2] / "src" / "privet"
+SOURCE = Path(privet.__file__).resolve().parent  # of the package that is tested, installed or not
 
 
 def mechanism(seed: int | None = None) -> GaussianNoise:

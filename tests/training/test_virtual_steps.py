@@ -252,6 +252,7 @@ def test_closures_take_virtual_steps(new: Callable[..., Run]) -> None:
         lambda o: SequentialLR(o, [ExponentialLR(o, 0.5), StepLR(o, 1, 0.1)], milestones=[2]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # of torch's own SequentialLR
 @pytest.mark.parametrize("inside", [True, False])
 def test_learning_rates_count_logical_steps(
     new: Callable[..., Run], make: Callable[[torch.optim.Optimizer], LRScheduler], inside: bool
