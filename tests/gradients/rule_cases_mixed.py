@@ -100,6 +100,8 @@ def mixed() -> Rows:
         ("einsum, over positions", lambda x, w: torch.einsum("ts,bsd->bdt", w, x), (3, T)),
         ("einsum, all contracted", lambda x, w: torch.einsum("btd,td->b", x, w).unsqueeze(1), (T, D)),
         ("einsum, no arrow", lambda x, w: torch.einsum("btd,de", x, w), (D, 3)),
+        ("einsum, one entry for all", lambda x, w: torch.einsum("btd,td->bt", x, w), (1, D)),
+        ("einsum, contracted with one entry", lambda x, w: torch.einsum("btd,de->bte", x, w), (1, 3)),
         ("einsum, letter shared by all", lambda x, w: torch.einsum("btd,tde->bte", x, w), (T, D, 3)),
     ]
     cells: Rows = [

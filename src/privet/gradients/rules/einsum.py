@@ -34,6 +34,8 @@ def _einsum(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs:
     rest = [each for each in of_data if each not in of_root]
     contracted = [each for each in of_root if each in of_data]
     outs = [each for each in of_root if each not in of_data]
+    if any(data.shape[of_data.index(each)] != root.shape[of_root.index(each)] for each in contracted):
+        return NotImplemented  # an axis of one entry stands for all
     if set(contracted) & set(result) or set(rest + outs) != set(result) or not contracted or rest[:1] != [of_data[0]]:
         return NotImplemented
     features = math.prod(root.shape[of_root.index(each)] for each in contracted)

@@ -157,8 +157,11 @@ def _assigned(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         return None
     places = index if isinstance(index, tuple) else (index,)
     whole = slice(None)
-    if layout is not Layout.ROWS or places[0] != whole or not all(isinstance(p, int | slice) for p in places):
+    basic = all(type(p) in (int, slice) for p in places)  # a truth value would choose a copy, and not a view
+    if layout is not Layout.ROWS or not basic or places[0] != whole:
         return NotImplemented
     view = target[places]  # the batch stays where it is
+    if value.dim() > view.dim():
+        return NotImplemented
     view.copy_(expanded(call, value, view.shape, layout))
     return None
