@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs attack test test-cpus explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing clean
+.PHONY: help venv demo docs attack test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -24,6 +24,7 @@ help:
 	@echo 'make test        install what the tests need and run them all'
 	@echo 'make attack      try to break the guarantee in over a hundred ways, and show what becomes of each (a minute)'
 	@echo 'make test-cpus   the tests that touch numbers, as other processors run them (many minutes)'
+	@echo 'make test-kernels  the kernels for GPUs, as Triton interprets them on a CPU (installs it in .venv-kernels)'
 	@echo 'make explore     the tests again, on other random examples than the ones of every other run, and the deep ones (hours)'
 	@echo 'make check       format, lint, types, documentation, tests'
 	@echo 'make docs        build the documentation as pages to browse, into site/ (half a minute)'
@@ -63,6 +64,12 @@ attack: $(STAMP)
 test-cpus: $(STAMP)
 	@echo '==> Running the tests that touch numbers with the kernels of other processors (scripts/test_cpus.py)'
 	$(BIN)/python scripts/test_cpus.py $(CPUS)
+
+# Triton takes 700 MB, and is asked for by these tests alone.
+test-kernels: $(STAMP)
+	@echo '==> Running the kernels for GPUs on this CPU, beside their twins (tests/noise/test_chacha.py)'
+	@test -d .venv-kernels/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv-kernels --no-deps triton==3.7.1
+	PYTHONPATH=.venv-kernels TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/noise/test_chacha.py $(PYTEST_ARGS)
 
 explore: $(STAMP)
 	@echo '==> Running every test on fresh random examples'
@@ -120,4 +127,4 @@ bench-accounting: $(STAMP) crosscheck
 	$(BIN)/python -m benchmarks.accounting --out benchmarks/results --peers .venv-crosscheck/bin/python
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .venv-crosscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output site
+	rm -rf $(VENV) $(BENCH_VENV) .venv-crosscheck .venv-kernels .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output site

@@ -50,8 +50,7 @@ class PrivacyEngine(Door, AboutModels):
 
     Args:
         accountant: `"pld"` (the default, and the tightest), `"rdp"`, `"gdp"`, or an accountant of your own.
-        secure_mode: whether noise must be cryptographically secure on every device, at the price of drawing it on the
-            host. On CPU it always is.
+        secure_mode: whether a reproducible `noise_generator` is refused. Noise is cryptographically secure in any case.
         budget: refuses the step that would exceed it.
         relation: the neighbors that ε is about: `"zero_out"` (the default) or `"replace_one"`.
         unit: whose data a row of the batch is: an example's (the default) or, say, a user's.

@@ -80,7 +80,7 @@ class PrivateStep(Door):
         unit: whose data a row of the batch is: an example's (the default) or, say, a user's.
         ledger: where steps are written, such as a `FileLedger` that several runs share. It has an accountant, a budget,
             a relation and a unit of its own. By default a new `Ledger` in memory.
-        secure_mode: whether noise must be cryptographically secure on every device.
+        secure_mode: whether a reproducible `noise_generator` is refused. Noise is cryptographically secure in any case.
         noise_generator: makes the run reproducible, and says so in the ledger; for tests.
 
     Guarantees:

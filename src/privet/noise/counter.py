@@ -17,7 +17,7 @@ second its sine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -25,10 +25,9 @@ from torch import Tensor
 
 from privet._checks import check_at_least, check_count
 from privet.errors import ConfigurationError
-from privet.noise.boxmuller import CHUNK
 from privet.noise.key import NoiseKey
 
-__all__ = ["CounterNoise", "Offsets", "Piece", "Span"]
+__all__ = ["CounterNoise", "Offsets", "Piece", "Span", "add_drawn", "span_of"]
 
 _ACCUMULATORS = (torch.float32, torch.float64)
 _LAST_INDEX = 2**63
@@ -56,12 +55,13 @@ class Span(NamedTuple):
     blocks: int  # how many blocks of two elements the run touches
 
 
-def _span(target: Tensor, name: str, offset: int, size: int) -> Span:
+def span_of(target: Tensor, name: str, offset: int, size: int) -> Span:
+    """Returns the run of `size` elements from index `offset` on."""
     return Span(target, name, offset, size, (offset + size + 1) // 2 - offset // 2)
 
 
 class CounterNoise(ABC):
-    """A noise source that draws from a counter. A subclass gives the values of spans; all else is done here, once."""
+    """A noise source that draws from a counter. A subclass adds to spans; all else is done here, once."""
 
     def __init__(self, key: NoiseKey, *, purpose: str = "noise") -> None:
         key.claim(purpose)
@@ -72,9 +72,14 @@ class CounterNoise(ABC):
     def secure(self) -> bool:
         """Returns whether the values are cryptographically unpredictable to who does not hold the key."""
 
+    @property
     @abstractmethod
-    def _normals(self, spans: list[Span], *, step: int, std: float) -> Tensor:
-        """Returns float64 N(0, std**2) for all blocks of the spans, in their order; valid until the next call."""
+    def _longest(self) -> int:
+        """Returns how many elements that are consecutive in memory it takes at once."""
+
+    @abstractmethod
+    def _add(self, spans: Iterable[Span], *, step: int, std: float) -> None:
+        """Adds N(0, std**2), where `std` is above 0, to the target of every span."""
 
     @final
     @property
@@ -107,8 +112,7 @@ class CounterNoise(ABC):
         """Adds N(0, std**2) to every tensor, each named; small ones share their arithmetic. Equal to `add_` of each."""
         std, spans = self._prepared(tensors, std=std, step=step, offsets=offsets)
         if std > 0.0:
-            for span, values in self._drawn(spans, step=step, std=std):
-                span.target.add_(values)
+            self._add(spans, step=step, std=std)
 
     @final
     def fill_many(
@@ -116,12 +120,10 @@ class CounterNoise(ABC):
     ) -> None:
         """Overwrites every tensor, each named, with N(0, std**2). Equal to `fill_` of each."""
         std, spans = self._prepared(tensors, std=std, step=step, offsets=offsets)
+        for span in spans:
+            span.target.zero_()
         if std > 0.0:
-            for span, values in self._drawn(spans, step=step, std=std):
-                span.target.copy_(values)
-        else:
-            for span in spans:
-                span.target.zero_()
+            self._add(spans, step=step, std=std)
 
     @final
     def state_dict(self) -> dict[str, Any]:
@@ -160,21 +162,27 @@ class CounterNoise(ABC):
                 check_count(f"offset of {name!r}", offset)
                 if offset + part.numel() > _LAST_INDEX:
                     raise ConfigurationError(f"{name!r} reaches beyond index 2**63; give the offset of its shard.")
-                spans += _chunks(part, name, offset)
+                spans += _chunks(part, name, offset, self._longest)
         return check_at_least("std", std), spans
 
-    def _drawn(self, spans: Iterable[Span], *, step: int, std: float) -> Iterator[tuple[Span, Tensor]]:
-        """Yields every span with its values, in the shape and on the device of its target."""
-        for group in _grouped(spans):
-            normals = self._normals(group, step=step, std=std)
-            start = 0
-            for span in group:
-                first = start + span.offset % 2
-                values = normals[first : first + span.size]
-                if values.device != span.target.device:
-                    values = values.to(span.target.device)
-                yield span, values if span.target.dim() == 1 else values.view(span.target.shape)
-                start += 2 * span.blocks
+
+def add_drawn(spans: Iterable[Span], normals: Callable[[list[Span]], Tensor], *, together: int) -> None:
+    """Adds to every span the values that `normals` returns for all blocks of a group of spans, in their order.
+
+    Args:
+        spans: to be added to.
+        normals: its result is valid until the next call.
+        together: about how many values a group has.
+    """
+    for group in _grouped(spans, together):
+        values, start = normals(group), 0
+        for span in group:
+            first = start + span.offset % 2
+            added = values[first : first + span.size]
+            if added.device != span.target.device:
+                added = added.to(span.target.device)
+            span.target.add_(added if span.target.dim() == 1 else added.view(span.target.shape))
+            start += 2 * span.blocks
 
 
 def _parts(tensor: Tensor, name: str, where: int | Sequence[Piece]) -> Iterator[tuple[Tensor, int]]:
@@ -207,41 +215,41 @@ def _parts(tensor: Tensor, name: str, where: int | Sequence[Piece]) -> Iterator[
         yield (flat if len(where) == 1 else flat[piece.start : piece.start + piece.size]), piece.offset
 
 
-def _chunks(tensor: Tensor, name: str, offset: int) -> Iterator[Span]:
-    """Yields the tensor as runs of at most `CHUNK` elements that are consecutive in row-major order."""
+def _chunks(tensor: Tensor, name: str, offset: int, longest: int) -> Iterator[Span]:
+    """Yields the tensor as runs of at most `longest` elements that are consecutive in row-major order."""
     count = tensor.numel()
     if count == 0:
         return
     if tensor.is_contiguous():
         flat = tensor.view(-1)
-        if count <= CHUNK:
-            yield _span(flat, name, offset, count)
+        if count <= longest:
+            yield span_of(flat, name, offset, count)
             return
-        for start in range(0, count, CHUNK):
-            part = flat[start : start + CHUNK]
-            yield _span(part, name, offset + start, part.numel())
-    elif count <= CHUNK:
-        yield _span(tensor, name, offset, count)
+        for start in range(0, count, longest):
+            part = flat[start : start + longest]
+            yield span_of(part, name, offset + start, part.numel())
+    elif count <= longest:
+        yield span_of(tensor, name, offset, count)
     else:
         rows = tensor.shape[0]
         inner = count // rows
-        taken = max(1, CHUNK // inner)
+        taken = max(1, longest // inner)
         for start in range(0, rows, taken):
-            part = tensor[start : start + taken] if inner <= CHUNK else tensor[start]
-            yield from _chunks(part, name, offset + start * inner)
+            part = tensor[start : start + taken] if inner <= longest else tensor[start]
+            yield from _chunks(part, name, offset + start * inner, longest)
 
 
 def _kind(span: Span) -> tuple[torch.device, torch.dtype]:
     return span.target.device, span.target.dtype
 
 
-def _grouped(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """Yields the spans in groups of one device and type that fill about one chunk."""
+def _grouped(spans: Iterable[Span], together: int) -> Iterator[list[Span]]:
+    """Yields the spans in groups of one device and type that have about so many values."""
     group: list[Span] = []
     size = 0
     for span in spans:
         grown = size + 2 * span.blocks
-        if group and (grown > CHUNK + 2 or _kind(span) != _kind(group[0])):
+        if group and (grown > together + 2 or _kind(span) != _kind(group[0])):
             yield group
             group, grown = [], 2 * span.blocks
         group.append(span)

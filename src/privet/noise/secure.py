@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import final
 
 import torch
 from torch import Tensor
 
-from privet.noise.boxmuller import normals_into, thread_buffer
-from privet.noise.counter import CounterNoise, Span
+from privet.noise.boxmuller import CHUNK, normals_into, thread_buffer
+from privet.noise.counter import CounterNoise, Span, add_drawn
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import BLOCK_BYTES, StepKey, TagBook, keystream_into
 
@@ -30,6 +31,13 @@ class SecureNoise(CounterNoise):
     def secure(self) -> bool:
         """Returns True."""
         return True
+
+    @property
+    def _longest(self) -> int:
+        return CHUNK
+
+    def _add(self, spans: Iterable[Span], *, step: int, std: float) -> None:
+        add_drawn(spans, lambda group: self._normals(group, step=step, std=std), together=CHUNK)
 
     def _normals(self, spans: list[Span], *, step: int, std: float) -> Tensor:
         cipher = self._keys.cipher(step)

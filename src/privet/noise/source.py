@@ -44,6 +44,11 @@ class NoiseSource(Protocol):
 
 
 def noise_for(device: torch.device | str, *, secure_mode: bool, key: NoiseKey) -> CounterNoise:
-    """Returns the source for a device: the secure one on CPU, in secure mode, and where a device has no float64."""
+    """Returns the source for a device: the host's on CPU and where a device has no float64, else the device's own.
+
+    Both are cryptographically secure, so that `secure_mode`, which demands it, changes nothing here.
+    """
     kind = torch.device(device).type
-    return SecureNoise(key) if secure_mode or kind in {"cpu", "mps", "meta"} else DeviceNoise(key)
+    source = SecureNoise(key) if kind in {"cpu", "mps", "meta"} else DeviceNoise(key)
+    assert source.secure or not secure_mode
+    return source

@@ -167,7 +167,7 @@ _LIST: tuple[Callable[[Facts], Hazard], ...] = (
     _declared(
         "A generator of noise that is not cryptographically secure",
         "randomness",
-        "A ledger does not say which generator drew the noise; on accelerators the default is a fast one that is not.",
+        "A ledger does not say which generator drew the noise. Those of privet are secure; your own may not be.",
     ),
     lambda facts: Hazard(
         "Floating-point numbers",
