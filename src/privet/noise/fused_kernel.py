@@ -1,6 +1,6 @@
 """The Triton kernel of `fused`. Importing it needs Triton; nothing else does."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # Triton reads the annotations of a kernel when it compiles it: they must not become strings, and are not Python's.
 import math
 
