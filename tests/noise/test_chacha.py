@@ -137,3 +137,15 @@ def test_the_kernel_reads_the_key_when_it_runs(monkeypatch):
     fused.add_normals_(out[2], words=words, tag=5, offset=0)
     assert torch.equal(out[0], out[1])
     assert not np.isclose(out[0], out[2]).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gpu_draws_what_the_host_draws_by_tensor_operations(dtype):
+    def drawn(device: str) -> torch.Tensor:
+        source = DeviceNoise(NoiseKey.from_generator(torch.Generator().manual_seed(3)))
+        return source.add_(torch.zeros(100_003, dtype=dtype, device=device), std=0.5, name="w", step=2, offset=13).cpu()
+
+    assert device_module._fuses(torch.device("cuda", 0))
+    torch.testing.assert_close(drawn("cuda"), drawn("cpu"), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
