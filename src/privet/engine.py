@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, Unpack, final, overload
 
 import torch
@@ -15,18 +15,17 @@ from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
 from privet.accounting.role import LedgerLike
 from privet.clipping import policy_for
-from privet.errors import ProtocolError
 from privet.gradients.weights import groups_of
 from privet.mechanism import Gaussian, Mechanism
 from privet.noise import noise_for, noise_key
 from privet.parallel import bare
 from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.accumulate import Accumulate, accumulate_for
-from privet.training.checkpoint import File, load, save
 from privet.training.clip_count import refuse_adaptive
 from privet.training.criterion import PrivateCriterion
-from privet.training.door import Door, door_ledger
+from privet.training.door import door_ledger
 from privet.training.models import AboutModels
+from privet.training.module_door import ModuleDoor
 from privet.training.once import made_private, refuse_private
 from privet.training.optimizers import refuse_optimizer
 from privet.training.options import Clipping, Options
@@ -45,7 +44,7 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - M and O: a module 
 
 
 @final
-class PrivacyEngine(Door, AboutModels):
+class PrivacyEngine(ModuleDoor, AboutModels):
     """Makes a module, its optimizer and its data loader train with differential privacy, and counts what it costs.
 
     Args:
@@ -95,13 +94,6 @@ class PrivacyEngine(Door, AboutModels):
     ) -> None:
         super().__init__(door_ledger(ledger, accountant=accountant, budget=budget, relation=relation, unit=unit))
         self._secure_mode = bool(secure_mode)
-        self._watched: list[PrivateModule] = []
-
-    def _updates(self) -> Sequence[PrivateUpdate]:
-        return [watched.update for watched in self._watched]
-
-    def _trained(self) -> Sequence[str]:
-        return [type(watched.module).__name__ for watched in self._watched]
 
     # -- the two ways in ---------------------------------------------------------------------------------------------
 
@@ -357,35 +349,3 @@ class PrivacyEngine(Door, AboutModels):
         )
         self.set_budget(epsilon=target_epsilon, delta=target_delta)
         return returned
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def save_checkpoint(
-        self, path: File, *, module: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any] | None = None
-    ) -> None:
-        """Writes model, optimizer, ledger and counters to a path or an open file, without any key.
-
-        A file at the path is replaced at once, and is complete or not there at all.
-        """
-        save(
-            path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates_of(module), extra=extra
-        )
-
-    def load_checkpoint(self, path: File, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Resumes from a path or an open file under the same settings, and returns what was saved as `extra`.
-
-        Loading runs no code from the file. Noise goes on with a fresh key; steps taken here since are still billed.
-
-        Raises:
-            ConfigurationError: if the settings differ from those of the saved run.
-        """
-        return load(path, module=module, optimizer=optimizer, ledger=self.ledger, updates=self._updates_of(module))
-
-    def _updates_of(self, module: nn.Module) -> list[PrivateUpdate]:
-        ours = {id(p) for p in module.parameters()}
-        found = [w.update for w in self._watched if any(id(p) in ours for p in w.update.parameters.values())]
-        if not found:
-            raise ProtocolError(
-                "this module is not private here. Call make_private first, with the settings of the saved run."
-            )
-        return found

@@ -24,17 +24,11 @@ from privet.batches.out_of_memory import is_out_of_memory
 from privet.batches.tree import tensors_in
 from privet.errors import ConfigurationError
 from privet.gradients.capture.anew import Anew
-from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.first_batch import FirstBatch
-from privet.gradients.capture.stand_ins import watch_stand_ins
-from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
+from privet.gradients.capture.watch import Watch
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.layout import DoubtError
-from privet.gradients.passes.compiled import CompiledSum
-from privet.gradients.passes.one_pass import OnePass
-from privet.gradients.passes.role import SumOfBatch
-from privet.gradients.passes.two_pass import TwoPass, refuse_several_weights
+from privet.gradients.passes.two_pass import refuse_several_weights
 from privet.gradients.rules.pool import free_idle
 from privet.gradients.summation import clipped_sum
 from privet.gradients.use import Recorded
@@ -47,7 +41,7 @@ from privet.sampling.partition import with_batch_size
 from privet.sampling.physical import PhysicalSize
 from privet.training.checkpoint import File, load, save
 from privet.training.clip_count import refuse_adaptive
-from privet.training.collective import passes_of, refuse_options
+from privet.training.collective import refuse_options
 from privet.training.door import Door, door_ledger
 from privet.training.loss_module import LossModule, LossPerExample
 from privet.training.optimizers import refuse_optimizer
@@ -56,6 +50,7 @@ from privet.training.performance import Performance
 from privet.training.plausible import refuse_budget_without_noise, warn_of_mechanism
 from privet.training.start import facts_of
 from privet.training.update import PrivateUpdate
+from privet.training.way import Way
 from privet.validation import refuse_mixed_records, refuse_mixing, require_valid
 
 __all__ = ["PrivateStep"]
@@ -168,16 +163,15 @@ class PrivateStep(Door):
         self._loss = LossModule(inner, loss_per_example)
         self._key = key
         self._has_loader = False
-        self._capture = Capture(parameters, within=self._loss.forward, parts=ranks.spread.parts)
-        self._passes = passes_of(performance, ranks.spread, inner, groups_of(mechanism.clipping, list(parameters)))
-        self._way = self._way_to_sums()
-        watch_custom_modules(inner, self._capture)
-        self._tripwires = Tripwires(parameters, self._capture.release)
-        watch_stand_ins(ranks.spread, parameters, self._capture, self._tripwires)
+        self._watch = Watch(inner, parameters, within=self._loss.forward, spread=ranks.spread)
+        self._capture = self._watch.capture
+        groups = groups_of(mechanism.clipping, list(parameters))
+        self._way = Way(performance, ranks.spread, self._loss, self._capture, groups)
+        self._watch.begin()
         self._first = FirstBatch(
             self._loss,
             self._capture,
-            self._tripwires,
+            self._watch.tripwires,
             lambda inputs: [self._loss.checked(inputs, count_examples(inputs))],
             also=lambda inputs: refuse_mixing(opening(self._loss, inputs), (inputs,), {}),
             spread=ranks.spread,
@@ -195,7 +189,7 @@ class PrivateStep(Door):
         return [type(self.model).__name__]
 
     def _rows(self) -> list[tuple[str, str]]:
-        return [*super()._rows(), ("performance", repr(self.performance)), ("passes", str(self._passes))]
+        return [*super()._rows(), ("performance", repr(self.performance)), ("passes", str(self._way.passes))]
 
     @property
     def mechanism(self) -> Mechanism:
@@ -288,8 +282,8 @@ class PrivateStep(Door):
         with (ranks := self._update.ranks).telling():
             examples = count_examples(batch)
             self._update.discard()  # what a step that was interrupted may have left: nothing of it was released
-            self._first.trains(refuse_thawed(bare(self.model), self._update.parameters, self._capture.roots.objects))
-            self._tripwires.renew()
+            self._first.trains(self._watch.trains())
+            self._watch.tripwires.renew()
             self._update.recognize(tensors_in(batch), anew=True)
         ranks.spread.require_alike(tensors_in(batch))
         parts = ranks.spread.most(-(-examples // (self._size.most or max(examples, 1))))
@@ -341,13 +335,15 @@ class PrivateStep(Door):
         return clipped_sum(Recorded(examples=0), met, self.mechanism.clipping, sink=sink, names=names)
 
     def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
+        parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None
         wanted = self._first.wanted(batch, examples)
         if wanted is not None:
             self._first.run(*wanted)
-            self._keep_to_budget(examples)
-            if isinstance(self._way, TwoPass):
+            # The size that counts is that of physical batches, which is public, and the same on all ranks.
+            most = self._size.most or (self._update.divisor.value or examples) / self._update.ranks.share.ranks
+            self._way.keep_to_budget(self._first.held * most, groups_of(policy, list(self._update.parameters)))
+            if self._way.passes == 2:
                 free_idle()  # the check held all uses of the model at once, which no step will
-        parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None
         if examples == 0:  # a part of other ranks alone: one example of zeros goes along, and counts for nothing
             batch = one_of_zeros(batch, axis=0)
         if self.performance.fixed_shapes and self._size.most is not None and size < self._size.most:
@@ -357,7 +353,7 @@ class PrivateStep(Door):
             absent = torch.arange(size, device=met.device) >= examples
 
         def summed() -> tuple[ClippedSum, Tensor]:
-            return self._way.clipped_sum(
+            return self._way.engine.clipped_sum(
                 lambda inputs: self._loss.checked(inputs, size),
                 batch,
                 examples=size,
@@ -374,27 +370,6 @@ class PrivateStep(Door):
                 raise
             clipped, losses = self._anew.run(batch, size, doubt, summed)
         return losses[:examples], clipped.of_first(examples)
-
-    def _keep_to_budget(self, examples: int) -> None:
-        """Takes two backwards from now on, on all ranks, if one would keep more than the activation budget on one.
-
-        The size that counts is that of physical batches, which is public, and the same on all ranks.
-        """
-        budget, update = self.performance.activation_budget, self._update
-        if budget is None or self._passes == 2:
-            return
-        size = self._size.most or (update.divisor.value or examples) / update.ranks.share.ranks
-        over = update.ranks.spread.most(int(self._first.held * size > budget))
-        groups = groups_of(self.mechanism.clipping, list(update.parameters))
-        if over and len(set(groups)) == 1:
-            self._passes = 2
-            self._way = self._way_to_sums()
-
-    def _way_to_sums(self) -> SumOfBatch:
-        if self.performance.compile:
-            return CompiledSum(self._capture, self._loss)
-        way = TwoPass if self._passes == 2 else OnePass
-        return way(self._capture, spread=self._update.ranks.spread)
 
     def _private(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._update.parameters.items() if p.requires_grad}

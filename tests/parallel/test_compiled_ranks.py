@@ -23,7 +23,7 @@ def trained(model, **options):
     step = step_on(model, **options)
     for batch in step.batches(data()):
         step(batch)
-    assert isinstance(step._way, CompiledSum) == bool(options.get("performance"))
+    assert isinstance(step._way.engine, CompiledSum) == bool(options.get("performance"))
     return weights(model), step.epsilon(1e-5), step.ledger.steps
 
 

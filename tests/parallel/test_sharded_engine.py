@@ -195,14 +195,14 @@ def said_passes(**options):
     for batch in step.batches(texts()):
         step(batch)
         break
-    return step._passes, sorted(step._update.parameters)
+    return step._way.passes, sorted(step._update.parameters)
 
 
 def within_budget(most):
     """Returns how many backwards a step takes that may keep so many bytes, which need not be alike on all ranks."""
     step = step_on_texts(sharded(language(simple=True)), performance=Performance(activation_budget=most))
     step(next(iter(step.batches(texts()))))
-    return step._passes
+    return step._way.passes
 
 
 def scenario(rank, world, folder):

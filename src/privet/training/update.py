@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,35 +30,9 @@ from privet.training.loaders import Loaders
 from privet.training.logical_sum import LogicalSum, thrown_away
 from privet.training.optimizers import StepHooks
 from privet.training.riding_ledger import RidingLedger
+from privet.training.roles import LateSum, Scheduled
 
-__all__ = ["LateSum", "PrivateUpdate", "Scheduled", "update_of"]
-
-
-class Scheduled(Protocol):
-    """A schedule of the mechanism, as a checkpoint sees it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns where the schedule is."""
-
-    def refuse_state(self, state: Mapping[str, Any]) -> None:
-        """Raises if the state is of another schedule."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-
-
-class LateSum(Protocol):
-    """Forms the sum of a backward when a step needs it, and not before: the modes that show per-example gradients."""
-
-    @property
-    def pending(self) -> bool:
-        """Returns whether there is something to form a sum of."""
-
-    def bring(self) -> None:
-        """Hands the sum to the update's `receive`, if there is something to form it of."""
-
-    def summed(self, clipped: ClippedSum) -> None:
-        """Looks at the sum of a whole logical batch before noise is added."""
+__all__ = ["PrivateUpdate", "update_of"]
 
 
 class PrivateUpdate:

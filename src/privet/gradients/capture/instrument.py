@@ -22,14 +22,11 @@ from privet.batches.structure import Arguments
 from privet.batches.tree import tensors_in
 from privet.errors import ProtocolError, UnsupportedModelError
 from privet.gradients.capture.anew import Anew, agree_on_doubt
-from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.custom_modules import watch_custom_modules
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.hook import Hook, nothing, refuse_copy
 from privet.gradients.capture.loss_watch import LossWatch
-from privet.gradients.capture.stand_ins import watch_stand_ins
-from privet.gradients.capture.tripwire import Tripwires, refuse_thawed
+from privet.gradients.capture.watch import Watch
 from privet.gradients.derived import Derivation
 from privet.gradients.spread import HERE, Spread, is_part
 from privet.gradients.use import Recorded, Use
@@ -100,8 +97,10 @@ class Instrument:
         spread: Spread = HERE,
         on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
-        within = module.forward
-        self.capture = Capture(parameters, batch_first=batch_first, mapped=mapped, within=within, parts=spread.parts)
+        self._watch = Watch(
+            module, parameters, within=module.forward, batch_first=batch_first, mapped=mapped, spread=spread
+        )
+        self.capture = self._watch.capture
         self._module = module
         self._axis = 0 if batch_first else 1
         self._on_backward = on_backward
@@ -114,12 +113,10 @@ class Instrument:
         self._again = False  # whether this forward is run anew, from inside of the hook that ends it
         self._output: Any = None  # of the forward that was run anew
         self._nested = 0  # calls of the module from inside of its own forward
-        self._own = dict(parameters)
-        self._tripwires = Tripwires(parameters, self.capture.release)
         self._first = FirstBatch(
             module,
             self.capture,
-            self._tripwires,
+            self._watch.tripwires,
             self._checked_outputs,
             batch_axis=self._axis,
             also=None if on_check is None else lambda inputs: on_check(*inputs),
@@ -131,9 +128,8 @@ class Instrument:
         self._handles = [
             module.register_forward_pre_hook(Hook(self._before, refuse_copy), with_kwargs=True, prepend=first),
             module.register_forward_hook(Hook(self._after, nothing), always_call=True),
-            *([] if mapped else watch_custom_modules(module, self.capture)),
-            *watch_stand_ins(spread, parameters, self.capture, self._tripwires),
         ]
+        self._watch.begin()
 
     @property
     def examples(self) -> int | None:
@@ -143,8 +139,7 @@ class Instrument:
 
     def remove(self) -> None:
         """Makes the module an ordinary one again."""
-        self.capture.release()
-        self._tripwires.remove()
+        self._watch.end()
         for handle in self._handles:
             handle.remove()
 
@@ -159,11 +154,11 @@ class Instrument:
             return None
         if not module.training or not torch.is_grad_enabled() or self.capture.watching:
             return None
-        trainable = refuse_thawed(self._module, self._own, self.capture.roots.objects)
+        trainable = self._watch.trains()
         if not trainable:  # gradients pass through to the inputs, as for a discriminator held fixed
             return None
         self._first.trains(trainable)
-        self._tripwires.renew()
+        self._watch.tripwires.renew()
         inputs = Arguments(args, kwargs)
         self._spread.require_alike(tensors_in(inputs))
         members = count_examples(inputs, self._axis, name="the inputs")

@@ -135,7 +135,7 @@ def test_many_graphs_bring_a_warning_and_the_oldest_are_let_go_of(pair):
         pair(batch_of(power=float(turn)))
     with pytest.warns(UserWarning, match="traced and compiled 9 graphs"):
         pair(batch_of(power=8.0))
-    assert len(pair.steps[0]._way._graphs) == 8
+    assert len(pair.steps[0]._way.engine._graphs) == 8
     assert pair(batch_of(power=1.0)) == 9
     assert pair(batch_of(power=0.0)) == 10
 
