@@ -26,7 +26,7 @@ from privet.training.criterion import PrivateCriterion
 from privet.training.door import door_ledger
 from privet.training.models import AboutModels
 from privet.training.module_door import ModuleDoor
-from privet.training.once import made_private, refuse_private
+from privet.training.once import Making, made_private, refuse_private, take_up
 from privet.training.optimizers import refuse_optimizer
 from privet.training.options import Clipping, Options
 from privet.training.parameters import private_parameters
@@ -184,7 +184,9 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         with ranks.together():
             refuse_optimizer(optimizer)
             parameters = private_parameters(inner, optimizer)
-            refuse_private(inner, optimizer, parameters)
+            shares = ranks.share.ranks == 1 and grad_sample_mode == "auto"
+            making = Making(self._ledger, watched=True, shares=shares)
+            refuse_private(inner, optimizer, parameters, making)
             require_valid(inner)
             refuse_mixed_records(getattr(data_loader, "dataset", None), getattr(data_loader, "collate_fn", None))
             groups_of(policy, list(parameters))
@@ -229,12 +231,14 @@ class PrivacyEngine(ModuleDoor, AboutModels):
                 examples=lambda: watched.instrument.examples,
                 on_losses=lambda losses: watched.losses.trust(losses),  # noqa: PLW0108 - it is made below
             )
+        take_up(inner, self._ledger)
         ranks.begin(module)
         watched = PrivateModule(
             inner,
             update,
             batch_first=batch_first,
             loss_divisor=parts.loss_divisor if mean else None,
+            making=making,
             mode=grad_sample_mode,
             expects_criterion=criterion is not None,
         )
@@ -243,7 +247,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         watched.attach(optimizer)
         update.loaders.follow(loader)
         self._watched.append(watched)
-        made_private(inner, optimizer)
+        made_private(inner, optimizer, making)
         self._know_records(loader.dataset_size)
         warn_of_mechanism(mechanism, batch_size=loader.expected_batch_size)
         if private_criterion is None:

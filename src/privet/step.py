@@ -44,6 +44,7 @@ from privet.training.clip_count import refuse_adaptive
 from privet.training.collective import refuse_options
 from privet.training.door import Door, door_ledger
 from privet.training.loss_module import LossModule, LossPerExample
+from privet.training.once import Making, ended, made_private, refuse_private, take_up
 from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
 from privet.training.performance import Performance
@@ -135,6 +136,8 @@ class PrivateStep(Door):
                 )
             refuse_budget_without_noise(mechanism, has_budget=self.budget is not None)
             parameters = private_parameters(inner, optimizer)
+            making = Making(self._ledger, watched=False, shares=ranks.share.ranks == 1)
+            refuse_private(inner, optimizer, parameters, making)
             groups_of(mechanism.clipping, list(parameters))
             refuse_options(performance, ranks.spread)
             refuse_adaptive(mechanism.clipping, ranks.spread, compiled=performance.compile)
@@ -144,11 +147,10 @@ class PrivateStep(Door):
         ranks.compare(facts_of(parameters, mechanism=mechanism, optimizer=optimizer, divisor=expected_batch_size))
         key = ranks.key(key)
         self._join_ranks(ranks)
+        take_up(inner, self._ledger)
         ranks.begin(model)
         device = next(iter(parameters.values())).device
-        self.model = model
-        self.optimizer = optimizer
-        self.performance = performance
+        self.model, self.optimizer, self.performance, self._making = model, optimizer, performance, making
         if key.predictable:
             self._ledger.mark("reproducible key")
         self._update = PrivateUpdate(
@@ -181,6 +183,24 @@ class PrivateStep(Door):
         warn_of_mechanism(mechanism, batch_size=self._update.divisor.value)
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(model, optimizer)
+        made_private(inner, optimizer, self._making)
+
+    def detach(self, *, public: bool = False) -> None:
+        """Makes model and optimizer ordinary ones again, in place; this step takes no step any more.
+
+        What was billed stays on the ledger, which this object goes on to show. What trains the model from now on is not
+        private. It may be made private anew, with a new PrivateStep: give that one `ledger=step.ledger`.
+
+        Args:
+            public: says that nothing will ask the private data until the model is made private again. Otherwise, if
+                its weights have changed by then, epsilon is infinite.
+
+        Raises:
+            ProtocolError: on several ranks, or if it was detached before. Nothing is changed then.
+        """
+        self._update.detach()
+        self._watch.end()
+        ended(bare(self.model), self.optimizer, self._making, public=public)
 
     def _updates(self) -> Sequence[PrivateUpdate]:
         return [self._update]
@@ -233,6 +253,7 @@ class PrivateStep(Door):
             ConfigurationError: if the expected batch size that was given contradicts the sampling and the dataset.
         """
         refuse_mixed_records(dataset, collate_fn)
+        self._update.refuse_detached("batches() was called")
         sampling = self.mechanism.sampling
         ranks, key = self._update.ranks, self._sampling_key()
         with ranks.together():
@@ -281,6 +302,7 @@ class PrivateStep(Door):
         """
         with (ranks := self._update.ranks).telling():
             examples = count_examples(batch)
+            self._update.refuse_detached("a step was called")
             self._update.discard()  # what a step that was interrupted may have left: nothing of it was released
             self._first.trains(self._watch.trains())
             self._watch.tripwires.renew()

@@ -7,11 +7,11 @@ from typing import Protocol
 
 from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
-from privet.accounting.event import Event, Relation, Unit
+from privet.accounting.event import Event, NonPrivateEvent, Relation, Unit
 from privet.accounting.phases import Phase
 from privet.errors import ConfigurationError
 
-__all__ = ["LedgerLike", "check_door_ledger", "check_ledger"]
+__all__ = ["LedgerLike", "begin_non_private", "check_door_ledger", "check_ledger"]
 
 
 class LedgerLike(Protocol):
@@ -106,3 +106,13 @@ def check_door_ledger(ledger: object) -> LedgerLike:
             "relation=Relation.ZERO_OUT."
         )
     return found
+
+
+def begin_non_private(ledger: LedgerLike, mark: str) -> None:
+    """Writes to the ledger that something happened without privacy, whatever the budget: ε is infinite from now on."""
+    budget, ledger.budget = ledger.budget, None  # it would keep what has happened already from being written down
+    try:
+        ledger.mark(mark)
+        ledger.begin(NonPrivateEvent())
+    finally:
+        ledger.budget = budget

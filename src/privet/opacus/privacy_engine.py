@@ -30,7 +30,7 @@ from privet.opacus.validators import ModuleValidator
 from privet.opacus.warning import warn
 from privet.parallel import bare
 from privet.sampling.build import privatize_loader
-from privet.training.once import refuse_private
+from privet.training.once import Making, refuse_private
 from privet.validation import refuse_mixed_records, refuse_mixing
 
 __all__ = ["PrivacyEngine"]
@@ -118,7 +118,7 @@ class PrivacyEngine:
         if isinstance(optimizer, DPOptimizer):
             optimizer = optimizer.original_optimizer
         _require_own_parameters(module, optimizer)
-        refuse_private(bare(module), optimizer, dict(trainable_parameters(module)))
+        refuse_private(bare(module), optimizer, dict(trainable_parameters(module)), Making(None))
         several = isinstance(module, DifferentiallyPrivateDistributedDataParallel | DistributedDataParallel)
         optimizer_class = get_optimizer_class(clipping, several, grad_sample_mode)
         self.validate(module=module, optimizer=None, data_loader=None)

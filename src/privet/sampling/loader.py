@@ -112,12 +112,12 @@ class PrivateLoader(DataLoader[Any]):
     def on_batch(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener(ticket)` just before each batch is handed over; returns a function that ends this."""
         self._listeners.append(listener)
+        return lambda: self.forget(listener)
 
-        def end() -> None:
-            if listener in self._listeners:
-                self._listeners.remove(listener)
-
-        return end
+    def forget(self, listener: Listener) -> None:
+        """Calls a listener no more."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for ticket, batch in self.drawn():

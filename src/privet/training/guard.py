@@ -13,15 +13,14 @@ passes no hook, so the values of all parameters are compared, bit by bit, when t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from privet.accounting.event import NonPrivateEvent
-from privet.accounting.role import LedgerLike
+from privet.accounting.role import LedgerLike, begin_non_private
 from privet.errors import ProtocolError
 
 __all__ = ["Guard"]
@@ -46,10 +45,30 @@ class Guard:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Guards the parameters from now on against every optimizer but this one."""
         self._own.add(optimizer)
-        for p in self._parameters.values():
-            _GUARDS[id(p)] = self
+        self.admit(self._parameters)
         if not _HANDLES:
             _HANDLES.append(register_optimizer_step_pre_hook(_before_any_step))
+
+    def admit(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Guards these parameters from now on."""
+        self._parameters.update(parameters)
+        weakref.finalize(self, _drop_empty, [id(p) for p in parameters.values()])
+        for p in parameters.values():
+            _GUARDS.setdefault(id(p), weakref.WeakSet()).add(self)
+
+    def detach(self) -> None:
+        """Guards nothing any more, and drops the gradients that were released."""
+        for p in self._parameters.values():
+            _GUARDS.get(id(p), weakref.WeakSet()).discard(self)
+            p.grad = None
+        _drop_empty(id(p) for p in self._parameters.values())
+        if not _GUARDS:
+            while _HANDLES:
+                _HANDLES.pop().remove()
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Returns whether the optimizer is the one whose steps release."""
+        return optimizer in self._own
 
     @staticmethod
     def release(parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -70,13 +89,7 @@ class Guard:
         before = self._before
         if before is None or all(_same(before[name], p.detach()) for name, p in self._parameters.items()):
             return False
-        # Without the budget, which would keep what has happened already from being written down.
-        budget, self._ledger.budget = self._ledger.budget, None
-        try:
-            self._ledger.mark("a parameter changed while p.grad was not private")
-            self._ledger.begin(NonPrivateEvent())
-        finally:
-            self._ledger.budget = budget
+        begin_non_private(self._ledger, "a parameter changed while p.grad was not private")
         self._before = None
         return True
 
@@ -99,7 +112,7 @@ class Guard:
 
     def refuse(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
         """Raises if another optimizer is about to step on a gradient of a private parameter that was not released."""
-        if optimizer in self._own or parameter.grad is None or hasattr(parameter.grad, _TAG):
+        if self.owns(optimizer) or parameter.grad is None or hasattr(parameter.grad, _TAG):
             return
         names = [name for name, p in self._parameters.items() if p is parameter]
         if not names:  # the id of a parameter that is gone
@@ -112,19 +125,27 @@ class Guard:
         )
 
 
-_GUARDS: weakref.WeakValueDictionary[int, Guard] = weakref.WeakValueDictionary()
-"""By the ids of the parameters, which each guard keeps alive."""
+_GUARDS: dict[int, weakref.WeakSet[Guard]] = {}
+"""By the ids of the parameters, which each guard keeps alive. Networks that share a layer have a guard each."""
 _HANDLES: list[Any] = []
+
+
+def _drop_empty(ids: Iterable[int]) -> None:
+    """Forgets parameters that no guard watches over any more."""
+    for key in ids:
+        if not _GUARDS.get(key, True):
+            del _GUARDS[key]
 
 
 def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     """Asks the guards of all parameters before a step of any optimizer in this process."""
-    if len(_GUARDS):
+    if _GUARDS:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                guard = _GUARDS.get(id(parameter))
-                if guard is not None:
-                    guard.refuse(optimizer, parameter)
+                guards = list(_GUARDS.get(id(parameter), ()))
+                if not any(guard.owns(optimizer) for guard in guards):
+                    for guard in guards:
+                        guard.refuse(optimizer, parameter)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

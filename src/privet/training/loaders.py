@@ -30,6 +30,12 @@ class Loaders:
             loader.expect_resampling()
         self._kept = [kept for kept in self._kept if kept() is not None] + [weakref.ref(loader)]
 
+    def end(self) -> None:
+        """Hears of no batch any more."""
+        for loader in self._alive():
+            loader.forget(self._announce)
+        self._kept = []
+
     def follows(self, loader: PrivateLoader) -> bool:
         """Returns whether the loader's batches are announced here."""
         return any(kept is loader for kept in self._alive())

@@ -47,8 +47,10 @@ def clipped_rows(
     return clipped_sum(Recorded(examples=examples, direct=uses), parameters, policy)
 
 
-def clear_with_zero_grad(module: nn.Module, refuse: Callable[[], None]) -> None:
+def clear_with_zero_grad(module: nn.Module, refuse: Callable[[], None]) -> Callable[[], None]:
     """Makes `module.zero_grad()` clear what this mode shows, and refuse what that of the optimizer refuses.
+
+    Returns a function that makes it torch's own again.
 
     It is bound like a method. That of a copy clears the copy, whose gradients nobody waits for.
 
@@ -66,7 +68,11 @@ def clear_with_zero_grad(module: nn.Module, refuse: Callable[[], None]) -> None:
             if hasattr(p, "grad_sample"):
                 p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
 
+    def undo() -> None:
+        vars(module).pop("zero_grad", None)
+
     module.zero_grad = MethodType(zero_grad, module)  # type: ignore[method-assign]
+    return undo
 
 
 class Materialised:
@@ -110,6 +116,12 @@ class Materialised:
                 p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
             raise
         self._spent = {}
+
+    def remove(self) -> None:
+        """Takes the attributes away."""
+        for p in self._update.parameters.values():
+            for name in ("grad_sample", "summed_grad"):
+                vars(p).pop(name, None)
 
     # -- after a backward --------------------------------------------------------------------------------------------
 

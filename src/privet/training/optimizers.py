@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from privet.errors import ConfigurationError, ProtocolError
 
@@ -53,14 +54,23 @@ class StepHooks:
         self._release = release
         self._stepping = False  # between the release and the end of the optimizer's step
         self._closure: Callable[[], Any] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._says_scaling = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Follows the steps of the optimizer from now on."""
         if "_step_supports_amp_scaling" not in vars(optimizer):
             # A GradScaler then leaves its step to the optimizer, where it can be refused by name.
             optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # noqa: SLF001
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
+            self._says_scaling = True
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    def detach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the hooks away: the optimizer's steps are torch's own."""
+        for handle in self._handles:
+            handle.remove()
+        if self._says_scaling:
+            vars(optimizer).pop("_step_supports_amp_scaling", None)
 
     def renew(self) -> None:
         """Takes note that a new sum came: the next step releases it."""

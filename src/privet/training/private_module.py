@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from privet.batches.kept import opening
+from privet.errors import ProtocolError
 from privet.gradients.capture.instrument import Instrument
 from privet.gradients.capture.loss_watch import LossWatch
 from privet.gradients.spread import spread_sum
 from privet.gradients.use import Recorded
 from privet.parallel.mesh import refuse_late_wrapper
 from privet.training.materialised import Materialised, clear_with_zero_grad
+from privet.training.once import Making
 from privet.training.update import PrivateUpdate
+from privet.training.virtual_steps import in_virtual_steps
 from privet.validation import refuse_mixing
 
 __all__ = ["MODES_ELSEWHERE", "GradSampleMode", "PrivateModule", "modes"]
@@ -49,6 +52,7 @@ class PrivateModule:
         batch_first: whether inputs have the batch on axis 0, else on axis 1.
         loss_divisor: what the loop divides a loss by that is a mean over the rows of the batch: 1 where it does not
             accumulate. None for a loss that is a sum.
+        making: how it is made private.
         mode: how per-example gradients are computed, and whether they are shown.
         expects_criterion: whether the loss must be one of a private criterion.
     """
@@ -60,6 +64,7 @@ class PrivateModule:
         *,
         batch_first: bool,
         loss_divisor: int | None,
+        making: Making,
         mode: GradSampleMode,
         expects_criterion: bool = False,
     ) -> None:
@@ -68,6 +73,8 @@ class PrivateModule:
         self.update = update
         self.materialised = Materialised(update) if shown else None
         self._loss_divisor = loss_divisor
+        self.making = making
+        self._undo: list[Callable[[], None]] = []
         self._axis = 0 if batch_first else 1
         self.losses = LossWatch(
             mean=loss_divisor is not None,
@@ -97,16 +104,38 @@ class PrivateModule:
         """Makes the optimizer's steps release, and guards `zero_grad`: no gradient is lost in silence."""
         self.update.attach(self.module, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        optimizer.zero_grad = self._guarded(optimizer.zero_grad)  # type: ignore[method-assign]
+        guarded, before = self._guarded(optimizer.zero_grad), vars(optimizer).get("zero_grad")
+        self._undo.append(lambda: _put_back(self.update.optimizer, guarded, before))
+        optimizer.zero_grad = guarded  # type: ignore[method-assign]
         if self.materialised is not None:
-            clear_with_zero_grad(self.module, self.update.refuse_zero_grad)
+            self._undo += [
+                self.materialised.remove,
+                clear_with_zero_grad(self.module, self.update.refuse_zero_grad),
+            ]
         self.update.on_forget(self.instrument.capture.release)
+
+    def detach(self) -> None:
+        """Makes module and optimizer ordinary ones again.
+
+        Raises:
+            ProtocolError: inside a logical step. Nothing is changed then.
+        """
+        optimizer = self.update.optimizer
+        if optimizer is not None and in_virtual_steps(optimizer):
+            raise ProtocolError(
+                "detach() was called inside of a BatchMemoryManager. Expected it after the `with` block. Leave the "
+                "block first."
+            )
+        self.update.detach()
+        self.instrument.remove()
+        for undo in self._undo:
+            undo()
 
     def _guarded(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
         def guarded(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's own signature
             self.update.refuse_zero_grad()
             zero_grad(set_to_none=set_to_none)
-            if self.materialised is not None:
+            if self.materialised is not None and not self.update.detached:
                 self.materialised.clear()
 
         return guarded
@@ -125,3 +154,12 @@ class PrivateModule:
         met, spread = self.instrument.capture.standing_for(trainable), self.update.ranks.spread
         clipped = spread_sum(recorded, met, self.update.mechanism.clipping, spread, scale=scale)
         self.update.receive(clipped, examples=examples)
+
+
+def _put_back(optimizer: torch.optim.Optimizer | None, guarded: Any, before: Any) -> None:
+    """Makes an optimizer's `zero_grad` what it was before. What was wrapped around it since stays, and is harmless."""
+    if optimizer is not None and vars(optimizer).get("zero_grad") is guarded:
+        if before is None:
+            del optimizer.zero_grad
+        else:
+            optimizer.zero_grad = before  # type: ignore[method-assign]

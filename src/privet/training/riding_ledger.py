@@ -10,18 +10,19 @@ such key (a state of an ordinary optimizer, weights alone) is loaded, and epsilo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from privet._checks import check_count
 from privet.accounting.role import LedgerLike
 from privet.errors import LedgerError
 from privet.gradients.capture.hook import Hook, nothing
 
-__all__ = ["KEY", "RidingLedger", "Run"]
+__all__ = ["KEY", "CarriedLedger", "RidingLedger", "Run"]
 
 KEY = "privet"
 _FORMAT = 1
@@ -40,6 +41,43 @@ class Run(Protocol):
         """Puts on the ledger what happened without privacy, if anything did."""
 
 
+class LedgerHook(Hook):
+    """A hook on a private module whose copies, and pickles, carry what the ledger held when they were made.
+
+    Args:
+        function: what the hook does.
+        ledger_now: returns the ledger as plain values.
+    """
+
+    def __init__(self, function: Callable[..., Any], ledger_now: Callable[[], dict[str, object]]) -> None:
+        super().__init__(function, nothing)
+        self._ledger_now = ledger_now
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return CarriedLedger(self._ledger_now())
+
+    def __reduce__(self) -> Any:
+        return (CarriedLedger, (self._ledger_now(),))
+
+
+class CarriedLedger(Hook):
+    """What a copy of a private module carries: the ledger as it was then. It does nothing else.
+
+    Args:
+        state: the ledger as plain values.
+    """
+
+    def __init__(self, state: dict[str, object]) -> None:
+        super().__init__(nothing, nothing)
+        self.state = state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return CarriedLedger(self.state)
+
+    def __reduce__(self) -> Any:
+        return (CarriedLedger, (self.state,))
+
+
 class RidingLedger:
     """Puts a run's ledger into its optimizer's state, and takes back what a loaded state holds.
 
@@ -50,12 +88,24 @@ class RidingLedger:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._unknown: set[str] = set()  # what was loaded that epsilon knows nothing of
+        self._handles: list[RemovableHandle] = []
 
     def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Follows from now on what is saved of an optimizer, and what is loaded into it and into its module."""
-        optimizer.register_state_dict_post_hook(self._saved)
-        optimizer.register_load_state_dict_pre_hook(self._loading)
-        module.register_load_state_dict_post_hook(Hook(self._weights_loaded, nothing))  # type: ignore[no-untyped-call]
+        self._handles = [
+            optimizer.register_state_dict_post_hook(self._saved),
+            optimizer.register_load_state_dict_pre_hook(self._loading),
+            module.register_load_state_dict_post_hook(LedgerHook(self._weights_loaded, self._ledger_now)),  # type: ignore[no-untyped-call]
+        ]
+
+    def detach(self) -> None:
+        """Follows neither any more. What is saved of the optimizer from now on holds no ledger."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _ledger_now(self) -> dict[str, object]:
+        self._run.settle()
+        return dict(self._run.ledger.state_dict())
 
     def say_what_is_unknown(self) -> None:
         """Warns, before the first step, of what was loaded that no step on the ledger explains. Warns once."""

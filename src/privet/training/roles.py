@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from privet.errors import ConfigurationError
 from privet.gradients.clipped_sum import ClippedSum
 
-__all__ = ["LateSum", "Scheduled"]
+__all__ = ["LateSum", "Scheduled", "refuse_other_schedules"]
 
 
 class Scheduled(Protocol):
@@ -35,3 +36,14 @@ class LateSum(Protocol):
 
     def summed(self, clipped: ClippedSum) -> None:
         """Looks at the sum of a whole logical batch before noise is added."""
+
+
+def refuse_other_schedules(schedules: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raises if states were saved by other schedules than these."""
+    if len(saved) != len(schedules):
+        raise ConfigurationError(
+            f"the checkpoint has {len(saved)} schedules, and this run {len(schedules)}. Expected the same ones. Build "
+            "the schedules of the saved run, in the same order, before loading."
+        )
+    for schedule, its_state in zip(schedules, saved, strict=True):
+        schedule.refuse_state(its_state)

@@ -30,7 +30,7 @@ from privet.training.loaders import Loaders
 from privet.training.logical_sum import LogicalSum, thrown_away
 from privet.training.optimizers import StepHooks
 from privet.training.riding_ledger import RidingLedger
-from privet.training.roles import LateSum, Scheduled
+from privet.training.roles import LateSum, Scheduled, refuse_other_schedules
 
 __all__ = ["PrivateUpdate", "update_of"]
 
@@ -84,14 +84,63 @@ class PrivateUpdate:
         self._late: LateSum | None = None
         self.watcher: Callable[[ClippedSum, Mechanism, int], None] | None = None  # of statistics, without noise
         self._riding = RidingLedger(self)
+        self.detached = False
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
     def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Makes every step of the optimizer a release of this update, and its saved state hold the ledger."""
+        self._optimizer = weakref.ref(optimizer)  # a strong one would keep it alive in the table of updates
         self._hooks.attach(optimizer)
         self.guard.attach(optimizer)
         self._riding.attach(module, optimizer)
         _UPDATES[optimizer] = self
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Returns the optimizer whose steps release, or None if it is gone."""
+        return self._optimizer()
+
+    def refuse_detached(self, what: str) -> None:
+        """Raises if training is not private any more."""
+        if self.detached:
+            raise ProtocolError(
+                f"{what}, and this training is not private any more: detach() has ended it. Expected a module that is "
+                "private. Make it private anew."
+            )
+
+    def refuse_mid_step(self, what: str) -> None:
+        """Raises if a logical step is under way, during which `what` may not happen, or training is not private now."""
+        self.refuse_detached(what)
+        if self.pending or self._sum.begun or self._sum.unfinished:
+            raise ProtocolError(
+                f"{what} inside a logical step, of which a part is clipped already. Expected it between logical steps. "
+                "Call optimizer.step() first, or with physical batches the step of the last one of its logical batch."
+            )
+
+    def detach(self) -> None:
+        """Ends private training: module and optimizer are left as if it had never begun.
+
+        Raises:
+            ProtocolError: inside a logical step, or on several ranks. Nothing is changed then.
+        """
+        self.refuse_mid_step("detach() was called")
+        if self.ranks.share.ranks > 1:
+            raise ProtocolError(
+                f"detach() was called where {self.ranks.found} train together: their wrapper was put to rest when "
+                "training became private. Expected one process. Build a new module on each rank, and load_state_dict() "
+                "what this one learned."
+            )
+        self.settle()
+        self.loaders.end()
+        self.forget()
+        self.guard.detach()
+        self._riding.detach()
+        optimizer = self.optimizer
+        if optimizer is not None:
+            self._hooks.detach(optimizer)
+            del _UPDATES[optimizer]
+        self.detached = True
 
     @property
     def ledger(self) -> LedgerLike:
@@ -120,12 +169,8 @@ class PrivateUpdate:
         Raises:
             ProtocolError: if a logical step is under way: a part of it was clipped as the mechanism says now.
         """
-        if self.pending or self._sum.begun or self._sum.unfinished:
-            raise ProtocolError(
-                "the mechanism was to change inside a logical step, of which a part is clipped already. Expected "
-                "changes between logical steps. Call schedule.step() after the optimizer's step; with "
-                "physical batches, after that of the last one of its logical batch, or once a pass."
-            )
+        if self.detached or self.pending or self._sum.begun or self._sum.unfinished:
+            self.refuse_mid_step("the mechanism was to change")
         groups_of(mechanism.clipping, list(self.parameters))
         if mechanism.noise != self._mechanism.noise.with_multiplier(mechanism.noise.multiplier):
             raise ConfigurationError(
@@ -318,14 +363,7 @@ class PrivateUpdate:
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:
         """Raises if the state was saved under other schedules."""
-        saved = state.get("schedules", [])
-        if len(saved) != len(self.schedules):
-            raise ConfigurationError(
-                f"the checkpoint has {len(saved)} schedules, and this run {len(self.schedules)}. Expected the same "
-                "ones. Build the schedules of the saved run, in the same order, before loading."
-            )
-        for schedule, its_state in zip(self.schedules, saved, strict=True):
-            schedule.refuse_state(its_state)
+        refuse_other_schedules(self.schedules, state.get("schedules", []))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes; steps already taken here are never numbered again."""

@@ -37,7 +37,7 @@ from privet.sampling.physical import PhysicalSize, tickets_of
 from privet.training.collective import refuse_search
 from privet.training.update import PrivateUpdate, update_of
 
-__all__ = ["BatchMemoryManager", "PhysicalLoader"]
+__all__ = ["BatchMemoryManager", "PhysicalLoader", "in_virtual_steps"]
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 _ACTIVE: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -123,6 +123,11 @@ class BatchMemoryManager:
                 "Nothing of this logical batch was released. To go on with smaller physical batches instead, put the "
                 "body of the loop into `with loader.attempt():`, where `loader` is what BatchMemoryManager yields."
             )
+
+
+def in_virtual_steps(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether a BatchMemoryManager has the optimizer now."""
+    return optimizer in _ACTIVE
 
 
 def _virtual(step: Callable[..., Any], update: PrivateUpdate) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from privet.errors import ProtocolError
 
-__all__ = ["Hook", "is_copy", "nothing", "refuse_copy"]
+__all__ = ["Hook", "nothing", "refuse_copy"]
 
 
 class Hook:
@@ -37,19 +37,12 @@ class Hook:
         return (Hook, (self._in_copy, self._in_copy))
 
 
-def is_copy(module: nn.Module) -> bool:
-    """Returns whether the module is a copy of a private one."""
-    hooks = module._forward_pre_hooks.values()  # noqa: SLF001 - there is no public way to see them
-    return any(isinstance(hook, Hook) and hook.of_copy for hook in hooks)
-
-
 def refuse_copy(module: nn.Module, *rest: Any) -> None:
     """Raises if a copy of a private module is to be trained."""
     if module.training and torch.is_grad_enabled():
         raise ProtocolError(
             "this is a copy of a private model, and trains without privacy. Expected eval() or no_grad() of a copy. "
-            "Copy the model before make_private, and make each copy private that is to be trained; or load its "
-            "state_dict() into a new module, and make that private."
+            "To train it with privacy, give the copy to make_private: the ledger then gets what the original has spent."
         )
 
 

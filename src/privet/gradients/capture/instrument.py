@@ -139,6 +139,8 @@ class Instrument:
 
     def remove(self) -> None:
         """Makes the module an ordinary one again."""
+        if self._losses is not None:
+            self._losses.end()
         self._watch.end()
         for handle in self._handles:
             handle.remove()

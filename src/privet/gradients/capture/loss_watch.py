@@ -49,8 +49,14 @@ class LossWatch:
         self._outputs: list[Any] = []  # nodes of the forwards at hand
         self._trusted: list[Any] = []
         self._due = False
+        self._ended = False
         self._backwards = 0
         self._token_means: list[TokenMean] = []
+
+    def end(self) -> None:
+        """Looks at no loss any more."""
+        self.begin()
+        self._ended = True
 
     def begin(self) -> None:
         """Forgets the forwards before: their graph must not be kept alive."""
@@ -59,7 +65,7 @@ class LossWatch:
 
     def trust(self, losses: Tensor) -> None:
         """Takes note of losses that were computed for each example alone: what lies below them is not looked at."""
-        if losses.grad_fn is not None:
+        if losses.grad_fn is not None and not self._ended:
             self._trusted.append(losses.grad_fn)
 
     def follow(

@@ -78,6 +78,8 @@ class Tripwires:
         """Discards all gradients, and raises, if one has arrived at a parameter."""
         if parameter.grad is None:  # an undefined gradient is none
             return
+        if self._collected is None and any(other.collects(parameter) for other in _COLLECTING):
+            return  # it is for the check of another network, which shares this parameter and takes the gradient away
         if self._collected is not None:
             # Taken away at once: whoever gathers and shards parameters may take it elsewhere.
             gradient, parameter.grad = parameter.grad, None
@@ -111,14 +113,27 @@ class Tripwires:
             return found or {}
 
         self._collected = {}
+        _COLLECTING.append(self)
         try:
             yield arrived
         finally:
+            _COLLECTING.remove(self)
             self._collected = None
             for p, gradient in before:
                 p.grad = gradient
+
+    def collects(self, parameter: Tensor) -> bool:
+        """Returns whether gradients that arrive at a parameter are for a check of this object's network."""
+        return self._collected is not None and any(p is parameter for p in self._parameters)
 
     def remove(self) -> None:
         """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
+        for p in self._parameters:
+            if not p._post_accumulate_grad_hooks:  # noqa: SLF001 - torch leaves an empty list of hooks behind
+                p._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # noqa: SLF001
+
+
+_COLLECTING: list[Tripwires] = []
+"""Those whose network is being checked now."""

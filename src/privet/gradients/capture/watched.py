@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
+from privet.errors import ProtocolError
 from privet.gradients.derived import Derivation, is_isometry
 from privet.gradients.tracing import tracing
 
@@ -154,10 +155,13 @@ class Roots:
         """
         if self._parts:
             self._follow_parts()
-        for parameter in self.parameters.values():
-            if parameter.requires_grad and type(parameter) is nn.Parameter:
-                parameter.grad = None
-                parameter.__class__ = self._parameter_class
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad and type(parameter) is not self._parameter_class:
+                if isinstance(parameter, _WatchedParameter):
+                    raise _held_by_another(name)
+                if type(parameter) is nn.Parameter:
+                    parameter.grad = None
+                    parameter.__class__ = self._parameter_class
         for part in self._parts.values():
             if part.shown.requires_grad and type(part.shown) is part.plain:
                 part.shown.grad = None
@@ -214,8 +218,8 @@ class Roots:
             if isinstance(part.shown, _WatchedPart):
                 cast("Any", part.shown).__class__ = part.plain
         for parameter in self.parameters.values():
-            if isinstance(parameter, _WatchedParameter):
-                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+            if type(parameter) is self._parameter_class:  # another capture may watch what two networks share
+                parameter.__class__ = nn.Parameter
 
     # -- what a root is ----------------------------------------------------------------------------------------------
 
@@ -280,6 +284,15 @@ class Roots:
         alias = t.view_as(t)
         alias.__class__ = self._derived_class  # a graph knows a tensor as the object that it is
         return alias
+
+
+def _held_by_another(name: str) -> ProtocolError:
+    return ProtocolError(
+        f"{name} is shared with another private module, whose forward still waits for its backward: one backward "
+        "through both would leave no gradient for each. Expected forward, backward and step of one network before the "
+        "forward of the other; eval() or no_grad() where a network is only looked at. For one loss of both networks, "
+        "put them into one module, such as a ModuleDict with a forward that runs both, and make that private."
+    )
 
 
 def _same(t: Tensor) -> Tensor:
