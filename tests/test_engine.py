@@ -228,20 +228,6 @@ def test_a_parameter_that_joins_the_optimizer_later_gets_no_raw_gradient() -> No
 
 
 @pytest.mark.filterwarnings(FOREIGN)
-def test_a_parameter_thawed_after_make_private_is_refused() -> None:
-    net = Net()
-    net.first.requires_grad_(False)
-    engine, optimizer, _, _ = private(net)
-    squares(net(torch.randn(4, 3))).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    net.first.weight.requires_grad_(True)
-    with pytest.raises(ConfigurationError, match=r"first\.weight is trainable now"):
-        net(torch.randn(4, 3))
-    assert engine.ledger.steps == 1
-
-
-@pytest.mark.filterwarnings(FOREIGN)
 def test_a_parameter_replaced_after_make_private_is_refused() -> None:
     net = Net()
     private(net)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
@@ -50,6 +49,7 @@ from privet.training.parameters import private_parameters
 from privet.training.performance import Performance
 from privet.training.plausible import refuse_budget_without_noise, warn_of_mechanism
 from privet.training.start import facts_of
+from privet.training.thawed import admit
 from privet.training.update import PrivateUpdate
 from privet.training.way import Way
 from privet.validation import refuse_mixed_records, refuse_mixing, require_valid
@@ -165,7 +165,13 @@ class PrivateStep(Door):
         self._loss = LossModule(inner, loss_per_example)
         self._key = key
         self._has_loader = False
-        self._watch = Watch(inner, parameters, within=self._loss.forward, spread=ranks.spread)
+        self._watch = Watch(
+            inner,
+            parameters,
+            within=self._loss.forward,
+            spread=ranks.spread,
+            admit=lambda found: admit(inner, self._update, making, found, passes=self._way.passes),
+        )
         self._capture = self._watch.capture
         groups = groups_of(mechanism.clipping, list(parameters))
         self._way = Way(performance, ranks.spread, self._loss, self._capture, groups)
@@ -275,15 +281,9 @@ class PrivateStep(Door):
         return loader
 
     def _physical_size(self) -> int | Literal["auto"] | None:
-        """Returns the size that was given, or for padded batches one that only one Poisson batch in some forty exceeds.
-
-        It is computed of public numbers alone.
-        """
-        size, expected = self.performance.physical_batch_size, self._update.divisor.value
-        if size is not None or not self.performance.fixed_shapes or expected is None:
-            return size
-        spread = 2.0 * math.sqrt(expected) if self.mechanism.sampling.random_size else 0.0
-        return max(1, math.ceil((expected + spread) / self._update.ranks.share.ranks))
+        """Returns the size of physical batches: that which was given, or one of the expected size."""
+        expected, random = self._update.divisor.value, self.mechanism.sampling.random_size
+        return self.performance.physical_size(expected, random=random, ranks=self._update.ranks.share.ranks)
 
     def _sampling_key(self) -> NoiseKey:
         """Returns the step's own key for its first loader, and a fresh one for each further loader."""

@@ -65,7 +65,7 @@ def one_at_a_time(net: nn.Module, batch: Any) -> None:
         grads = torch.autograd.grad(F.cross_entropy(net(x[None]), y[None]), list(net.parameters()))
         norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
         for t, g in zip(total, grads, strict=True):
-            t += g * min(1.0, CLIP / float(norm))
+            t.add_(g * min(1.0, CLIP / float(norm)))
     for p, t in zip(net.parameters(), total, strict=True):
         p.grad = t / WIDTH
 
@@ -160,7 +160,7 @@ def test_what_would_not_be_exact_is_refused_at_once(why: str) -> None:
     engine = PrivacyEngine()
     if why == "two steps":
         explicit(first)
-        with pytest.raises(ProtocolError, match="a ledger of its own.*ledger="):
+        with pytest.raises(ProtocolError, match=r"a ledger of its own.*ledger="):
             explicit(second)
         return
     private(engine, first)

@@ -27,14 +27,14 @@ from privet.errors import ProtocolError
 from privet.gradients.capture.hook import Hook
 from privet.training.riding_ledger import CarriedLedger
 
-__all__ = ["Making", "ended", "made_private", "refuse_private", "take_up"]
+__all__ = ["Making", "ended", "made_private", "refuse_private", "refuse_shared", "take_up"]
 
 _WAY_ON = "End the first one with detach(), and make it private anew: with the same engine or ledger, which goes on."
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_post_hooks")
 _ASIDE = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Making:
     """How a module is made private.
 
@@ -78,11 +78,16 @@ def refuse_private(
     """Raises if something was made private before, in a way that a second one would not be exact beside."""
     if optimizer in _OPTIMIZERS:
         raise _twice(optimizer)
+    refuse_shared(module, parameters, making)
+
+
+def refuse_shared(module: nn.Module, parameters: Mapping[str, nn.Parameter], making: Making) -> None:
+    """Raises if parameters are those of another private module too, and the sums of the two would not be exact."""
     for other, makings in _MADE.items():
         # The modules are asked, for a weak reference to a parameter would keep torch from swapping it for another type.
         theirs = {id(p) for p in other.parameters() if p.requires_grad}
         shared = [name for name, p in parameters.items() if id(p) in theirs]
-        for before in makings:
+        for before in (each for each in makings if each is not making):
             _refuse_beside(module, making, other, before, shared)
 
 
@@ -167,7 +172,7 @@ def _forget_what_was_shown(module: nn.Module) -> None:
             vars(p).pop(attribute, None)
     function = getattr(vars(module).get("zero_grad"), "__func__", None)
     if function is type(module).zero_grad or getattr(function, "__module__", "") == "privet.training.materialised":
-        del module.zero_grad  # type: ignore[attr-defined]  # a pickle has made it that of the class
+        del module.zero_grad  # a pickle has made it that of the class
 
 
 def _say_what_happened(module: nn.Module, before: _Detached, ledger: LedgerLike) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,3 +73,14 @@ class Performance:
     def fixed_shapes(self) -> bool:
         """Returns whether all physical batches have one size: a compiled graph holds for one shape alone."""
         return self.padded or self.compile
+
+    def physical_size(self, expected: float | None, *, random: bool, ranks: int) -> int | Literal["auto"] | None:
+        """Returns the size that was given, or for padded batches one that only one Poisson batch in some forty exceeds.
+
+        It is computed of public numbers alone: the expected size of a logical batch, and whether sizes are random.
+        """
+        size = self.physical_batch_size
+        if size is not None or not self.fixed_shapes or expected is None:
+            return size
+        spread = 2.0 * math.sqrt(expected) if random else 0.0
+        return max(1, math.ceil((expected + spread) / ranks))

@@ -17,6 +17,7 @@ from privet.gradients.use import Recorded
 from privet.parallel.mesh import refuse_late_wrapper
 from privet.training.materialised import Materialised, clear_with_zero_grad
 from privet.training.once import Making
+from privet.training.thawed import admit
 from privet.training.update import PrivateUpdate
 from privet.training.virtual_steps import in_virtual_steps
 from privet.validation import refuse_mixing
@@ -88,6 +89,7 @@ class PrivateModule:
             batch_first=batch_first,
             mapped=mapped,
             on_backward=self._received,
+            admit=lambda found: admit(module, update, making, found),
             on_check=self._checked,
             losses=self.losses,
             running=update.ranks.running,

@@ -22,7 +22,7 @@ from privet.accounting.role import LedgerLike
 from privet.errors import LedgerError
 from privet.gradients.capture.hook import Hook, nothing
 
-__all__ = ["KEY", "CarriedLedger", "RidingLedger", "Run"]
+__all__ = ["KEY", "CarriedLedger", "LedgerHook", "RidingLedger", "Run"]
 
 KEY = "privet"
 _FORMAT = 1

@@ -101,12 +101,17 @@ class PrivateUpdate:
         """Returns the optimizer whose steps release, or None if it is gone."""
         return self._optimizer()
 
+    def admit(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Takes these parameters for the private ones from now on: those of before, and new ones among them."""
+        self.parameters.clear()
+        self.parameters.update(parameters)  # the same dict, which others look into
+        self.guard.admit(parameters)
+
     def refuse_detached(self, what: str) -> None:
         """Raises if training is not private any more."""
         if self.detached:
             raise ProtocolError(
-                f"{what}, and this training is not private any more: detach() has ended it. Expected a module that is "
-                "private. Make it private anew."
+                f"{what}, and this training is not private any more: detach() has ended it. Make it private anew."
             )
 
     def refuse_mid_step(self, what: str) -> None:
@@ -114,8 +119,8 @@ class PrivateUpdate:
         self.refuse_detached(what)
         if self.pending or self._sum.begun or self._sum.unfinished:
             raise ProtocolError(
-                f"{what} inside a logical step, of which a part is clipped already. Expected it between logical steps. "
-                "Call optimizer.step() first, or with physical batches the step of the last one of its logical batch."
+                f"{what} inside a logical step, of which a part is clipped already. Expected it between logical steps: "
+                "after optimizer.step(), with physical batches after that of the last one of its logical batch."
             )
 
     def detach(self) -> None:
@@ -127,9 +132,8 @@ class PrivateUpdate:
         self.refuse_mid_step("detach() was called")
         if self.ranks.share.ranks > 1:
             raise ProtocolError(
-                f"detach() was called where {self.ranks.found} train together: their wrapper was put to rest when "
-                "training became private. Expected one process. Build a new module on each rank, and load_state_dict() "
-                "what this one learned."
+                f"detach() was called on {self.ranks.found}, whose wrapper was put to rest. Expected one process. "
+                "Build a new module on each rank, and load_state_dict() what this one learned."
             )
         self.settle()
         self.loaders.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSet
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,11 +50,21 @@ class _Watch:
         return self._capture.leave_module(cycle, module, operation, data, roots)
 
 
-def watch_custom_modules(module: nn.Module, capture: Capture) -> list[RemovableHandle]:
-    """Makes every module inside `module` that has a registered rule one operation; returns the hooks' handles."""
+def watch_custom_modules(
+    module: nn.Module, capture: Capture, *, but: MutableSet[nn.Module] | None = None
+) -> list[RemovableHandle]:
+    """Makes every module inside `module` that has a registered rule one operation; returns the hooks' handles.
+
+    Args:
+        module: the private module.
+        capture: takes the operations.
+        but: modules that are one operation already. Those that become so are added.
+    """
+    done = but if but is not None else set()
     handles: list[RemovableHandle] = []
     for child in module.modules():
-        if module_rule(child) is not None and any(p.requires_grad for p in child.parameters()):
+        if child not in done and module_rule(child) is not None and any(p.requires_grad for p in child.parameters()):
+            done.add(child)
             watch = _Watch(capture)
             enter, leave = Hook(watch.enter, nothing), Hook(watch.leave, nothing)
             handles.append(child.register_forward_pre_hook(enter, with_kwargs=True))

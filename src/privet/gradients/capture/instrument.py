@@ -76,6 +76,7 @@ class Instrument:
         batch_first: whether the inputs have the batch on axis 0, else on axis 1.
         mapped: whether vmap takes the place of every rule.
         on_backward: gets what each backward recorded: no use, and 0 examples, of a batch without examples.
+        admit: called with parameters that became trainable, or were added, since; it raises if they may not train.
         on_check: called with the arguments of the first batch of at least two examples, after the coverage check.
         losses: looks at the loss that is computed from the outputs.
         running: a context for what is checked, which tells the other ranks of an error in it.
@@ -91,6 +92,7 @@ class Instrument:
         batch_first: bool = True,
         mapped: bool = False,
         on_backward: Callable[[Recorded], None],
+        admit: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
         on_check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
         losses: LossWatch | None = None,
         running: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -98,7 +100,13 @@ class Instrument:
         on_forward: Callable[[list[Tensor], bool], None] | None = None,
     ) -> None:
         self._watch = Watch(
-            module, parameters, within=module.forward, batch_first=batch_first, mapped=mapped, spread=spread
+            module,
+            parameters,
+            within=module.forward,
+            batch_first=batch_first,
+            mapped=mapped,
+            spread=spread,
+            admit=admit,
         )
         self.capture = self._watch.capture
         self._module = module

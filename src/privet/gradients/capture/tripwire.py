@@ -8,34 +8,22 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from privet.errors import ConfigurationError, CoverageError
+from privet.errors import CoverageError
 
-__all__ = ["Tripwires", "refuse_thawed"]
+__all__ = ["Tripwires", "thawed"]
 
 
-def refuse_thawed(
-    module: nn.Module, known: Mapping[str, nn.Parameter], stand_ins: Iterable[nn.Parameter] = ()
-) -> frozenset[str]:
-    """Returns the names of the known parameters that are trainable now, and raises if any other is.
+def thawed(module: nn.Module, known: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Returns the parameters that are trainable now and are none of the known ones, by name.
 
     Args:
         module: the private module.
-        known: its parameters, by name.
-        stand_ins: objects that stand for parameters while a module runs, and maybe after it.
+        known: its parameters, and objects that stand for parameters while a module runs, and maybe after it.
     """
-    ours = {id(p) for p in (*known.values(), *stand_ins)}
-    if any(p.requires_grad and id(p) not in ours for p in _parameters_of(module, set())):
-        for name, p in module.named_parameters():
-            if not p.requires_grad or id(p) in ours:
-                continue
-            raise ConfigurationError(
-                f"{name} is trainable now and was frozen, or absent, when training became private: nothing would clip "
-                "its gradients. Expected the same trainable parameters. Freeze it again; or, to unfreeze it from now "
-                "on, build a new module, load_state_dict() what this one learned, and make that private. If the module "
-                "was wrapped or sharded since (fully_shard), do so before make_private or PrivateStep, and build the "
-                "optimizer between the two."
-            )
-    return frozenset(name for name, p in known.items() if p.requires_grad)
+    ours = {id(p) for p in known}
+    if not any(p.requires_grad and id(p) not in ours for p in _parameters_of(module, set())):
+        return {}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in ours}
 
 
 def _parameters_of(module: nn.Module, seen: set[int]) -> Iterator[nn.Parameter]:

@@ -177,11 +177,15 @@ class Roots:
             if local.requires_grad != part.shown.requires_grad:
                 local.requires_grad_(part.shown.requires_grad)
 
+    def add(self, name: str, parameter: nn.Parameter) -> None:
+        """Takes one more parameter."""
+        self.parameters[name] = parameter
+        self._names[id(parameter)] = name
+
     def meet(self, name: str, parameter: nn.Parameter) -> None:
         """Takes another object for a parameter from now on: one that was gathered from its shards, and is let go of."""
         self.transient = True
-        self.parameters[name] = parameter
-        self._names[id(parameter)] = name
+        self.add(name, parameter)
 
     def meet_part(self, name: str, shown: nn.Parameter, local: nn.Parameter) -> None:
         """Takes a tensor that modules hold, of which this process has a part, for a parameter from now on.
