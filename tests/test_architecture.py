@@ -75,7 +75,7 @@ LAYERS = {
         ),
         ("accumulated_sum", "billing", "criterion", "loggers", "logical_sum", "once"),
         ("collective", "update"),
-        ("checkpoint", "materialised", "thawed", "virtual_steps", "way"),
+        ("checkpoint", "loss_scale", "materialised", "thawed", "virtual_steps", "way"),
         ("door", "private_module"),
         ("module_door",),
         ("options", "target"),

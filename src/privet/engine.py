@@ -24,6 +24,7 @@ from privet.training.accumulate import Accumulate, accumulate_for
 from privet.training.clip_count import refuse_adaptive
 from privet.training.criterion import PrivateCriterion
 from privet.training.door import door_ledger
+from privet.training.loss_scale import check_scaler
 from privet.training.models import AboutModels
 from privet.training.module_door import ModuleDoor
 from privet.training.once import Making, made_private, refuse_private, take_up
@@ -141,6 +142,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         accumulate: int | Accumulate = 1,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
         """Makes the module and the optimizer private, in place, and returns them with a private loader.
 
@@ -168,6 +170,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             noise_generator: makes noise and batches reproducible, and says so in the ledger; for tests.
             grad_sample_mode: `"auto"`, the fastest; `"hooks"`, which shows every example's gradient in `p.grad_sample`;
                 `"functorch"`, which does so by vmap and without any rule for a layer.
+            grad_scaler: what the loop scales the loss with, for float16. Its scale becomes a constant, and cancels.
 
         Raises:
             ConfigurationError: for an option that is out of range, or parameters that do not fit together.
@@ -179,7 +182,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         policy = policy_for(clipping, max_grad_norm)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_choice("grad_sample_mode", grad_sample_mode, modes(), elsewhere=MODES_ELSEWHERE)
-        parts = accumulate_for(accumulate, mode=grad_sample_mode)
+        parts, scaler = accumulate_for(accumulate, mode=grad_sample_mode), check_scaler(grad_scaler)
         ranks, inner = self._ranks_for(module, grad_sample_mode), bare(module)
         with ranks.together():
             refuse_optimizer(optimizer)
@@ -241,6 +244,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             making=making,
             mode=grad_sample_mode,
             expects_criterion=criterion is not None,
+            grad_scaler=scaler,
         )
         if key.predictable:
             self.ledger.mark("reproducible key")
@@ -304,6 +308,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         accumulate: int | Accumulate = 1,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
         """Does what `make_private` does, with the least noise whose `epochs` cost at most the target.
 
@@ -350,6 +355,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             accumulate=accumulate,
             noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode,
+            grad_scaler=grad_scaler,
         )
         self.set_budget(epsilon=target_epsilon, delta=target_delta)
         return returned

@@ -90,7 +90,7 @@ def test_rows_that_an_interrupt_leaves_on_some_parameters_are_seen(monkeypatch: 
 def test_a_sum_that_an_interrupt_leaves_at_the_explicit_door_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run("explicit")
     x = next(run.batches())
-    monkeypatch.setattr(run.update._hooks, "renew", _interrupt)
+    monkeypatch.setattr(run.update.hooks, "renew", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         run.step(x)
     monkeypatch.undo()

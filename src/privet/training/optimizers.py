@@ -82,17 +82,15 @@ class StepHooks:
             raise ProtocolError(
                 "a GradScaler stepped a private optimizer. It multiplies the loss, so that every gradient would be "
                 "clipped as if it were that much longer, and it skips steps by what it finds in the gradients. "
-                "Expected no scaler. Train in bfloat16 (autocast with dtype=torch.bfloat16), which needs none, or make "
-                "it GradScaler(enabled=False)."
+                "Expected a scaler that make_private knows: give it grad_scaler=. Or train in bfloat16 (autocast with "
+                "dtype=torch.bfloat16), which needs none, or make it GradScaler(enabled=False)."
             )
         self._refuse_other_gradients(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # If the step of a subclass calls the step of its base, torch runs these hooks twice for one step. The second
         # time there is nothing left to release, and that is no mistake of the user's.
         if closure is None:
-            if self._ready() or not self._stepping:
-                self._release()
-                self._stepping = True
+            self._release_once()
             return None
         if closure is self._closure:  # wrapped by the hook of the outer step
             return None
@@ -100,6 +98,16 @@ class StepHooks:
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
+
+    def release_early(self, optimizer: torch.optim.Optimizer) -> None:
+        """Releases the pending sum now, before the optimizer's step, which then releases nothing."""
+        self._refuse_other_gradients(optimizer)
+        self._release_once()
+
+    def _release_once(self) -> None:
+        if self._ready() or not self._stepping:
+            self._release()
+            self._stepping = True
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
         """Forgets the step that has ended: the next one needs a new sum. An optimizer's step post-hook."""

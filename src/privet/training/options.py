@@ -28,3 +28,4 @@ class Options(TypedDict, total=False):
     accumulate: int | Accumulate
     noise_generator: torch.Generator | None
     grad_sample_mode: GradSampleMode
+    grad_scaler: torch.amp.GradScaler | None

@@ -15,6 +15,7 @@ from privet.gradients.capture.loss_watch import LossWatch
 from privet.gradients.spread import spread_sum
 from privet.gradients.use import Recorded
 from privet.parallel.mesh import refuse_late_wrapper
+from privet.training.loss_scale import LossScale
 from privet.training.materialised import Materialised, clear_with_zero_grad
 from privet.training.once import Making
 from privet.training.thawed import admit
@@ -56,6 +57,7 @@ class PrivateModule:
         making: how it is made private.
         mode: how per-example gradients are computed, and whether they are shown.
         expects_criterion: whether the loss must be one of a private criterion.
+        grad_scaler: what the loop scales losses with.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PrivateModule:
         making: Making,
         mode: GradSampleMode,
         expects_criterion: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         shown, mapped = _MODES[mode]
         self.module = module
@@ -75,6 +78,7 @@ class PrivateModule:
         self.materialised = Materialised(update) if shown else None
         self._loss_divisor = loss_divisor
         self.making = making
+        self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler, update)
         self._undo: list[Callable[[], None]] = []
         self._axis = 0 if batch_first else 1
         self.losses = LossWatch(
@@ -109,6 +113,9 @@ class PrivateModule:
         guarded, before = self._guarded(optimizer.zero_grad), vars(optimizer).get("zero_grad")
         self._undo.append(lambda: _put_back(self.update.optimizer, guarded, before))
         optimizer.zero_grad = guarded  # type: ignore[method-assign]
+        if self._loss_scale is not None:
+            self._loss_scale.attach()
+            self._undo.append(self._loss_scale.detach)
         if self.materialised is not None:
             self._undo += [
                 self.materialised.remove,
@@ -149,6 +156,8 @@ class PrivateModule:
     def _receive(self, recorded: Recorded) -> None:
         examples = recorded.examples or 0
         scale = 1.0 if self._loss_divisor is None else float(max(examples, 1) * self._loss_divisor)
+        if self._loss_scale is not None:
+            scale /= self._loss_scale.taken()
         if self.materialised is not None:
             self.materialised.keep(recorded, scale=scale)
             return

@@ -86,12 +86,12 @@ class PrivateUpdate:
         self._riding = RidingLedger(self)
         self.detached = False
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
-        self._hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
+        self.hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
     def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Makes every step of the optimizer a release of this update, and its saved state hold the ledger."""
         self._optimizer = weakref.ref(optimizer)  # a strong one would keep it alive in the table of updates
-        self._hooks.attach(optimizer)
+        self.hooks.attach(optimizer)
         self.guard.attach(optimizer)
         self._riding.attach(module, optimizer)
         _UPDATES[optimizer] = self
@@ -142,7 +142,7 @@ class PrivateUpdate:
         self._riding.detach()
         optimizer = self.optimizer
         if optimizer is not None:
-            self._hooks.detach(optimizer)
+            self.hooks.detach(optimizer)
             del _UPDATES[optimizer]
         self.detached = True
 
@@ -240,7 +240,7 @@ class PrivateUpdate:
         else:
             match = None if self._sum.physical else self.billing.handed_over.match(examples, known)
             self._sum.receive(clipped, examples=examples, match=match)
-        self._hooks.renew()
+        self.hooks.renew()
 
     def accumulate(self) -> None:
         """Takes the step of a physical batch that is not the last of its logical batch: nothing is released.
