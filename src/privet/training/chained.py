@@ -14,7 +14,7 @@ from torch import Tensor
 
 from privet.errors import ConfigurationError
 
-__all__ = ["ChainedOptimizer"]
+__all__ = ["ChainedOptimizer", "with_parts"]
 
 
 class ChainedOptimizer(torch.optim.Optimizer):
@@ -54,12 +54,23 @@ class ChainedOptimizer(torch.optim.Optimizer):
                     )
         self.optimizers, self._linked = optimizers, False
         super().__init__([p for each in optimizers for p in _parameters(each)], {})
-        self._link()
-
-    def _link(self) -> None:
-        """Makes the groups of the parts those of the whole, the very same objects."""
         self._linked = True
-        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
+        del self.__dict__["_building"]
+
+    def __reduce__(self) -> Any:
+        return (type(self), self.optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Returns the groups of all parts, the very same objects: those that were added to a part later, too."""
+        if not self.__dict__.get("_linked"):
+            building: list[dict[str, Any]] = self.__dict__.setdefault("_building", [])
+            return building
+        return [group for each in self.optimizers for group in each.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, value: object) -> None:
+        """Takes no notice: the parts have the groups."""
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -89,15 +100,25 @@ class ChainedOptimizer(torch.optim.Optimizer):
             start += len(own)
             mine = {id(p) for group in own for p in group["params"]}
             each.__setstate__({"param_groups": own, "state": _of(each, states, mine)})
-        self._link()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses once the parts are linked: a new group belongs to one of them."""
+        """Refuses once the parts are linked: a new group belongs to one of them.
+
+        Raises:
+            ConfigurationError: always, with the line to write.
+        """
         if self._linked:
             raise ConfigurationError(
-                "add the group to one of the parts (`optimizers`), before training is made private."
+                "a group of parameters was to be added to a ChainedOptimizer, and it belongs to one of its parts. "
+                "Expected the part. Call optimizer.optimizers[i].add_param_group(group)."
             )
         super().add_param_group(param_group)
+
+
+def with_parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Returns an optimizer and all that it is made of."""
+    parts = optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else ()
+    return [optimizer, *(each for part in parts for each in with_parts(part))]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -21,6 +21,12 @@ _REFUSED = {
 
 def refuse_optimizer(optimizer: object) -> None:
     """Raises for optimizers that do not read one dense gradient a step."""
+    if isinstance(optimizer, list | tuple):
+        raise ConfigurationError(
+            f"optimizer must be one torch.optim.Optimizer, got a {type(optimizer).__name__} of {len(optimizer)}. A "
+            "step releases one gradient of all parameters. Several optimizers become one by "
+            "privet.ChainedOptimizer(first, second); each of them may have a scheduler."
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     for kind in type(optimizer).__mro__:

@@ -34,6 +34,7 @@ from privet.batches.out_of_memory import is_out_of_memory
 from privet.errors import ConfigurationError, ProtocolError
 from privet.sampling import BatchTicket, PrivateLoader
 from privet.sampling.physical import PhysicalSize, tickets_of
+from privet.training.chained import with_parts
 from privet.training.collective import refuse_search
 from privet.training.update import PrivateUpdate, update_of
 
@@ -144,7 +145,8 @@ def _virtual(step: Callable[..., Any], update: PrivateUpdate) -> Callable[..., A
                 result = closure()
         update.accumulate()
         # A scheduler of torch warns if it is stepped before the optimizer, and looks for this mark.
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001
+        for each in with_parts(optimizer):
+            each._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001
         return result
 
     return virtual
@@ -277,10 +279,11 @@ class _HeldSchedulers:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         # A scheduler holds its optimizer, and an optimizer does not know its schedulers: all objects have to be asked.
+        ours = {id(each) for each in with_parts(optimizer)}
         self._schedulers = [
             found
             for found in gc.get_objects()
-            if issubclass(type(found), LRScheduler) and vars(found).get("optimizer") is optimizer
+            if issubclass(type(found), LRScheduler) and id(vars(found).get("optimizer")) in ours
         ]
         self._states: list[dict[str, Any]] | None = None
         self._groups: list[dict[str, Any]] = []
