@@ -121,9 +121,26 @@ def _() -> Outcome:
 
 @attack(KIND, "a copy made private anew")
 def _() -> Outcome:
-    twin = copy.deepcopy(_run().net)
-    run = Paper(twin, noise=1.0, lr=0.1)
-    return stepped(run, lambda: run.step(_loss(twin)))
+    honest, first = _run(), _run()
+    for run in (honest, honest, first):
+        run.step(_loss(run.net))
+    twin = copy.deepcopy(first.net)
+    again = Paper(twin, noise=1.0, lr=0.1)
+    again.step(_loss(twin))
+    return Billed(again.engine.get_epsilon(1e-5), honest.engine.get_epsilon(1e-5))
+
+
+@attack(KIND, "detached, trained without privacy, and private again")
+def _() -> Outcome:
+    run = _run()
+    run.step(_loss(run.net))
+    run.engine.detach(run.net)
+    _loss(run.net).backward()
+    run.optimizer.step()
+    again = Paper(run.net, noise=1.0, lr=0.1)
+    again.step(_loss(run.net))
+    least = min(engine.get_epsilon(1e-5) for engine in (run.engine, again.engine))
+    return Billed(least, float("inf"))
 
 
 @attack(KIND, "two private networks that share a layer")
