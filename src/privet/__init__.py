@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from privet.gradients import register_rule, rows_of
     from privet.mechanism import Mechanism
     from privet.noise import Gaussian, Noise
-    from privet.sampling import Partition, Poisson, Sampling
+    from privet.sampling import Partition, Poisson, RandomAllocation, Sampling
     from privet.schedules import Exponential, Listed, Plan, Schedule, Stepwise
     from privet.step import PrivateStep
     from privet.training.accumulate import Accumulate
@@ -73,6 +73,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivateStep",
     "PrivetError",
+    "RandomAllocation",
     "ProtocolError",
     "Relation",
     "Sampling",
@@ -118,6 +119,7 @@ _HOMES = {
     "Poisson": "privet.sampling",
     "PrivacyEngine": "privet.engine",
     "PrivateStep": "privet.step",
+    "RandomAllocation": "privet.sampling",
     "Relation": "privet.accounting",
     "Sampling": "privet.sampling",
     "Schedule": "privet.schedules",

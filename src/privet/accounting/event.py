@@ -20,6 +20,7 @@ from privet.errors import ConfigurationError
 __all__ = [
     "ClipCountEvent",
     "ComposedEvent",
+    "DrawnOnce",
     "Event",
     "FixedSizeEvent",
     "GaussianEvent",
@@ -29,6 +30,7 @@ __all__ = [
     "PartitionEvent",
     "PoissonEvent",
     "PoissonSelectionEvent",
+    "RandomAllocationEvent",
     "Relation",
     "SelfComposedEvent",
     "TruncatedPoissonEvent",
@@ -181,8 +183,6 @@ class TruncatedPoissonEvent(Event, kind="truncated_poisson"):
     """`event` on a Poisson batch from which, where it is larger than `cap`, a uniform choice of `cap` is kept.
 
     `dataset_size` counts the larger of two neighbours under add-or-remove-one.
-
-    For accounting only: no sampler of privet draws such batches yet.
     """
 
     rate: float
@@ -198,10 +198,7 @@ class TruncatedPoissonEvent(Event, kind="truncated_poisson"):
 
 @dataclass(frozen=True)
 class FixedSizeEvent(Event, kind="fixed_size"):
-    """`event` on a batch of exactly `batch_size` of `dataset_size` examples, chosen uniformly without replacement.
-
-    For accounting only: no sampler of privet draws such batches yet.
-    """
+    """`event` on a batch of exactly `batch_size` of `dataset_size` examples, chosen uniformly without replacement."""
 
     batch_size: int
     dataset_size: int
@@ -234,6 +231,28 @@ class PartitionEvent(Event, kind="partition"):
     def whole_phase(self, count: int) -> Event:
         """Returns the event of `count` repetitions: so many more passes."""
         return PartitionEvent(self.passes * count, self.event)
+
+
+@dataclass(frozen=True)
+class RandomAllocationEvent(Event, kind="random_allocation"):
+    """One pass of `steps` steps with `event` on each, where each example is in one of them, chosen at random.
+
+    Every step is as likely as any other, whatever the other examples are in: "balls in bins". So the sizes of batches
+    are random and secret. Another pass is another event, whose choices are drawn anew.
+    """
+
+    steps: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        _set(self, steps=check_count("steps", self.steps, 1), event=_check_event("event", self.event))
+
+    def rest_of_pass(self) -> Event:
+        """Returns the event of the rest of a pass whose first part was another event: one participation, not amplified.
+
+        Who is in which step is drawn once a pass, and the first part has told of it.
+        """
+        return PartitionEvent(1, self.event)
 
 
 @dataclass(frozen=True)
@@ -331,6 +350,14 @@ class WholePhase(Protocol):
 
     def whole_phase(self, count: int) -> Event:
         """Returns the event of `count` steps or passes taken together."""
+
+
+@runtime_checkable
+class DrawnOnce(Protocol):
+    """An event of a whole pass whose amplification rests on a draw that its steps share."""
+
+    def rest_of_pass(self) -> Event:
+        """Returns what the rest of a pass costs whose first part was another event."""
 
 
 def repeated(event: Event, count: int) -> Event:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from privet.accounting.allocation import LossLaw, loss_law
 from privet.accounting.pairs import Cells, Range, cells, lumps, negligible
 from privet.accounting.terms import Pair, Part, Term
 
@@ -110,6 +111,9 @@ def _above(part: Part, step: float, tail: float, *, forward: bool, within: Range
     if part.pair is Pair.RARE:
         # Whatever is wanted of it: it has no loss but 0 and infinity.
         return Lattice(0, np.array([1.0 - part.rate, 0.0]) * (within.least <= 0.0), part.rate)
+    if part.pair is Pair.ALLOCATION:
+        law = loss_law(part.noise_multiplier, part.steps, tail)
+        return _of_law(law, step, tail, forward=forward, within=within)
     symmetric = part.pair is Pair.SYMMETRIC
     below = math.isinf(within.least)
     if below and not symmetric:
@@ -121,6 +125,31 @@ def _above(part: Part, step: float, tail: float, *, forward: bool, within: Range
         table = cells(part, step, tail, forward=forward, within=within)
         lattice = _spread(table, step, below=below, above=math.isinf(within.most))
     return lattice if math.isinf(within.most) else _topped(lattice, table, round(within.most / step))
+
+
+def _of_law(law: LossLaw, step: float, tail: float, *, forward: bool, within: Range) -> Lattice:
+    """Returns the distribution of a law of single losses, each spread over the two grid losses around it."""
+    losses = (law.losses if forward else -law.losses[::-1]) + law.slack
+    mass = law.with_record if forward else law.mass[::-1]
+    infinity = law.infinite if forward else law.zero
+    # What has a loss that does not count is moved up.
+    start = int(np.searchsorted(np.cumsum(mass), tail)) if math.isinf(within.least) else 0
+    losses, mass = np.maximum(losses, losses[min(start, len(losses) - 1)]), mass
+    whole = np.floor(losses / step)
+    if not math.isinf(within.least):
+        kept = whole >= round(within.least / step)
+        losses, mass, whole = losses[kept], mass[kept], whole[kept]
+    if not math.isinf(within.most):
+        kept = whole < round(within.most / step)
+        losses, mass, whole, infinity = losses[kept], mass[kept], whole[kept], 0.0
+    if not len(losses):
+        return Lattice(max(0, round(within.least / step)) if math.isfinite(within.least) else 0, np.zeros(2), infinity)
+    share = np.clip(np.expm1(step * whole - losses) / math.expm1(-step), 0.0, 1.0)
+    first = int(whole[0])
+    index = whole.astype(np.int64) - first
+    length = int(index[-1]) + 2
+    spread = np.bincount(index, mass * (1.0 - share), length) + np.bincount(index + 1, mass * share, length)
+    return Lattice(first, spread, infinity)
 
 
 def _topped(lattice: Lattice, table: Cells, most: int) -> Lattice:
@@ -140,6 +169,8 @@ def _topped(lattice: Lattice, table: Cells, most: int) -> Lattice:
 def _below(part: Part, step: float, tail: float, *, forward: bool) -> Lattice:
     # Pairs that no two data sets attain (`Reduced.tight`) have no lower bound.
     assert part.pair not in {Pair.RARE, Pair.SYMMETRIC}
+    if part.pair is Pair.ALLOCATION:
+        return Lattice(0, np.array([1.0, 0.0]), 0.0)  # as if it released nothing
     first, mass, offset = lumps(part, step, tail, forward=forward)
     return Lattice(first, mass, 0.0, offset)
 

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.accounting import _special as special
+from privet.accounting.allocation import loss_law
 from privet.accounting.blocks import block_size, refinement
 from privet.accounting.pairs import Mixtures, mixtures
-from privet.accounting.terms import ONE_DIRECTION, Pair, Term
+from privet.accounting.terms import ONE_DIRECTION, Pair, Part, Term
 
 __all__ = ["Law", "Nodes", "laws", "rarest_epsilon_below"]
 
@@ -64,6 +65,13 @@ def _both_directions(term: Term, tail: float) -> tuple[Nodes, Nodes]:
             still = (np.zeros(1), np.array([math.log(weight) + math.log1p(-part.rate)]))
             forward.append(still)
             backward.append(still)
+            continue
+        if part.pair is Pair.ALLOCATION:
+            law = loss_law(part.noise_multiplier, part.steps, tail)
+            with np.errstate(divide="ignore"):
+                logs = np.log(law.mass) + math.log(weight)
+            forward.append((law.losses, logs + law.losses))
+            backward.append((-law.losses, logs))
             continue
         pair = mixtures(part)
         x, spacing = _nodes(pair, tail)
@@ -303,21 +311,32 @@ def rarest_epsilon_below(counts: Mapping[Term, int], delta: float) -> float:
         weight, part = term.parts[0]
         if part.pair is Pair.RARE:
             continue
-        pair = mixtures(part)
-        low, high = pair.reach(max(delta / count * 1e-3, 1e-300))
-        x = np.linspace(low, high, 129)
-        x = x[pair.loss(x) > 0.0]
-        if not x.size:
-            continue
-
-        def above(weights: Array, shifts: Array, pair: Mixtures = pair, x: Array = x) -> Array:
-            chances: Array = weights @ special.ndtr((shifts[:, None] - x) / pair.sigma)
-            return chances
-
-        p = -np.expm1(count * np.log1p(-np.minimum(weight * above(pair.p_weights, pair.p_shifts), 1.0 - 1e-16)))
-        q = -np.expm1(count * np.log1p(-np.minimum(weight * above(pair.q_weights, pair.q_shifts), 1.0 - 1e-16)))
+        tail = max(delta / count * 1e-3, 1e-300)
+        one, other = _largest_above(part, tail) if part.pair is Pair.ALLOCATION else _above(part, tail)
+        p = -np.expm1(count * np.log1p(-np.minimum(weight * one, 1.0 - 1e-16)))
+        q = -np.expm1(count * np.log1p(-np.minimum(weight * other, 1.0 - 1e-16)))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             needed = np.log((p * (1.0 - 1e-9) - delta) / q) - 1e-9
         needed = needed[np.isfinite(needed)]
         best = max(best, float(needed.max(initial=0.0)))
     return best
+
+
+def _above(part: Part, tail: float) -> tuple[Array, Array]:
+    """Returns under either law the probability of a loss above each of some losses that are above 0."""
+    pair = mixtures(part)
+    x = np.linspace(*pair.reach(tail), 129)
+    x = x[pair.loss(x) > 0.0]
+    p: Array = pair.p_weights @ special.ndtr((pair.p_shifts[:, None] - x) / pair.sigma)
+    q: Array = pair.q_weights @ special.ndtr((pair.q_shifts[:, None] - x) / pair.sigma)
+    return p, q
+
+
+def _largest_above(part: Part, tail: float) -> tuple[Array, Array]:
+    """Returns the same for random allocation with the largest of the sums of all steps in the place of the loss."""
+    sigma = part.noise_multiplier
+    x = np.linspace(0.0, 1.0 - sigma * float(special.ndtri(tail)), 129)
+    others = (part.steps - 1) * special.log_ndtr(x / sigma)
+    p: Array = -np.expm1(others + special.log_ndtr((x - 1.0) / sigma))
+    q: Array = -np.expm1(others + special.log_ndtr(x / sigma))
+    return p, q

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from privet.accounting.allocation import loss_law
 from privet.accounting.blocks import TooWideError
 from privet.accounting.goal import CUTS, MOST_CELLS, Goal, Place, added
 from privet.accounting.grid import Grid, Piece, Prepared
@@ -97,7 +98,10 @@ def _widest(counts: Mapping[Term, int], truncation: float) -> float:
     spans = [1e-12]
     for term in counts:
         for _, part in term.parts:
-            if part.pair is not Pair.RARE:
+            if part.pair is Pair.ALLOCATION:
+                losses = loss_law(part.noise_multiplier, part.steps, truncation).losses
+                spans.append(float(losses[-1] - losses[0]))
+            elif part.pair is not Pair.RARE:
                 pair = mixtures(part)
                 ends = pair.loss(np.array(pair.reach(truncation, q=False)))
                 spans.append(float(ends[1] - ends[0]))

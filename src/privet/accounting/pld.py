@@ -308,8 +308,14 @@ def _tail(delta: float, counts: dict[Term, int], cut: float = CUTS[0]) -> float:
 
 
 def _least_epsilon(counts: dict[Term, int], delta: float, tilt: float) -> float:
-    """Returns an ε that is needed at least, by moments of the whole composition in either direction."""
-    whole = laws(counts, _tail(delta, counts), sketch=False)
+    """Returns an ε that is needed at least, by moments of the whole composition in either direction.
+
+    The moments of random allocation are of a law that is rounded up; without it the composition needs no more.
+    """
+    exact = {term: n for term, n in counts.items() if all(part.pair is not Pair.ALLOCATION for _, part in term.parts)}
+    if not exact:
+        return 0.0
+    whole = laws(exact, _tail(delta, exact), sketch=False)
     return max(law.epsilon_below(delta, tilt) for law in whole)
 
 

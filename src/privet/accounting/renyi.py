@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.accounting import _special as special
+from privet.accounting.allocation_renyi import LARGEST_ORDER, allocation_cumulant
 from privet.accounting.terms import Pair, Part, Reduced
 
 __all__ = ["Cumulant", "mixture_cumulant", "pair_cumulant", "symmetric_cumulant"]
@@ -28,6 +29,7 @@ _LARGEST_ORDER = {
     Pair.REPLACE: 2_000.0,
     Pair.GROUP: 2_000.0,
     Pair.RARE: 2_000.0,
+    Pair.ALLOCATION: float(LARGEST_ORDER),
 }
 
 
@@ -179,6 +181,8 @@ def symmetric_cumulant(rate: float, noise_multiplier: float, order: float) -> fl
 def _part_cumulant(part: Part, order: float) -> float:
     if part.pair is Pair.RARE:
         return math.inf
+    if part.pair is Pair.ALLOCATION:
+        return allocation_cumulant(part.noise_multiplier, part.steps, order)
     if part.pair is Pair.SYMMETRIC:
         return symmetric_cumulant(part.rate, part.noise_multiplier / 2.0, order)
     if part.pair is Pair.MIXTURE:

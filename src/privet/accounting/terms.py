@@ -23,6 +23,7 @@ from privet.accounting.event import (
     NonPrivateEvent,
     PartitionEvent,
     PoissonEvent,
+    RandomAllocationEvent,
     Relation,
     SelfComposedEvent,
     TruncatedPoissonEvent,
@@ -36,6 +37,9 @@ __all__ = ["ONE_DIRECTION", "Pair", "Part", "Reduced", "Term", "gaussian_multipl
 # by its Gaussians without amplification. With so little noise a drawn record is told from others nearly always: ε is
 # above 200 at once, or the record is not drawn at all.
 _LEAST_NOISE = 0.05
+# Outside of these limits random allocation is bounded as if who is in which step were known.
+_ALLOCATED_NOISE = (0.1, 1e4)
+_MOST_STEPS = 2**24
 _MOST_NOISE = 1e12
 _LEAST_RATE = 1e-30
 
@@ -48,6 +52,7 @@ class Pair(enum.Enum):
     SYMMETRIC = "the symmetrised profile of MIXTURE at shift 2, composed once"
     REPLACE = "(1-q) N(0, σ²) + q N(-1, σ²) against (1-q) N(0, σ²) + q N(1, σ²)"
     GROUP = "Σ Bin(k, q)(i) N(i, σ²) against N(0, σ²), in both orders"
+    ALLOCATION = "(1/t) Σ N(e_j, σ² I) against N(0, σ² I) in t dimensions, in both orders"
 
 
 ONE_DIRECTION = frozenset({Pair.RARE, Pair.SYMMETRIC, Pair.REPLACE})
@@ -56,12 +61,13 @@ ONE_DIRECTION = frozenset({Pair.RARE, Pair.SYMMETRIC, Pair.REPLACE})
 
 @dataclass(frozen=True)
 class Part:
-    """One dominating pair: its family, rate, noise, and for GROUP the number of records."""
+    """One dominating pair: its family, rate, noise, for GROUP the number of records, for ALLOCATION that of steps."""
 
     pair: Pair
     rate: float
     noise_multiplier: float
     group_size: int = 1
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,8 @@ class _Reduction:
                 self.add(each, count)
         elif isinstance(event, PartitionEvent):
             self.partition(event, count)
+        elif isinstance(event, RandomAllocationEvent):
+            self.allocated(event, count)
         elif isinstance(event, PoissonEvent | TruncatedPoissonEvent | FixedSizeEvent):
             self.sampled(event, count)
         else:
@@ -226,6 +234,35 @@ class _Reduction:
         if self.relation is Relation.ADD_OR_REMOVE_ONE:
             self.note("a partition is bounded for neighbours in which every other example keeps its batch")
         self.add(event.event, count * event.passes)
+
+    def allocated(self, event: RandomAllocationEvent, count: int) -> None:
+        """Adds passes of random allocation: one Gaussian with 1/t of each shift, or the same as if all were known.
+
+        Chua et al., arXiv 2412.16802, and Feldman and Shenfeld, 2502.08202: for one record that is added, removed or
+        zeroed the pair dominates, whatever the other records do, as their steps are chosen apart from its own.
+        """
+        multiplier = gaussian_multiplier(event.event)
+        if multiplier is None:
+            self.note("random allocation of sampled batches is counted as one participation of the inner event a pass")
+            self.tight = False
+            self.add(event.event, count)
+            return
+        known = ""
+        if self.relation is Relation.REPLACE_ONE or self.group_size > 1:
+            known = f"a group of {self.group_size} under {self.relation.value}"
+        elif not _ALLOCATED_NOISE[0] <= multiplier <= _ALLOCATED_NOISE[1] and math.isfinite(multiplier):
+            known = f"σ outside of {_ALLOCATED_NOISE[0]:g} to {_ALLOCATED_NOISE[1]:g}"
+        elif event.steps > _MOST_STEPS:
+            known = f"more than {_MOST_STEPS} steps"
+        if known:
+            self.note(f"random allocation with {known} is bounded as if who is in which step were known")
+            self.tight = False
+            self.gaussian(multiplier, count, shift=self.shift)
+            return
+        rate = 1.0 / event.steps
+        pair = Pair.MIXTURE if event.steps == 1 else Pair.ALLOCATION
+        part = Part(pair, rate, multiplier, steps=event.steps)
+        self.term([(1.0, part)], count, multiplier=multiplier, shift=self.shift)
 
     def sampled(self, event: PoissonEvent | TruncatedPoissonEvent | FixedSizeEvent, count: int) -> None:
         multiplier = gaussian_multiplier(event.event)

@@ -168,7 +168,9 @@ class EngineBill:
         whole = [piece.match for piece in pieces if piece.match is not None]
         if pieces and len(whole) == len(pieces):
             one_pass = {match.ticket.pass_key for match in whole}
-            apart = self._sampling.billed_per == "pass" and len(one_pass) == 1
+            # Two random steps of a pass in one sum would be one step that an example is in with twice the probability.
+            fixed = self._sampling.billed_per == "pass" and not self._sampling.random_size
+            apart = fixed and len(one_pass) == 1
             return whole if len(whole) == 1 or (apart and _all_apart(whole)) else None
         parts = [piece.part for piece in pieces if piece.part is not None]
         if not parts or len(parts) < len(pieces):

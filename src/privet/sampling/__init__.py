@@ -1,5 +1,6 @@
 """Sampling: how batches are formed, and loaders that form them so."""
 
+from privet.sampling.allocation import RandomAllocation
 from privet.sampling.base import BatchTicket, Sampling
 from privet.sampling.build import loader_for, privatize_loader
 from privet.sampling.loader import PrivateLoader
@@ -12,6 +13,7 @@ __all__ = [
     "Partition",
     "Poisson",
     "PrivateLoader",
+    "RandomAllocation",
     "Sampling",
     "ShardedDataset",
     "loader_for",

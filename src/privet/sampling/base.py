@@ -84,10 +84,10 @@ class Sampling(ABC):
 
 def refuse_change(now: Sampling, then: Sampling) -> None:
     """Raises ConfigurationError unless one sampling may take another's place in mid-run: only the rate may differ."""
-    if type(now) is not type(then) or not now.random_size or not then.random_size:
+    if type(now) is not type(then) or not now.random_size or now.billed_per != "step":
         raise ConfigurationError(
-            f"{now} cannot become {then} in mid-run: a partition has a batch size and no rate. Expected Poisson "
-            "sampling, before and after."
+            f"{now} cannot become {then} in mid-run: only a rate may change, of batches that are each drawn by "
+            "themselves. Expected Poisson sampling, before and after."
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from privet.noise.keystream import Keystream
 
-__all__ = ["MOST_STEPS", "address", "poisson_indices", "shuffled_indices"]
+__all__ = ["MOST_STEPS", "Places", "address", "poisson_indices", "random_places", "shuffled_indices"]
 
 MOST_STEPS = 2**32  # batches in a pass
 
@@ -55,3 +56,31 @@ def shuffled_indices(stream: Keystream, *, size: int, step: int, name: str) -> n
     """Returns a uniformly random order of `size` examples: the order of as many secret words."""
     # Two equal words, which would be ordered by index, are met with probability size**2 / 2**65.
     return np.argsort(stream.words(size, step=step, name=name), kind="stable").astype(np.int64)
+
+
+class Places(NamedTuple):
+    """Examples dealt to places: those of place i are `examples[starts[i] : starts[i + 1]]`, ascending."""
+
+    examples: npt.NDArray[np.int64]  # (size,)
+    starts: npt.NDArray[np.int64]  # (places + 1,)
+
+    def of(self, place: int) -> npt.NDArray[np.int64]:
+        """Returns the examples of one place."""
+        return self.examples[self.starts[place] : self.starts[place + 1]]
+
+
+def random_places(stream: Keystream, *, places: int, size: int, step: int, name: str) -> Places:
+    """Returns a place for each of `size` examples, uniformly random and independent of all other examples.
+
+    The place of an example is that of its word among equal intervals of all words: its probability is 1 / `places`
+    to 2**-63. At most 2**32 places.
+    """
+    # The product of a word's upper half with the number of places has that place in its upper half, but for the carry.
+    words = stream.words(size, step=step, name=name)
+    number = np.uint64(places)
+    half = np.uint64(32)
+    carry = ((words & np.uint64(2**32 - 1)) * number) >> half
+    chosen = (((words >> half) * number + carry) >> half).astype(np.int64)
+    starts = np.zeros(places + 1, dtype=np.int64)
+    np.cumsum(np.bincount(chosen, minlength=places), out=starts[1:])
+    return Places(np.argsort(chosen, kind="stable").astype(np.int64), starts)

@@ -3,6 +3,7 @@
     what happens                                             what is due
     a step on a whole, fresh batch, billed by the step       the event of its sampling
     the first step in a pass, billed by the pass             the event of the pass; later steps of it are paid for
+    another release within a pass, billed by the pass        the event of the pass, or what its rest costs (`DrawnOnce`)
     a step on any other batch                                a release without amplification, with a warning
     a batch of the pass was left out before this step        its event too, with a warning and a mark
     batches are read ahead                                   each is due once: with its step, or before it where it
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 
-from privet.accounting.event import Event
+from privet.accounting.event import DrawnOnce, Event
 from privet.accounting.role import LedgerLike
 from privet.mechanism import Mechanism
 from privet.sampling.base import BatchTicket
@@ -111,8 +112,10 @@ class Billing:
         drawn = mechanism.drawn_under(waiting.ticket.sampling)
         event, key = drawn.event(1), waiting.ticket.pass_key
         if drawn.sampling.billed_per == "pass":
-            if self._paid.get(key) != event:
-                self._write(event)
+            paid = self._paid.get(key)
+            if paid != event:
+                # Noise or sensitivity has changed within the pass, whose draw the steps before have told of.
+                self._write(event.rest_of_pass() if paid is not None and isinstance(event, DrawnOnce) else event)
                 self._paid[key] = event
                 for old in list(self._paid)[:-_PASSES]:
                     del self._paid[old]
