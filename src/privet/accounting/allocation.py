@@ -254,7 +254,9 @@ def _on_grid(law: _Sum, *, geometric: bool, step: float) -> _Sum:
     first = int(whole[0])
     index = whole.astype(np.int64) - first
     length = int(index[-1]) + 2
-    mass = np.bincount(index, law.mass * (1.0 - share), length) + np.bincount(index + 1, law.mass * share, length)
+    mass = np.zeros(length)
+    mass += np.bincount(index, law.mass * (1.0 - share), length)
+    mass += np.bincount(index + 1, law.mass * share, length)
     zero = law.zero
     if not geometric and first == 0:
         zero, first, mass = zero + float(mass[0]), 1, mass[1:]

@@ -1,4 +1,4 @@
-"""Cumulants of one pass of random allocation in either direction, exact at whole orders, found without any grid of losses.
+"""Cumulants of one pass of random allocation, exact at whole orders, found without any grid of losses.
 
 X is the mean of t independent w_j = e^((2 y_j - 1) / 2σ²), as in `allocation`. The record's removal costs
 K(α) = log E X^α and its addition log E X^(1 - α). Neither is known to be the larger one.
@@ -54,7 +54,8 @@ def _removal(noise_multiplier: float, steps: int) -> Array:
         total = _product(total, total)
         if bit == "1":
             total = _product(total, one)
-    return np.maximum(total + factorial - order * math.log(steps), 0.0)
+    found: Array = np.maximum(total + factorial - order * math.log(steps), 0.0)
+    return found
 
 
 def _product(one: Array, other: Array) -> Array:
@@ -106,7 +107,8 @@ def _moments_of_inverse(noise_multiplier: float, steps: int, highest: float) -> 
         logs = s * u + steps * log_phi + math.log(height) - math.lgamma(s)
         largest = float(logs.max())
         found[s + 1] = largest + math.log(float(np.exp(logs - largest).sum()))
-    return np.maximum(found, 0.0)
+    positive: Array = np.maximum(found, 0.0)
+    return positive
 
 
 def _log_laplace(log_argument: float, log_w: Array, log_mass: Array) -> float:

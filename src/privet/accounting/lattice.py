@@ -134,7 +134,7 @@ def _of_law(law: LossLaw, step: float, tail: float, *, forward: bool, within: Ra
     infinity = law.infinite if forward else law.zero
     # What has a loss that does not count is moved up.
     start = int(np.searchsorted(np.cumsum(mass), tail)) if math.isinf(within.least) else 0
-    losses, mass = np.maximum(losses, losses[min(start, len(losses) - 1)]), mass
+    losses = np.maximum(losses, losses[min(start, len(losses) - 1)])
     whole = np.floor(losses / step)
     if not math.isinf(within.least):
         kept = whole >= round(within.least / step)
@@ -148,7 +148,9 @@ def _of_law(law: LossLaw, step: float, tail: float, *, forward: bool, within: Ra
     first = int(whole[0])
     index = whole.astype(np.int64) - first
     length = int(index[-1]) + 2
-    spread = np.bincount(index, mass * (1.0 - share), length) + np.bincount(index + 1, mass * share, length)
+    spread = np.zeros(length)
+    spread += np.bincount(index, mass * (1.0 - share), length)
+    spread += np.bincount(index + 1, mass * share, length)
     return Lattice(first, spread, infinity)
 
 
