@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from privet.gradients import register_rule, rows_of
     from privet.mechanism import Mechanism
     from privet.noise import Gaussian, Noise
-    from privet.sampling import Partition, Poisson, RandomAllocation, Sampling
+    from privet.sampling import (
+        CyclicPoisson,
+        FixedSize,
+        Partition,
+        Poisson,
+        RandomAllocation,
+        Sampling,
+        TruncatedPoisson,
+    )
     from privet.schedules import Exponential, Listed, Plan, Schedule, Stepwise
     from privet.step import PrivateStep
     from privet.training.accumulate import Accumulate
@@ -54,8 +62,10 @@ __all__ = [
     "ClippingPolicy",
     "ConfigurationError",
     "CoverageError",
+    "CyclicPoisson",
     "Exponential",
     "FileLedger",
+    "FixedSize",
     "Flat",
     "Gaussian",
     "GroupWise",
@@ -81,6 +91,7 @@ __all__ = [
     "StepStatistics",
     "Stepwise",
     "TensorBoardLogger",
+    "TruncatedPoisson",
     "Unit",
     "UnsupportedModelError",
     "get_compatible_module",
@@ -103,8 +114,10 @@ _HOMES = {
     "CSVLogger": "privet.training.loggers",
     "ChainedOptimizer": "privet.training.chained",
     "ClippingPolicy": "privet.clipping",
+    "CyclicPoisson": "privet.sampling",
     "Exponential": "privet.schedules",
     "FileLedger": "privet.accounting",
+    "FixedSize": "privet.sampling",
     "Flat": "privet.clipping",
     "Gaussian": "privet.noise",
     "GroupWise": "privet.clipping",
@@ -126,6 +139,7 @@ _HOMES = {
     "StepStatistics": "privet.training.statistics",
     "Stepwise": "privet.schedules",
     "TensorBoardLogger": "privet.training.loggers",
+    "TruncatedPoisson": "privet.sampling",
     "Unit": "privet.accounting",
     "get_compatible_module": "privet.validation",
     "register_accountant": "privet.accounting",

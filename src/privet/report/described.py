@@ -17,6 +17,7 @@ from privet.accounting import (
     Phase,
     PoissonEvent,
     PoissonSelectionEvent,
+    RandomAllocationEvent,
     SelfComposedEvent,
     TruncatedPoissonEvent,
 )
@@ -70,6 +71,12 @@ def described(event: Event) -> Described:
             "is amplified by sampling"
         )
         return _around(event.event, "partition", words, 1.0)
+    if isinstance(event, RandomAllocationEvent):
+        words = (
+            f"random allocation: in a pass of {event.steps} batches, each record is in one of them, chosen at random "
+            "and apart from all others"
+        )
+        return _around(event.event, "random allocation", words, 1.0 / event.steps)
     if isinstance(event, PoissonSelectionEvent | NegativeBinomialSelectionEvent):
         inner = described(event.event)
         law = (

@@ -3,19 +3,25 @@
 from privet.sampling.allocation import RandomAllocation
 from privet.sampling.base import BatchTicket, Sampling
 from privet.sampling.build import loader_for, privatize_loader
+from privet.sampling.cyclic import CyclicPoisson
+from privet.sampling.fixed_size import FixedSize
 from privet.sampling.loader import PrivateLoader
 from privet.sampling.partition import Partition
 from privet.sampling.poisson import Poisson
 from privet.sampling.shards import ShardedDataset
+from privet.sampling.truncated import TruncatedPoisson
 
 __all__ = [
     "BatchTicket",
+    "CyclicPoisson",
+    "FixedSize",
     "Partition",
     "Poisson",
     "PrivateLoader",
     "RandomAllocation",
     "Sampling",
     "ShardedDataset",
+    "TruncatedPoisson",
     "loader_for",
     "privatize_loader",
 ]

@@ -80,8 +80,8 @@ def privatize_loader(
     if dataset_size is not None and not (poisson if sampling is None else sampling.random_size):
         raise ConfigurationError(
             "dataset_size= hides the number of examples by one, and in a partition one example more moves all those "
-            "after it to other batches, which the accounting does not cover. Expected Poisson sampling with it. Leave "
-            "dataset_size away, or sample with poisson_sampling=True."
+            "after it to other batches, as it takes a place in batches of fixed size, which the accounting does not "
+            "cover. Expected Poisson sampling with it. Leave dataset_size away, or sample with poisson_sampling=True."
         )
     declared = size if dataset_size is None else check_count("dataset_size", dataset_size, least=1)
     physical, whose = check_count("batch_size", loader.batch_size, least=1), f"batch_size={loader.batch_size}"

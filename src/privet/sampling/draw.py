@@ -10,7 +10,15 @@ import numpy.typing as npt
 
 from privet.noise.keystream import Keystream
 
-__all__ = ["MOST_STEPS", "Places", "address", "poisson_indices", "random_places", "shuffled_indices"]
+__all__ = [
+    "MOST_STEPS",
+    "Places",
+    "address",
+    "chosen_indices",
+    "poisson_indices",
+    "random_places",
+    "shuffled_indices",
+]
 
 MOST_STEPS = 2**32  # batches in a pass
 
@@ -75,12 +83,34 @@ def random_places(stream: Keystream, *, places: int, size: int, step: int, name:
     The place of an example is that of its word among equal intervals of all words: its probability is 1 / `places`
     to 2**-63. At most 2**32 places.
     """
-    # The product of a word's upper half with the number of places has that place in its upper half, but for the carry.
-    words = stream.words(size, step=step, name=name)
-    number = np.uint64(places)
-    half = np.uint64(32)
-    carry = ((words & np.uint64(2**32 - 1)) * number) >> half
-    chosen = (((words >> half) * number + carry) >> half).astype(np.int64)
+    chosen = _intervals(stream.words(size, step=step, name=name), places)
     starts = np.zeros(places + 1, dtype=np.int64)
     np.cumsum(np.bincount(chosen, minlength=places), out=starts[1:])
     return Places(np.argsort(chosen, kind="stable").astype(np.int64), starts)
+
+
+def _intervals(words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
+    """Returns floor(word count / 2**64): which of `count` equal intervals of all words each is in. At most 2**32."""
+    # In two halves: neither product leaves 64 bits.
+    number, half = np.uint64(count), np.uint64(32)
+    carry = ((words & np.uint64(2**32 - 1)) * number) >> half
+    return (((words >> half) * number + carry) >> half).astype(np.int64)
+
+
+def chosen_indices(
+    stream: Keystream, *, count: int, size: int, step: int, name: str
+) -> npt.NDArray[np.int64]:  # (count,), ascending
+    """Returns a uniformly random choice of `count` of `size` indices, without replacement. At most 2**32 indices.
+
+    The first `count` different ones of a sequence of random indices; of many, the first ones of a random order.
+    """
+    if 2 * count > size:
+        order = shuffled_indices(stream, size=size, step=step, name=name)
+        return np.sort(order[:count])
+    wanted = count + count // 2 + 16
+    while True:
+        drawn = _intervals(stream.words(wanted, step=step, name=name), size)
+        different, first_met = np.unique(drawn, return_index=True)
+        if len(different) >= count:
+            return np.sort(different[np.argsort(first_met)[:count]])
+        wanted *= 2
