@@ -203,6 +203,8 @@ def test_the_usual_and_the_rare_losses_are_all_losses(forward):
     whole = lattice_above(term, step, 1e-12, forward=forward)
     usual = usual_lattice(term, step, 1e-12, split, forward=forward)
     rare = rare_lattice(term, step, 1e-12, split, forward=forward)
+    law = loss_law(0.6, 50, 1e-12)
+    assert whole.infinity == (law.infinite if forward else law.zero) > 0.0
     assert float(whole.mass.sum()) + whole.infinity == pytest.approx(1.0, abs=1e-8)
     assert rare.chance_of_none + float(rare.mass.sum()) + rare.infinity == pytest.approx(1.0, abs=1e-8)
     assert step * (usual.first + len(usual.mass) - 1) <= split + 1e-9
