@@ -163,6 +163,7 @@ def test_orders_between_whole_ones_lie_on_a_chord():
     low, high = allocation_cumulant(1.0, 10, 2.0), allocation_cumulant(1.0, 10, 3.0)
     assert math.isclose(allocation_cumulant(1.0, 10, 2.5), (low + high) / 2, rel_tol=1e-9)
     assert 0.0 < allocation_cumulant(1.0, 10, 1.01) < low
+    assert allocation_cumulant(1.0, 10, 64.0) < allocation_cumulant(1.0, 10, 64.5) == 64.5 * 63.5 / 2
 
 
 @pytest.mark.parametrize(("sigma", "steps"), [(0.7, 5), (1.0, 3), (2.0, 2)])

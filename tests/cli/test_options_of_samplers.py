@@ -12,6 +12,7 @@ from privet.accounting import (
     GaussianEvent,
     PartitionEvent,
     PoissonEvent,
+    RandomAllocationEvent,
     Relation,
     SelfComposedEvent,
     TruncatedPoissonEvent,
@@ -28,6 +29,7 @@ RIGHT = {
     ("truncated-poisson", "rate", "dataset_size", "cap"): TruncatedPoissonEvent(0.02, 30, 1000, GAUSSIAN),
     ("truncated-poisson", "batch_size", "dataset_size", "cap"): TruncatedPoissonEvent(0.01, 30, 1000, GAUSSIAN),
     ("fixed-size", "batch_size", "dataset_size"): FixedSizeEvent(10, 1000, GAUSSIAN),
+    ("random-allocation", "batch_size", "dataset_size"): RandomAllocationEvent(100, GAUSSIAN),
     ("partition",): PartitionEvent(1, GAUSSIAN),
     ("none",): GAUSSIAN,
 }

@@ -249,7 +249,7 @@ class _Reduction:
             return
         known = ""
         if self.relation is Relation.REPLACE_ONE or self.group_size > 1:
-            known = f"a group of {self.group_size} under {self.relation.value}"
+            known = self.relation.value if self.group_size == 1 else f"a group of {self.group_size}"
         elif not _ALLOCATED_NOISE[0] <= multiplier <= _ALLOCATED_NOISE[1] and math.isfinite(multiplier):
             known = f"σ outside of {_ALLOCATED_NOISE[0]:g} to {_ALLOCATED_NOISE[1]:g}"
         elif event.steps > _MOST_STEPS:

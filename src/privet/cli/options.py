@@ -38,7 +38,10 @@ _DESCRIBING: list[Callable[[Command], Command]] = [
 ]
 noise_option = click.option("--noise-multiplier", type=float, required=True, help="Noise std over the sensitivity.")
 steps_option = click.option(
-    "--steps", type=click.IntRange(0), required=True, help="Number of steps; of passes for a partition."
+    "--steps",
+    type=click.IntRange(0),
+    required=True,
+    help="Number of steps; of passes for a partition and for random allocation.",
 )
 output_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 _accountant = click.option("--accountant", default="pld", show_default=True, help="pld, rdp, gdp, or one registered.")
@@ -71,7 +74,7 @@ def sampler_options(*, seeks_rate: bool = False) -> Callable[[Command], Command]
             type=click.Choice(tuple(FORMS)),
             default="poisson",
             show_default=True,
-            help="How batches are formed. With `partition` (shuffled or in order) steps are passes.",
+            help="How batches are formed. Steps are passes with `partition` (any order) and `random-allocation`.",
         )
         rates = [] if seeks_rate else [click.option("--rate", type=float, help="Sampling rate, in [0, 1].")]
         return _with([kind, *rates, *_DESCRIBING], with_sampler)

@@ -13,6 +13,7 @@ from privet.accounting import (
     GaussianEvent,
     PartitionEvent,
     PoissonEvent,
+    RandomAllocationEvent,
     Relation,
     TruncatedPoissonEvent,
     repeated,
@@ -25,6 +26,7 @@ FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "poisson": (("rate",), ("batch_size", "dataset_size")),
     "truncated-poisson": (("rate", "cap", "dataset_size"), ("batch_size", "cap", "dataset_size")),
     "fixed-size": (("batch_size", "dataset_size"),),
+    "random-allocation": (("batch_size", "dataset_size"),),
     "partition": ((),),
     "none": ((),),
 }
@@ -47,7 +49,7 @@ class Sampler:
         return replace(self, rate=rate)
 
     def event(self, noise_multiplier: float, steps: int) -> Event:
-        """Returns the event of so many steps; of a partition, of so many passes."""
+        """Returns the event of so many steps; of a partition and of random allocation, of so many passes."""
         gaussian = GaussianEvent(noise_multiplier)
         step: Event = gaussian
         if self.name == "poisson":
@@ -60,6 +62,9 @@ class Sampler:
             assert self.batch_size is not None
             assert self.dataset_size is not None
             step = FixedSizeEvent(self.batch_size, self.dataset_size, gaussian)
+        elif self.name == "random-allocation":
+            # A pass has as many batches as `RandomAllocation.of` gives it.
+            step = RandomAllocationEvent(max(1, round(1.0 / self._rate())), gaussian)
         elif self.name == "partition":
             step = PartitionEvent(1, gaussian)
         return repeated(step, steps)
