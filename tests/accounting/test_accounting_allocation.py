@@ -84,7 +84,7 @@ def test_wrong_laws_are_rejected():
 
 @pytest.mark.parametrize(
     ("sigma", "steps", "epsilon", "samples"),
-    [(1.0, 100, 0.5, 200_000), (0.7, 1000, 0.5, 30_000), (2.0, 37, 0.15, 100_000)],
+    [(1.0, 100, 0.5, 80_000), (0.7, 1000, 0.5, 12_000), (2.0, 37, 0.15, 40_000)],
 )
 def test_delta_of_one_pass_lies_in_the_interval_of_monte_carlo(sigma, steps, epsilon, samples):
     others = sums(np.random.default_rng(5), sigma, steps - 1, samples)
@@ -98,7 +98,7 @@ def test_delta_of_one_pass_lies_in_the_interval_of_monte_carlo(sigma, steps, eps
 
 def test_two_passes_lie_in_the_interval_of_monte_carlo():
     sigma, steps, epsilon = 1.0, 10, 2.0
-    low, high = interval(two_passes(np.random.default_rng(7), sigma, steps, epsilon, 200_000))
+    low, high = interval(two_passes(np.random.default_rng(7), sigma, steps, epsilon, 100_000))
     found = PLD.delta(event(sigma, steps, 2), epsilon)
     assert low <= found <= high * 1.01
     assert PLD.delta(event(sigma, steps, 1), epsilon) < low

@@ -29,8 +29,8 @@ _ABSOLUTE = 1e-10  # logs of sizes up to some thousands are subtracted
 def allocation_cumulant(noise_multiplier: float, steps: int, order: float) -> float:
     """Returns K(α) of one pass, the larger one of the two directions, for α > 1.
 
-    Between whole orders it is the chord, which lies above: K is convex, and 0 at α = 1. Above `LARGEST_ORDER` it is that
-    of the Gaussian without amplification.
+    Between whole orders it is the chord, which lies above: K is convex, and 0 at α = 1. Above `LARGEST_ORDER` it is
+    that of the Gaussian without amplification.
     """
     if order > LARGEST_ORDER:
         return order * (order - 1.0) / (2.0 * noise_multiplier**2)
