@@ -42,7 +42,7 @@ LAYERS = {
     ),
     "gradients": (
         ("derived", "layout", "precision", "tracing"),
-        ("rows",),
+        ("isometries", "rows"),
         ("use",),
         ("given", "rules"),
         ("clipped_sum", "weights"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 
 from privet import Flat
 from privet.clipping import PerLayer
-from privet.gradients.derived import is_isometry
+from privet.gradients.derived import Derivation, pull_back_rows
+from privet.gradients.summation import clipped_sum
 from tests.contracts.doors import DOORS, assert_exact, door_sum, reference
 from tests.contracts.zoo import squares
+from tests.gradients.harness import recorded_of, trainable
 
 WAYS: dict[str, Any] = {
     "transposed": lambda w, x: x @ w.t(),
@@ -98,11 +101,76 @@ def test_noise_of_a_pulled_back_sum_is_drawn_for_every_entry(way: str) -> None:
     assert len(seen[-1]["w"].flatten().unique()) == 16
 
 
-def test_only_moves_of_entries_keep_norms() -> None:
-    w = torch.randn(4, 4)
-    assert is_isometry(Tensor.t, (w,))
-    assert is_isometry(Tensor.__getitem__, (w, (slice(1, 3), None, 0)))
-    assert not is_isometry(Tensor.__getitem__, (w, torch.tensor([0, 0])))
-    assert not is_isometry(Tensor.__getitem__, (w, [0, 0]))
-    assert not is_isometry(Tensor.expand, (w, 2, 4, 4))
-    assert not is_isometry(Tensor.mul, (w, 2))
+class Counted:
+    """Counts the calls of `torch.autograd.grad`."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._grad = torch.autograd.grad
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self._grad(*args, **kwargs)
+
+
+class Looks(torch.autograd.Function):
+    """Three times a parameter, with a way back that torch.vmap cannot map: it looks at numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return 3.0 * w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 3.0 * gradient if float(gradient.sum()) != 0.0 else torch.zeros_like(gradient)
+
+
+MANY = torch.tensor([[0, 1, 1], [3, 0, 0]])
+PULLED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {  # with the calls for B examples
+    "positions looked up": (lambda w, x: x + F.embedding(torch.tensor([2, 0, 1, 3]), w).sum(1), 2),
+    "one more than the parameter": (lambda w, x: x * (1.0 + w[0]), 1),
+    "places, each once": (lambda w, x: x @ w[torch.tensor([2, 0, 1, 3])], 1),
+    "places, some twice": (lambda w, x: x @ w[MANY[0]].mT @ torch.ones(3, 4, dtype=w.dtype), 2),
+    "bias by distance": (lambda w, x: x + w[MANY].sum((0, 1)), 2),
+    "decay": (lambda w, x: x * (-w[0].exp()).exp(), 2),
+    "mixed": (lambda w, x: x * w[0] + x.sin() * (1.0 - w[0]), 4),
+    "normed": (lambda w, x: x @ torch._weight_norm(w, w.norm(dim=1, keepdim=True) + 1.0, 0), 2),
+}
+
+
+class Pulled(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.way = PULLED[way][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self.w, x).sin()
+
+
+@pytest.mark.parametrize("way", PULLED)
+def test_all_rows_are_pulled_back_at_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Pulled(way).double(), (torch.randn(5, 4, dtype=torch.float64),)
+    recorded = recorded_of(model, batch, lambda m, b: squares(m(*b)))
+    expected = reference(model, batch, lambda m, b: squares(m(*b)), Flat(0.5))
+    counted = Counted()
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    found = clipped_sum(recorded, trainable(model), Flat(0.5)).values
+    assert counted.calls == PULLED[way][1]
+    assert_exact(found, expected)
+
+
+def test_rows_that_vmap_cannot_take_are_pulled_back_one_by_one() -> None:
+    w, rows = torch.randn(4, requires_grad=True), torch.randn(5, 4)
+    assert torch.equal(pull_back_rows(Derivation("w", Looks.apply(w), ("w",), isometric=False), w, rows), 3.0 * rows)
+
+
+def test_rows_that_cannot_be_pulled_back_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("of its own")
+
+    w = torch.randn(4, requires_grad=True)
+    derivation = Derivation("w", 3.0 * w, ("w",), isometric=False)
+    monkeypatch.setattr(torch.autograd, "grad", fails)
+    with pytest.raises(ValueError, match="of its own"):
+        pull_back_rows(derivation, w, torch.randn(5, 4))

@@ -6,39 +6,16 @@ gradients of it are pulled back to the parameters by its own autograd graph, whi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Derivation", "disjoint", "is_isometry", "pull_back", "pull_back_rows"]
+from privet.batches.out_of_memory import is_out_of_memory
 
-_F = Tensor
-_ISOMETRIES = frozenset(
-    {
-        _F.t, torch.t, _F.T.__get__, _F.mT.__get__, _F.transpose, torch.transpose, _F.swapaxes, torch.swapaxes,  # type: ignore[attr-defined]
-        _F.swapdims, torch.swapdims, _F.permute, torch.permute, _F.movedim, torch.movedim, _F.view, _F.reshape,
-        torch.reshape, _F.contiguous, _F.clone, torch.clone, _F.squeeze, torch.squeeze, _F.unsqueeze, torch.unsqueeze,
-        _F.flatten, torch.flatten, _F.unflatten, torch.unflatten, _F.narrow, torch.narrow, _F.select, torch.select,
-        _F.chunk, torch.chunk, _F.split, torch.split, _F.unbind, torch.unbind, _F.neg, torch.neg, _F.__neg__,
-        _F.view_as, _F.reshape_as, _F.flip, torch.flip,
-    }
-)  # fmt: skip
-
-
-def _indexes_once(index: Any) -> bool:
-    """Returns whether indexing takes each element at most once: integers, slices and the like, no index tensors."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
-
-
-def is_isometry(function: Any, args: Sequence[Any]) -> bool:
-    """Returns whether a gradient keeps its norm on the way back through `function`: entries move, none is added."""
-    if function is Tensor.__getitem__:
-        return _indexes_once(args[1])
-    return function in _ISOMETRIES
+__all__ = ["Derivation", "disjoint", "pull_back", "pull_back_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +50,30 @@ def pull_back(
 
 
 def pull_back_rows(derivation: Derivation, parameter: Tensor, rows: Tensor) -> Tensor:  # (R, *derived) -> (R, *shape)
-    """Returns the parameter's gradient for each row's gradient of the derived tensor."""
+    """Returns the parameter's gradient for each row's gradient of the derived tensor.
+
+    All rows go back at once, as torch.vmap maps them over the way back. Where it cannot, they go back one by one.
+    """
     if rows.shape[0] == 0:
         return rows.new_zeros(0, *parameter.shape)
+    if rows.shape[0] > 1:
+        try:
+            with warnings.catch_warnings():  # an operation without a batching rule is looped over, in torch itself
+                warnings.filterwarnings("ignore", message=".*performance drop.*")
+                return _all_at_once(derivation, parameter, rows)
+        except Exception as error:  # if it is not vmap that fails, the first row says so
+            if is_out_of_memory(error):
+                raise
     return torch.stack([pull_back(derivation, parameter, row) for row in rows])
+
+
+def _all_at_once(derivation: Derivation, parameter: Tensor, rows: Tensor) -> Tensor:
+    found: Tensor | None = torch.autograd.grad(
+        derivation.tensor,
+        [parameter],
+        rows.to(derivation.tensor.dtype),
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=True,
+    )[0]
+    return rows.new_zeros(len(rows), *parameter.shape) if found is None else found

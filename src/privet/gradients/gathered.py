@@ -57,6 +57,11 @@ class Gathered:
         ]
         return summed(terms)
 
+    @property
+    def bytes_per_unit(self) -> int:
+        """Returns about how much memory one unit's gradient takes, on its way back from derived tensors included."""
+        return 4 * max([self.parameter.numel(), *(derivation.tensor.numel() for derivation, _ in self.derived)])
+
     def norms_of(self, units: slice) -> Tensor:  # (B',)
         """Returns the squared norms of some units' gradients, instantiated. With a given owner, of all.
 
@@ -175,8 +180,7 @@ def _of_a_pair(mine: Gathered) -> Tensor | None:
 
 def _of_the_gradients(mine: Gathered) -> Tensor:
     """Every gradient can be formed, a few units at a time: slow, and always right."""
-    size = 4 * mine.parameter.numel()
-    return torch.cat([mine.norms_of(chunk) for chunk in row_chunks(mine.owner.units, size)])
+    return torch.cat([mine.norms_of(chunk) for chunk in row_chunks(mine.owner.units, mine.bytes_per_unit)])
 
 
 _WAYS: tuple[Callable[[Gathered], Tensor | None], ...] = (

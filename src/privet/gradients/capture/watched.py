@@ -20,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
 from privet.errors import ProtocolError
-from privet.gradients.derived import Derivation, is_isometry
+from privet.gradients.derived import Derivation
+from privet.gradients.isometries import is_isometry
 from privet.gradients.tracing import tracing
 
 __all__ = ["Interceptor", "Roots", "asks_only"]
@@ -252,11 +253,10 @@ class Roots:
 
     def derive(self, func: Callable[..., Any], args: Any, kwargs: Any, roots: Sequence[Tensor]) -> Any:
         """Runs `func` on roots and constants alone, and returns its result: derived tensors, which are roots again."""
-        isometric = len(roots) == 1 and is_isometry(func, args) and _isometric(roots[0])
         # What the way back needs of a gathered parameter is copied, before its memory is let go of.
-        kept = saved_tensors_hooks(Tensor.clone, _same) if self.transient and not isometric else nullcontext()
-        with kept:
+        with saved_tensors_hooks(Tensor.clone, _same) if self.transient else nullcontext():
             result = func(*args, **kwargs)
+        isometric = len(roots) == 1 and _isometric(roots[0]) and is_isometry(func, roots[0], args, kwargs, result)
         sources = tuple(dict.fromkeys(s for root in roots for s in self.sources(root)))
         label = f"{getattr(func, '__name__', func)}({', '.join(map(self.label, roots))})"
         call = next(self._calls)
