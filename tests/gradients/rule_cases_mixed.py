@@ -66,6 +66,41 @@ def viewed(x: Tensor, value: Tensor) -> Tensor:
     return x * value.repeat(len(x), 1, 1).view(len(x) * T, D).view(len(x), T, D)
 
 
+def gates(x: Tensor, matrices: Tensor) -> Tensor:
+    """A matrix for each head, of data with batch and positions merged behind the heads, as RecurrentGemma's gates."""
+    rows = x.unflatten(2, (H, D // H)).flatten(0, 1).permute(1, 0, 2)
+    bias = matrices[:, 0]
+    found = torch.baddbmm(bias[:, None, :], rows, matrices[:, 1:])
+    return found.transpose(0, 1).reshape(x.shape[0], T, -1)
+
+
+def merged_and_mapped(x: Tensor, entries: Tensor) -> Tensor:
+    """An operation without a rule, of data with batch and positions merged on axis 1."""
+    rows = x.unflatten(2, (H, D // H)).flatten(0, 1).permute(1, 0, 2)
+    return torch.cdist(rows, entries, p=3.0).transpose(0, 1).reshape(x.shape[0], T, -1)
+
+
+def by_head(x: Tensor, matrices: Tensor) -> Tensor:
+    return torch.matmul(x.unflatten(2, (H, D // H)).transpose(1, 2), matrices)
+
+
+def transitions(x: Tensor, table: Tensor) -> Tensor:
+    """Scores of pairs of neighbors, as a CRF's, some counted from the end."""
+    tags = (x[..., 0] > 0).long() + (x[..., 1] > 0.5).long() - 1
+    return table[tags[:, :-1], tags[:, 1:]] * x[:, 1:, 0]
+
+
+def columns(x: Tensor, table: Tensor) -> Tensor:
+    tags = (x[..., 0] > 0).long() + (x[..., 1] > 0.5).long()
+    return table[:, tags].movedim(0, -1) * x[..., :1] + table[tags, 1:].sum(-1, keepdim=True)
+
+
+def cell_of(x: Tensor, table: Tensor) -> Tensor:
+    """One place by the data, one that is the same for all."""
+    tags = (x[..., 0] > 0).long()
+    return table[tags, torch.arange(T) % 2] * x
+
+
 class Loop(nn.Module):
     """A cell over the positions, from a state of zeros."""
 
@@ -103,6 +138,27 @@ def mixed() -> Rows:
         ("einsum, one entry for all", lambda x, w: torch.einsum("btd,td->bt", x, w), (1, D)),
         ("einsum, contracted with one entry", lambda x, w: torch.einsum("btd,de->bte", x, w), (1, 3)),
         ("einsum, letter shared by all", lambda x, w: torch.einsum("btd,tde->bte", x, w), (T, D, 3)),
+        ("batched product with something added", gates, (H, 1 + D // H, 3)),
+        ("batched product by head", by_head, (H, D // H, 5)),
+        ("batched product by head, one for all", by_head, (1, 1, D // H, 5)),
+        ("batched product from the left", lambda x, w: w @ x.unflatten(2, (H, D // H)).permute(0, 2, 3, 1), (H, 2, 3)),
+        ("batched product, used twice", lambda x, w: by_head(x, w) + by_head(x.sin(), w), (H, D // H, 3)),
+        ("product with a vector", lambda x, w: x @ w, (D,)),
+        ("product with a vector, mean taken", lambda x, w: torch.mv(x.mean(1), w).unsqueeze(1), (D,)),
+        ("addmv", lambda x, w: torch.addmv(w[:1], x.sum(1), w, beta=0.5, alpha=2.0).unsqueeze(1), (D,)),
+        ("merged on axis 1, mapped", merged_and_mapped, (2, D // H)),
+        ("distance", torch.cdist, (5, D)),
+        (
+            "distance, twice, once from the left",
+            lambda x, w: torch.cdist(w.unsqueeze(0), x, p=2).mT - torch.cdist(x.cos(), w),
+            (5, D),
+        ),
+        ("distance, of powers", lambda x, w: torch.cdist(x, w, p=3.0), (5, D)),
+        ("pairs of places", transitions, (3, 3)),
+        ("places along the second axis", columns, (3, 3)),
+        ("one place by data, one fixed", cell_of, (2, 2, D)),
+        ("one more than the parameter", lambda x, w: x * (1.0 + w), (D,)),
+        ("places that repeat", lambda x, w: x + w[torch.arange(T)[:, None] // 2 + torch.arange(D) // 3], (3,)),
     ]
     cells: Rows = [
         ("loop over an LSTM cell", lambda: Loop(nn.LSTMCell(D, 3)), x),

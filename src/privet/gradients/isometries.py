@@ -75,4 +75,4 @@ def _distinct(places: Any, entries: int) -> bool:
         return False
     if places.numel() > entries:
         return False
-    return torch.unique(places.detach() % max(entries, 1)).numel() == places.numel()
+    return bool(torch.unique(places.detach() % max(entries, 1)).numel() == places.numel())

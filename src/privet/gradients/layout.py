@@ -30,7 +30,13 @@ class Layout(Enum):
     ROWS = "axis 0 is the batch"
     MERGED = "axis 0 is batch and positions, batch first"
     SECOND = "axis 1 is the batch"
+    SECOND_MERGED = "axis 1 is batch and positions, batch first"
     ROUTED = "rows have owners of their own (rows_of)"
+
+    @property
+    def axis(self) -> int:
+        """Returns the axis on which the examples lie, alone or with positions."""
+        return 1 if self in (Layout.SECOND, Layout.SECOND_MERGED) else 0
 
     def examples_first(self, t: Tensor, examples: int, *, batch_first: bool) -> Tensor:  # -> (B, ...)
         """Returns a view of `t` with the examples on axis 0 and all else behind."""
@@ -43,6 +49,8 @@ class Layout(Enum):
                 return t.reshape(examples, -1, *t.shape[1:])
             case Layout.MERGED:
                 return t.reshape(-1, examples, *t.shape[1:]).movedim(1, 0)
+            case Layout.SECOND_MERGED:
+                return Layout.MERGED.examples_first(t.movedim(1, 0), examples, batch_first=batch_first)
             case Layout.CONSTANT | Layout.ROUTED:
                 raise AssertionError(f"where the examples are is not told by a layout: {self.value}")
 
@@ -74,8 +82,11 @@ def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: in
             return Layout.ROWS
         if first[0] % small == 0 and first[0] // small * large == second[0]:
             return Layout.MERGED
-    if grew == [1] and (first[1], second[1]) == (small, large):
-        return Layout.SECOND
+    if grew == [1]:
+        if (first[1], second[1]) == (small, large):
+            return Layout.SECOND
+        if first[1] % small == 0 and first[1] // small * large == second[1]:
+            return Layout.SECOND_MERGED
     if [n for axis, n in enumerate(first) if axis in grew] == [small, small]:
         raise UnsupportedModelError(
             f"cannot tell which rows belong to which example in {site}: it holds every pair of examples inside the "
@@ -87,7 +98,7 @@ def _compared(site: Site, first: Sequence[int], second: Sequence[int], small: in
     raise UnsupportedModelError(
         f"cannot tell which rows belong to which example in {site}: its shape is {tuple(first)} for {small} examples "
         f"and {tuple(second)} for {large}{_packed(site)}. Expected one axis that grows with the "
-        "batch: axis 0 (alone, or merged with positions) or axis 1. Keep the batch on axis 0 there."
+        "batch: axis 0 or axis 1 (alone, or merged with positions). Keep the batch on axis 0 there."
     )
 
 
@@ -226,8 +237,9 @@ class Layouts:
 def _fitting(known: Iterable[Layout], t: Tensor, examples: int) -> list[Layout]:
     """Returns those of the known layouts that `t` may have, without those that say the same of it."""
     fits = [layout for layout in known if _fits(layout, t, examples)]
-    if len(fits) > 1 and Layout.ROWS in fits and Layout.MERGED in fits:
-        fits.remove(Layout.MERGED)  # with one position it is the same
+    for alone, merged in ((Layout.ROWS, Layout.MERGED), (Layout.SECOND, Layout.SECOND_MERGED)):
+        if alone in fits and merged in fits:
+            fits.remove(merged)  # with one position it is the same
     if len(fits) == 2 and examples == 1 and Layout.CONSTANT in fits:
         fits.remove(Layout.CONSTANT)  # one example owns all rows
     return fits
@@ -243,5 +255,7 @@ def _fits(layout: Layout, t: Tensor, examples: int) -> bool:
             return t.dim() > 0 and t.shape[0] % max(examples, 1) == 0
         case Layout.SECOND:
             return t.dim() > 1 and t.shape[1] == examples
+        case Layout.SECOND_MERGED:
+            return t.dim() > 1 and t.shape[1] % max(examples, 1) == 0
         case Layout.ROUTED:
             return False  # told each time, and never learned

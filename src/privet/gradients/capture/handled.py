@@ -137,7 +137,7 @@ class HandledCall:
         if layout is Layout.ROUTED:
             routed = owners_for(operation, list(map(self.label, watched.values())), cycle.examples)
         # While layouts are learned, a wrong guess may say so. It is found out and mended.
-        if layout is Layout.SECOND and not operation.positionwise and cycle.trace is None:
+        if layout.axis and not operation.positionwise and cycle.trace is None:
             raise UnsupportedModelError(
                 f"{type(operation).__name__} of {', '.join(map(self.label, watched.values()))} met a batch on axis 1. "
                 "Expected axis 0 there. Move the batch to axis 0."

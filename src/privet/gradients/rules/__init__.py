@@ -7,11 +7,14 @@ from privet.gradients.rules import (  # noqa: F401 - a handler is registered whe
     bilinear,
     cell,
     convolution,
+    distance,
     einsum,
     embedding,
     free,
+    indexing,
     linear,
     normalization,
+    products,
     recurrent,
 )
 

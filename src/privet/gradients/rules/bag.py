@@ -233,7 +233,7 @@ def _highest(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 def _applied(call: Call, operation: Operation, ids: Tensor, coefficients: Tensor, table: Tensor) -> Any:
     layout = call.layout(ids)
-    if layout is not call.layout(coefficients) or layout in (Layout.CONSTANT, Layout.SECOND) or table.dim() != 2:
+    if layout is not call.layout(coefficients) or layout is Layout.CONSTANT or layout.axis or table.dim() != 2:
         raise UnsupportedModelError(
             f"embedding_bag of {call.label(table)} met ids of shape {tuple(ids.shape)} in which {layout.value}, and "
             f"weights in which {call.layout(coefficients).value}. Expected the bags on axis 0, as many for each "

@@ -1,4 +1,4 @@
-"""Lookups of rows in a table: `F.embedding`, indexing of a parameter by one integer tensor, and `index_select`.
+"""Lookups of rows in a table: `F.embedding`, and what indexing comes to (`indexing.py`).
 
 Axes: B examples, T positions (all axes of one example's ids), V entries of the table, D features (all axes of one
 entry). One example's gradient is zero but for the entries that it looked up, so its norm is found over these alone:
@@ -229,28 +229,3 @@ def _applied(call: Call, a: SimpleNamespace, ids: Any, padding: int | None) -> A
     if padding is not None and padding < 0:
         padding += a.weight.shape[0]
     return call.apply(Lookup(padding=padding), (ids,), {"table": a.weight})
-
-
-@handles(Tensor.__getitem__)
-def _getitem(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    table, ids = args
-    if isinstance(ids, tuple) and len(ids) == 1:
-        (ids,) = ids
-    return _indexed(call, table, ids)
-
-
-@handles(torch.index_select, Tensor.index_select)
-def _index_select(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    a = named(args, kwargs, input=None, dim=None, index=None)
-    if a is None or a.dim not in (0, -a.input.dim()):
-        return NotImplemented
-    return _indexed(call, a.input, a.index)
-
-
-def _indexed(call: Call, table: Any, ids: Any) -> Any:
-    whole_numbers = (torch.int64, torch.int32)
-    if not call.is_root(table) or not isinstance(ids, Tensor) or ids.dtype not in whole_numbers:
-        return NotImplemented
-    if table.dim() < 1 or ids.dim() < 1:
-        return NotImplemented
-    return call.apply(Lookup(counts_from_end=True), (ids,), {"table": table})

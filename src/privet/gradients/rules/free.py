@@ -83,7 +83,7 @@ class Broadcast(Operation):
 
 def expanded(call: Call, root: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
     """Returns `root` expanded to the shape of data that lie as in `layout`."""
-    axis = 1 if layout is Layout.SECOND else 0
+    axis = layout.axis
     aligned = (1,) * (len(shape) - root.dim()) + tuple(root.shape)
     if aligned[axis] != 1:
         raise UnsupportedModelError(
@@ -125,7 +125,7 @@ def expansion(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         copies = result.shape[0] // max(root.shape[0], 1)
         if root.shape[0] > 1 and copies * root.shape[0] == result.shape[0]:
             return expanded(call, root, (copies, *root.shape), layout).flatten(0, 1)
-    axis = 1 if layout is Layout.SECOND else 0
+    axis = layout.axis
     wanted = [1 if place == axis else size for place, size in enumerate(result.shape)]  # nothing of it is an example's
     repeats = math.prod(result.shape) // max(root.numel(), 1)
     if root.numel() * repeats != math.prod(result.shape) or any(

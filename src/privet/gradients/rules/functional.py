@@ -80,7 +80,7 @@ class Mapped(Operation):
             self._autocast = torch.autocast(device, torch.get_autocast_dtype(device))
         output = self.run(data, values)
         outputs = output if isinstance(output, tuple | list) else (output,)
-        axis = 1 if self._layout is Layout.SECOND else 0
+        axis = self._layout.axis
         rows = data[0].shape[axis]
         for o in outputs:
             if not isinstance(o, Tensor) or o.dim() <= axis or o.shape[axis] != rows:
@@ -140,7 +140,9 @@ class Mapped(Operation):
         """Returns one example as the function sees a batch of it alone."""
         if self._layout is Layout.MERGED:
             return example
-        return example.unsqueeze(1 if self._layout is Layout.SECOND else 0)
+        if self._layout is Layout.SECOND_MERGED:
+            return example.movedim(0, 1)
+        return example.unsqueeze(self._layout.axis)
 
     def _by_user_rule(self, role: str, data: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         assert self._user_rule is not None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from privet.gradients.layout import Layout
 from privet.gradients.precision import product_errors
 from privet.gradients.rows import factor_norms, of_type, padded, row_norms, summed, weighted_rows, wide
 from privet.gradients.rules.gram import never_too_small
@@ -23,7 +22,7 @@ from privet.gradients.rules.registry import Call, handles
 from privet.gradients.rules.strategy import Strategy, linear_strategy, row_chunks
 from privet.gradients.use import Operation, Rule, Use, Uses
 
-__all__ = ["Linear", "positions"]
+__all__ = ["Linear", "linear_of", "positions"]
 
 
 def _sequence(t: Tensor) -> Tensor:  # (B, ..., F) -> (B, T, F)
@@ -184,42 +183,19 @@ class Linear(Operation):
 @handles(F.linear)
 def _linear(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
-        return _applied(call, input, weight, bias, transposed=False)
+        return linear_of(call, input, weight, bias, transposed=False)
 
     return bound(*args, **kwargs)
-
-
-@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def _matmul(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) != 2 or kwargs:
-        return NotImplemented
-    if call.is_root(args[0]):
-        return _applied_from_left(call, *args)
-    return _applied(call, args[0], args[1], None, transposed=True)
-
-
-def _applied_from_left(call: Call, weight: Any, x: Any) -> Any:
-    """`W @ x` for x of (B, ..., I, T): the transpose of a linear operation of the transpose."""
-    if call.is_root(x) or not isinstance(x, Tensor) or weight.dim() != 2 or x.dim() < 3:
-        return NotImplemented
-    if call.layout(x) is Layout.CONSTANT or (call.layout(x) is Layout.SECOND and x.dim() < 4):
-        return NotImplemented
-    return call.apply(Linear(), (x.mT,), {"weight": weight, "bias": None}, layout=call.layout(x)).mT
-
-
-@handles(Tensor.__rmatmul__)
-def _rmatmul(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _applied(call, args[1], args[0], None, transposed=True)
 
 
 @handles(torch.addmm, Tensor.addmm)
 def _addmm(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) != 3 or kwargs or args[0].dim() != 1:
         return NotImplemented
-    return _applied(call, args[1], args[2], args[0], transposed=True)
+    return linear_of(call, args[1], args[2], args[0], transposed=True)
 
 
-def _applied(call: Call, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Any:
+def linear_of(call: Call, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Any:
     """Returns the captured linear operation, or NotImplemented if it is not one."""
     constant_bias = bias is not None and not call.is_root(bias)
     if call.is_root(x) or not isinstance(x, Tensor) or weight.dim() != 2 or x.dim() < 2:
