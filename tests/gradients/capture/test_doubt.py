@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from privet import Flat
+from privet.errors import PrivetError
 from privet.gradients.capture.anew import Anew
 from privet.gradients.reference import example_gradients
 from tests.contracts.doors import DOORS, assert_exact, door_sum, expected_sum, explicit_sum, paper_sum, reference
@@ -333,3 +334,45 @@ def test_layers_dropped_after_a_dropout_are_the_same_with_one_example_more(seed:
     batches = [(batch(n, 3, late=False, seed=n)[0],) for n in (4, 5, 3, 4)]
     found = paper_sum(Dropping().double(), *batches, loss=squares, policy=Flat(0.5))
     assert all(t.isfinite().all() for t in found.values())
+
+
+class Noted(nn.Module):
+    """A parameter in place of some positions, chosen by a mask that Python made, as SpecAugment's are."""
+
+    def __init__(self, *, moved: bool = False) -> None:
+        super().__init__()
+        self.layer, self.last, self.noted = nn.Linear(D, D), nn.Linear(D, 2), nn.Parameter(torch.randn(D))
+        self.moved = moved
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        mask = torch.tensor([[position[0] > 0.0 for position in example] for example in x.tolist()])
+        if self.moved:  # and put back below
+            order = x[:, 0, 0].argsort()
+            h, mask = h[order], mask[order]
+        h[mask] = self.noted
+        h = h[order.argsort()] if self.moved else h
+        return self.last(h.tanh().mean(1))
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("sizes", [(D, D), (4, 2, 5)], ids=str)
+def test_a_mask_that_python_made_moves_no_row_of_what_it_is_written_to(
+    sizes: tuple[int, ...], door: str, doubts: list[str]
+) -> None:
+    net = Noted().double()
+    batches = [(batch(n, D, late=False, seed=i)[0],) for i, n in enumerate(sizes)]
+    found = door_sum(door, net, *batches, loss=squares, policy=Flat(0.5))
+    assert not doubts
+    assert_exact(found, reference(net, batches[-1], squares, Flat(0.5)))
+
+
+def test_rows_that_were_moved_are_in_doubt_under_any_mask(doubts: list[str]) -> None:
+    def loss(m: nn.Module, b: tuple[Tensor, ...]) -> Tensor:
+        m.moved = bool(b[1].any())
+        return m(b[0]).square().sum(1)
+
+    batches = [batch(n, D, late=n > 4, seed=n) for n in (4, 5)]
+    with pytest.warns(UserWarning, match="rows were moved along the batch"), pytest.raises(PrivetError):
+        explicit_sum(Noted().double(), *batches, loss=loss, policy=Flat(0.5))
+    assert "__setitem__" in doubts[0]

@@ -11,6 +11,7 @@ that meets a parameter puts the forward in doubt.
     x[arange(B), length - 1]                                every row stays with its example: harmless
     x[mask], x[order], x.unbind(0), cat(list(x))            tagged
     out[mask] = tagged                                      back where rows were taken: `out` is not tagged
+    out[tagged_mask] = parameter                            every row of `out` stays in its place
 
 Parts that are compiled by torch.compile run eagerly meanwhile, for nobody sees the rows that move inside of them.
 
@@ -41,7 +42,7 @@ from torch.utils._device import DeviceContext
 
 from privet.gradients.capture.call import tensors_among
 from privet.gradients.capture.cycle import Cycle
-from privet.gradients.capture.moves import Move, move_of, mover_of
+from privet.gradients.capture.moves import Move, masks_among, move_of, mover_of
 from privet.gradients.capture.routing import routed_now
 from privet.gradients.layout import DoubtError
 from privet.gradients.tracing import tracing
@@ -233,7 +234,8 @@ class MovedRows(TorchFunctionMode):
             self._met.drawn()
             return result
         tensors = list(tensors_among((*args, *kwargs.values()))) if self._tags else []
-        tag = next((self._tags[id(t)][1] for t in tensors if self._tagged(t)), None)
+        masks = masks_among(func, args) if self._tags and self._is_root(args[-1]) else ()
+        tag = next((self._tags[id(t)][1] for t in tensors if self._tagged(t) and not any(t is m for m in masks)), None)
         if tag is not None and routed_now() is None and any(map(self._is_root, tensors)):
             cycle.doubt = _doubt(func, tag)
             return func(*args, **kwargs)

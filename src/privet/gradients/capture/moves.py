@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Move", "move_of", "mover_of"]
+__all__ = ["Move", "masks_among", "move_of", "mover_of"]
 
 
 class Move(NamedTuple):
@@ -262,6 +262,18 @@ def _setitem(args: _Arguments, kwargs: Mapping[str, Any]) -> Move | None:
 def _is_mask(index: Any) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     return any(isinstance(item, Tensor) and item.dtype == torch.bool for item in items)
+
+
+def masks_among(func: Callable[..., Any], args: _Arguments) -> tuple[Tensor, ...]:
+    """Returns the masks by which a call writes a parameter: a row that is written to keeps its example.
+
+    What is written to is a row of the output at its own place, whatever made the mask: an example's gradient comes from
+    its own rows alone. Whether a mask mixes examples is another question, which the checks of the outputs ask.
+    """
+    if func is not Tensor.__setitem__ or len(args) != 3:
+        return ()
+    items = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return tuple(item for item in items if isinstance(item, Tensor) and item.dtype == torch.bool)
 
 
 def _index_put(args: _Arguments, kwargs: Mapping[str, Any]) -> Move | None:

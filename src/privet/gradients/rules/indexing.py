@@ -31,7 +31,8 @@ class LookupOfSeveral(Lookup):
 
     def forward(self, data: Sequence[Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """Returns the entries, after torch's own look at the places."""
-        return values["table"].unflatten(0, self._sizes)[tuple(data)]
+        table = values["table"]
+        return table.reshape(*self._sizes, *table.shape[1:])[tuple(data)]
 
     def saved(self, data: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Returns the places along the one axis."""
