@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from privet import Flat
 from privet.clipping import PerLayer
 from privet.gradients.derived import Derivation, pull_back_rows
+from privet.gradients.gathered import gathered
 from privet.gradients.summation import clipped_sum
+from privet.gradients.use import Owner
 from tests.contracts.doors import DOORS, assert_exact, door_sum, reference
 from tests.contracts.zoo import squares
 from tests.gradients.harness import recorded_of, trainable
@@ -126,12 +128,16 @@ class Looks(torch.autograd.Function):
 
 
 MANY = torch.tensor([[0, 1, 1], [3, 0, 0]])
+FEW = torch.arange(-4, 20).view(4, 6) % 7 - 3
 PULLED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {  # with the calls for B examples
     "positions looked up": (lambda w, x: x + F.embedding(torch.tensor([2, 0, 1, 3]), w).sum(1), 2),
     "one more than the parameter": (lambda w, x: x * (1.0 + w[0]), 1),
     "places, each once": (lambda w, x: x @ w[torch.tensor([2, 0, 1, 3])], 1),
     "places, some twice": (lambda w, x: x @ w[MANY[0]].mT @ torch.ones(3, 4, dtype=w.dtype), 2),
     "bias by distance": (lambda w, x: x + w[MANY].sum((0, 1)), 2),
+    "few entries, many places": (lambda w, x: x + (FEW[..., None] * w[FEW]).sum((0, 1)), 2),
+    "few entries, many places, embedded": (lambda w, x: x + F.embedding(FEW % 4, w).cos().sum((0, 1)), 2),
+    "two sources": (lambda w, x: x @ (w @ w.t()).softmax(0), 2),
     "decay": (lambda w, x: x * (-w[0].exp()).exp(), 2),
     "mixed": (lambda w, x: x * w[0] + x.sin() * (1.0 - w[0]), 4),
     "normed": (lambda w, x: x @ torch._weight_norm(w, w.norm(dim=1, keepdim=True) + 1.0, 0), 2),
@@ -160,9 +166,46 @@ def test_all_rows_are_pulled_back_at_once(way: str, monkeypatch: pytest.MonkeyPa
     assert_exact(found, expected)
 
 
+class Normed(nn.Module):
+    """Weight norm: a matrix from two parameters, used by two rules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.v = nn.Parameter(torch.rand(4, 1) + 0.5), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch._weight_norm(self.v, self.g, 0)
+        return (x @ w).sin() * w[0] + x
+
+
+@pytest.mark.parametrize("size", [1, 2**15])
+def test_parameters_of_one_tensor_are_pulled_back_together(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privet.gradients.derived._SMALL", size)
+    model, batch = Normed().double(), (torch.randn(5, 4, dtype=torch.float64),)
+    loss = lambda m, b: squares(m(*b))  # noqa: E731
+    recorded = recorded_of(model, batch, loss)
+    for policy in (Flat(0.5), PerLayer(0.5)):
+        expected = reference(model, batch, loss, policy)
+        assert_exact(clipped_sum(recorded, trainable(model), policy).values, expected)
+
+
+def test_sums_of_two_weightings_are_not_taken_for_one() -> None:
+    model, batch = Normed().double(), (torch.randn(5, 4, dtype=torch.float64),)
+    model.forward = lambda x: x @ torch._weight_norm(model.v, model.g, 0)  # type: ignore[method-assign]
+    recorded = recorded_of(model, batch, lambda m, b: squares(m(*b)))
+    found = gathered(recorded, trainable(model), Owner(5))
+    one, other = torch.rand(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    rows = {name: mine.per_unit(slice(0, 5)) for name, mine in found.items()}
+    for weights, name in ((one, "g"), (other, "v"), (other, "g"), (one, "v")):
+        expected = torch.einsum("b,b...->...", weights, rows[name])
+        torch.testing.assert_close(found[name].weighted_sum(weights), expected)
+
+
 def test_rows_that_vmap_cannot_take_are_pulled_back_one_by_one() -> None:
     w, rows = torch.randn(4, requires_grad=True), torch.randn(5, 4)
-    assert torch.equal(pull_back_rows(Derivation("w", Looks.apply(w), ("w",), isometric=False), w, rows), 3.0 * rows)
+    assert torch.equal(
+        pull_back_rows(Derivation("w", Looks.apply(w), ("w",), isometric=False), [w], rows)[0], 3.0 * rows
+    )
 
 
 def test_rows_that_cannot_be_pulled_back_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,4 +216,4 @@ def test_rows_that_cannot_be_pulled_back_say_why(monkeypatch: pytest.MonkeyPatch
     derivation = Derivation("w", 3.0 * w, ("w",), isometric=False)
     monkeypatch.setattr(torch.autograd, "grad", fails)
     with pytest.raises(ValueError, match="of its own"):
-        pull_back_rows(derivation, w, torch.randn(5, 4))
+        pull_back_rows(derivation, [w], torch.randn(5, 4))

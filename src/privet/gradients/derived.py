@@ -17,6 +17,9 @@ from privet.batches.out_of_memory import is_out_of_memory
 
 __all__ = ["Derivation", "disjoint", "pull_back", "pull_back_rows"]
 
+_SMALL = 2**15
+"""Entries of a derived tensor above which its rows go back one by one, on a CPU: so it was measured."""
+
 
 @dataclass(frozen=True, eq=False)
 class Derivation:
@@ -40,40 +43,46 @@ def disjoint(derivations: Sequence[Derivation]) -> bool:
 
 
 def pull_back(
-    derivation: Derivation, parameter: Tensor, gradient: Tensor
-) -> Tensor:  # derived shape -> parameter shape
-    """Returns the parameter's gradient for a gradient of the derived tensor."""
-    result: Tensor | None = torch.autograd.grad(
-        derivation.tensor, [parameter], gradient.to(derivation.tensor.dtype), retain_graph=True, allow_unused=True
-    )[0]
-    return torch.zeros_like(parameter) if result is None else result.contiguous()  # noise is added in place
+    derivation: Derivation, parameters: Sequence[Tensor], gradient: Tensor
+) -> list[Tensor]:  # derived shape -> each parameter's shape
+    """Returns the gradient of each parameter for a gradient of the derived tensor."""
+    found = torch.autograd.grad(
+        derivation.tensor, parameters, gradient.to(derivation.tensor.dtype), retain_graph=True, allow_unused=True
+    )
+    # Noise is added in place.
+    return [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(parameters, found, strict=True)]
 
 
-def pull_back_rows(derivation: Derivation, parameter: Tensor, rows: Tensor) -> Tensor:  # (R, *derived) -> (R, *shape)
-    """Returns the parameter's gradient for each row's gradient of the derived tensor.
+def pull_back_rows(
+    derivation: Derivation, parameters: Sequence[Tensor], rows: Tensor
+) -> list[Tensor]:  # (R, *derived) -> (R, *shape) each
+    """Returns the gradient of each parameter for each row's gradient of the derived tensor.
 
-    All rows go back at once, as torch.vmap maps them over the way back. Where it cannot, they go back one by one.
+    Rows that are small go back at once, as torch.vmap maps them over the way back. Where it cannot, and where the
+    arithmetic of a row takes longer than the call, they go back one by one.
     """
     if rows.shape[0] == 0:
-        return rows.new_zeros(0, *parameter.shape)
-    if rows.shape[0] > 1:
+        return [rows.new_zeros(0, *p.shape) for p in parameters]
+    if rows.shape[0] > 1 and (rows.is_cuda or derivation.tensor.numel() <= _SMALL):
         try:
             with warnings.catch_warnings():  # an operation without a batching rule is looped over, in torch itself
                 warnings.filterwarnings("ignore", message=".*performance drop.*")
-                return _all_at_once(derivation, parameter, rows)
+                return _all_at_once(derivation, parameters, rows)
         except Exception as error:  # if it is not vmap that fails, the first row says so
             if is_out_of_memory(error):
                 raise
-    return torch.stack([pull_back(derivation, parameter, row) for row in rows])
+    one_by_one = [pull_back(derivation, parameters, row) for row in rows]
+    return [torch.stack(each) for each in zip(*one_by_one, strict=True)]
 
 
-def _all_at_once(derivation: Derivation, parameter: Tensor, rows: Tensor) -> Tensor:
-    found: Tensor | None = torch.autograd.grad(
+def _all_at_once(derivation: Derivation, parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(
         derivation.tensor,
-        [parameter],
+        parameters,
         rows.to(derivation.tensor.dtype),
         retain_graph=True,
         allow_unused=True,
         is_grads_batched=True,
-    )[0]
-    return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
+    )
+    none = [rows.new_zeros(len(rows), *p.shape) for p, g in zip(parameters, found, strict=True) if g is None]
+    return [none.pop(0) if g is None else g for g in found]

@@ -34,6 +34,7 @@ class Gathered:
     direct: list[Uses]
     derived: list[tuple[Derivation, list[Uses]]]
     owner: Owner
+    siblings: Siblings | None = None  # where a derived tensor that others come from, too, is all that there is
 
     def rows_are_units(self, uses: Uses) -> bool:
         """Returns whether row i of each use is the only row of unit i."""
@@ -50,12 +51,13 @@ class Gathered:
     def per_unit(self, units: slice) -> Tensor:  # (B', *shape)
         """Returns the gradients of some units, instantiated. With a given owner, of all."""
         terms = [self._unit_rows(uses, units) for uses in self.direct]
-        terms += [
-            pull_back_rows(derivation, self.parameter, self._unit_rows(uses, units))
-            for derivation, groups in self.derived
-            for uses in groups
-        ]
+        for derivation, groups in self.derived:
+            terms += pull_back_rows(derivation, [self.parameter], self.rows_of(groups, units))
         return summed(terms)
+
+    def rows_of(self, groups: Sequence[Uses], units: slice) -> Tensor:  # (B', *derived)
+        """Returns the gradients of some units with respect to what these uses are of, instantiated."""
+        return summed([self._unit_rows(uses, units) for uses in groups])
 
     @property
     def bytes_per_unit(self) -> int:
@@ -68,7 +70,11 @@ class Gathered:
         The weighted sum will be formed by the rules, from their own factors. So each norm is padded for what the two
         are rounded differently.
         """
-        norms = row_norms(self.per_unit(units))
+        return self.padded_norms(self.per_unit(units), units)
+
+    def padded_norms(self, rows: Tensor, units: slice) -> Tensor:  # (B', *shape) -> (B',)
+        """Returns the squared norms of some units' gradients, padded for the rounding of their weighted sum."""
+        norms = row_norms(rows)
         groups = [*self.direct, *(uses for _, groups in self.derived for uses in groups)]
         roundings = [r for uses in groups if (r := self._unit_rounding(uses, units)) is not None]
         return padded(norms, summed(roundings)) if roundings else norms
@@ -106,14 +112,18 @@ class Gathered:
         for uses in self.direct:
             value = uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights))
             total = value if total is None else total + value
+        if self.siblings is not None:
+            return self.siblings.weighted_sum(self, weights)
         for derivation, groups in self.derived:
-            for uses in groups:
-                # The way back is linear: the sum is pulled back once, and not each unit's gradient.
-                value = uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights))
-                value = pull_back(derivation, self.parameter, value)
-                total = value if total is None else total + value
+            # The way back is linear: the sum is pulled back once, and not each unit's gradient.
+            (value,) = pull_back(derivation, [self.parameter], self.sum_of(groups, weights))
+            total = value if total is None else total + value
         assert total is not None
         return total
+
+    def sum_of(self, groups: Sequence[Uses], weights: Tensor) -> Tensor:  # (B,) -> derived shape
+        """Returns the weighted sum of the units' gradients with respect to what these uses are of."""
+        return summed([uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights)) for uses in groups])
 
     def masked(self, dropped: Tensor) -> Gathered:  # (B,) bool
         """Returns the same without any value of the dropped units."""
@@ -123,6 +133,51 @@ class Gathered:
 
         derived = [(d, [without(uses) for uses in groups]) for d, groups in self.derived]
         return Gathered(self.parameter, [without(uses) for uses in self.direct], derived, self.owner)
+
+
+class Siblings:
+    """Parameters whose only use is one tensor, derived from all of them. Their gradients go back at once.
+
+    Args:
+        derivation: of the tensor.
+        groups: its uses.
+    """
+
+    def __init__(self, derivation: Derivation, groups: list[Uses]) -> None:
+        self._derivation = derivation
+        self._groups = groups
+        self._members: list[Gathered] = []
+        self._norms: dict[int, Tensor] = {}
+        self._weights: Tensor | None = None
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, member: Gathered) -> None:
+        """Adds a parameter."""
+        self._members.append(member)
+        member.siblings = self
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [member.parameter for member in self._members]
+
+    def squared_norms(self, mine: Gathered) -> Tensor:  # (B,)
+        """Returns the norms of one of them; all are found with the first."""
+        if not self._norms:
+            size = 4 * (self._derivation.tensor.numel() + sum(p.numel() for p in self._parameters))
+            parts = []
+            for chunk in row_chunks(mine.owner.units, size):
+                rows = pull_back_rows(self._derivation, self._parameters, mine.rows_of(self._groups, chunk))
+                parts.append([mine.padded_norms(each, chunk) for each in rows])
+            self._norms = {id(m): torch.cat(n) for m, n in zip(self._members, zip(*parts, strict=True), strict=True)}
+        return self._norms[id(mine)]
+
+    def weighted_sum(self, mine: Gathered, weights: Tensor) -> Tensor:  # (B,) -> shape
+        """Returns the sum of one of them; all of the same weights are found with the first."""
+        same = self._weights is not None and self._weights.data_ptr() == weights.data_ptr()
+        if not same or id(mine) not in self._sums:
+            sums = pull_back(self._derivation, self._parameters, mine.sum_of(self._groups, weights))
+            self._weights, self._sums = weights, {id(m): s for m, s in zip(self._members, sums, strict=True)}
+        return self._sums.pop(id(mine))
 
 
 # -- ways to the norms -----------------------------------------------------------------------------------------------
@@ -180,6 +235,8 @@ def _of_a_pair(mine: Gathered) -> Tensor | None:
 
 def _of_the_gradients(mine: Gathered) -> Tensor:
     """Every gradient can be formed, a few units at a time: slow, and always right."""
+    if mine.siblings is not None:
+        return mine.siblings.squared_norms(mine)
     return torch.cat([mine.norms_of(chunk) for chunk in row_chunks(mine.owner.units, mine.bytes_per_unit)])
 
 
@@ -216,13 +273,29 @@ def gathered(
     found: dict[str, Gathered] = {}
     derived: dict[str, list[tuple[Derivation, list[Uses]]]] = {}
     for derivation, uses in recorded.derived.items():
+        groups = _by_rule(uses, allowance)
         for source in derivation.sources:
-            derived.setdefault(source, []).append((derivation, _by_rule(uses, allowance)))
+            derived.setdefault(source, []).append((derivation, groups))
     for name, parameter in parameters.items():
         direct = _by_rule(recorded.direct.get(name, ()), allowance)
         if direct or name in derived:
             found[name] = Gathered(parameter, direct, derived.get(name, []), owner)
+    if not tracing():
+        _bring_together(found)
     return found
+
+
+def _bring_together(found: Mapping[str, Gathered]) -> None:
+    """Finds the parameters that a derived tensor has for itself alone, where there are several of them."""
+    alone: dict[Derivation, list[Gathered]] = {}
+    for mine in found.values():
+        if not mine.direct and len(mine.derived) == 1 and mine.owner.index is None:
+            alone.setdefault(mine.derived[0][0], []).append(mine)
+    for derivation, members in alone.items():
+        if len(members) > 1:
+            siblings = Siblings(derivation, members[0].derived[0][1])
+            for member in members:
+                siblings.add(member)
 
 
 def _by_rule(uses: Sequence[Use], allowance: Allowance) -> list[Uses]:

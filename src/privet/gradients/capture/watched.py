@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
 from privet.errors import ProtocolError
+from privet.gradients.capture.fixed_lookups import fixed_lookup
 from privet.gradients.derived import Derivation
 from privet.gradients.isometries import is_isometry
 from privet.gradients.tracing import tracing
@@ -255,7 +256,8 @@ class Roots:
         """Runs `func` on roots and constants alone, and returns its result: derived tensors, which are roots again."""
         # What the way back needs of a gathered parameter is copied, before its memory is let go of.
         with saved_tensors_hooks(Tensor.clone, _same) if self.transient else nullcontext():
-            result = func(*args, **kwargs)
+            result = fixed_lookup(func, roots[0], args, kwargs) if len(roots) == 1 else None
+            result = func(*args, **kwargs) if result is None else result
         isometric = len(roots) == 1 and _isometric(roots[0]) and is_isometry(func, roots[0], args, kwargs, result)
         sources = tuple(dict.fromkeys(s for root in roots for s in self.sources(root)))
         label = f"{getattr(func, '__name__', func)}({', '.join(map(self.label, roots))})"
