@@ -46,7 +46,7 @@ def pull_back(
     derivation: Derivation, parameters: Sequence[Tensor], gradient: Tensor
 ) -> list[Tensor]:  # derived shape -> each parameter's shape
     """Returns the gradient of each parameter for a gradient of the derived tensor."""
-    found = torch.autograd.grad(
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
         derivation.tensor, parameters, gradient.to(derivation.tensor.dtype), retain_graph=True, allow_unused=True
     )
     # Noise is added in place.
@@ -76,7 +76,7 @@ def pull_back_rows(
 
 
 def _all_at_once(derivation: Derivation, parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
         derivation.tensor,
         parameters,
         rows.to(derivation.tensor.dtype),
