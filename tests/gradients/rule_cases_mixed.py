@@ -71,13 +71,13 @@ def gates(x: Tensor, matrices: Tensor) -> Tensor:
     rows = x.unflatten(2, (H, D // H)).flatten(0, 1).permute(1, 0, 2)
     bias = matrices[:, 0]
     found = torch.baddbmm(bias[:, None, :], rows, matrices[:, 1:])
-    return found.transpose(0, 1).reshape(x.shape[0], T, -1)
+    return found.transpose(0, 1).reshape(x.shape[0], T, H * 3)
 
 
 def merged_and_mapped(x: Tensor, entries: Tensor) -> Tensor:
     """An operation without a rule, of data with batch and positions merged on axis 1."""
     rows = x.unflatten(2, (H, D // H)).flatten(0, 1).permute(1, 0, 2)
-    return torch.cdist(rows, entries, p=3.0).transpose(0, 1).reshape(x.shape[0], T, -1)
+    return torch.cdist(rows, entries, p=3.0).transpose(0, 1).reshape(x.shape[0], T, H * 2)
 
 
 def by_head(x: Tensor, matrices: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ MANY = torch.tensor([[0, 1, 1], [3, 0, 0]])
 FEW = torch.arange(-4, 20).view(4, 6) % 7 - 3
 PULLED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {  # with the calls for B examples
     "positions looked up": (lambda w, x: x + F.embedding(torch.tensor([2, 0, 1, 3]), w).sum(1), 2),
+    "positions looked up, each once": (lambda w, x: x @ F.embedding(torch.tensor([2, 0, 1, 3]), w), 1),
     "one more than the parameter": (lambda w, x: x * (1.0 + w[0]), 1),
     "places, each once": (lambda w, x: x @ w[torch.tensor([2, 0, 1, 3])], 1),
     "places, some twice": (lambda w, x: x @ w[MANY[0]].mT @ torch.ones(3, 4, dtype=w.dtype), 2),

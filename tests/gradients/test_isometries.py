@@ -27,6 +27,7 @@ KEPT: dict[str, Call] = {
     "index_select": (torch.index_select, lambda w: (w, 1, ONCE % 4), {}),
     "embedding": (F.embedding, lambda w: (ONCE % 4, w), {}),
     "embedding, all said": (F.embedding, lambda w: (ONCE % 4, w, None, None, 2.0, False, False), {}),
+    "embedding, as the module asks": (F.embedding, lambda w: (ONCE % 4, w), {"padding_idx": None, "sparse": False}),
     "embedding by name": (F.embedding, lambda w: (), {"input": ONCE % 4}),
 }
 NOT: dict[str, Call] = {
@@ -36,6 +37,7 @@ NOT: dict[str, Call] = {
     "two places": (Tensor.__getitem__, lambda w: (w, (ONCE, ONCE)), {}),
     "more places than entries": (F.embedding, lambda w: (torch.arange(5) % 4, w), {}),
     "embedding, padded": (F.embedding, lambda w: (ONCE % 4, w, 0), {}),
+    "embedding, padded by name": (F.embedding, lambda w: (ONCE % 4, w), {"padding_idx": 0}),
     "index_select twice": (torch.index_select, lambda w: (w, 0, TWICE % 4), {}),
     "expand": (Tensor.expand, lambda w: (w, 2, 4, 4), {}),
     "scaled": (Tensor.mul, lambda w: (w, 2), {}),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
-from privet.gradients.rows import padded, row_norms, summed
+from privet.gradients.rows import padded, row_norms, summed, wide
 from privet.gradients.rules.gram import NARROW, gram_padding
 from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.tracing import tracing
@@ -235,6 +235,8 @@ def _of_a_pair(mine: Gathered) -> Tensor | None:
 
 def _of_the_gradients(mine: Gathered) -> Tensor:
     """Every gradient can be formed, a few units at a time: slow, and always right."""
+    if not mine.owner.units:
+        return wide(mine.parameter).new_zeros(0)
     if mine.siblings is not None:
         return mine.siblings.squared_norms(mine)
     return torch.cat([mine.norms_of(chunk) for chunk in row_chunks(mine.owner.units, mine.bytes_per_unit)])

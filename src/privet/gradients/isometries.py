@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from privet.gradients.tracing import tracing
 
-__all__ = ["is_isometry"]
+__all__ = ["is_isometry", "looked_up"]
 
 _T = Tensor
 _MOVES = frozenset(
@@ -33,6 +33,10 @@ _SHIFTS = frozenset(
         _T.subtract, torch.rsub,
     }
 )  # fmt: skip
+_OPTIONS: dict[str, Any] = {
+    "padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False
+}  # fmt: skip
+_EMBEDDING = {"input": None, "weight": None, **_OPTIONS}
 
 
 def is_isometry(
@@ -56,9 +60,14 @@ def is_isometry(
     if function in (torch.index_select, Tensor.index_select) and len(args) == 3 and not kwargs:
         return _distinct(args[2], root.shape[args[1]] if root.dim() else 0)
     if function is F.embedding:
-        plain = args[2:] in ((), (None, None, 2.0, False, False)) and set(kwargs) <= {"input", "weight"}
-        return plain and _distinct(kwargs.get("input", args[0] if args else None), root.shape[0])
+        return _distinct(looked_up(args, kwargs), root.shape[0])
     return False
+
+
+def looked_up(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the places of `F.embedding`, or None where one of its options changes what is learned."""
+    given = {**dict(zip(_EMBEDDING, args, strict=False)), **kwargs}
+    return given.get("input") if {**_EMBEDDING, **given}.items() >= _OPTIONS.items() else None
 
 
 def _takes_once(root: Tensor, index: Any) -> bool:

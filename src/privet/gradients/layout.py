@@ -46,9 +46,9 @@ class Layout(Enum):
             case Layout.SECOND:
                 return t.movedim(1, 0)
             case Layout.MERGED if batch_first:
-                return t.reshape(examples, -1, *t.shape[1:])
+                return t.reshape(examples, t.shape[0] // max(examples, 1), *t.shape[1:])
             case Layout.MERGED:
-                return t.reshape(-1, examples, *t.shape[1:]).movedim(1, 0)
+                return t.reshape(t.shape[0] // max(examples, 1), examples, *t.shape[1:]).movedim(1, 0)
             case Layout.SECOND_MERGED:
                 return Layout.MERGED.examples_first(t.movedim(1, 0), examples, batch_first=batch_first)
             case Layout.CONSTANT | Layout.ROUTED:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from privet.gradients.isometries import looked_up
 from privet.gradients.tracing import tracing
 
 __all__ = ["fixed_lookup"]
@@ -55,8 +56,8 @@ def fixed_lookup(
     """
     if function is Tensor.__getitem__:
         places = args[1]
-    elif function is F.embedding and len(args) == 2 and not kwargs:
-        places = args[0]
+    elif function is F.embedding:
+        places = looked_up(args, kwargs)
     else:
         return None
     if not isinstance(places, Tensor) or places.dtype not in (torch.int64, torch.int32) or tracing():
