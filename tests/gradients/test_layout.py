@@ -22,6 +22,7 @@ def shape_of(layout: Layout, b: int, t: int, d: int) -> tuple[int, ...]:
         Layout.ROWS: (b, t, d),
         Layout.MERGED: (b * t, d),
         Layout.SECOND: (t, b, d),
+        Layout.SECOND_MERGED: (d, b * t, 2),
         Layout.CONSTANT: (t, d),
     }[layout]
 
@@ -49,24 +50,27 @@ def test_what_was_learned_from_one_batch_holds_for_every_other(
     layouts = learned(layout, b, t, d)
     shape = shape_of(layout, other, t, d)
     found = layouts.of(site(len(shape)), torch.zeros(shape), other)
-    expected = Layout.ROWS if layout is Layout.MERGED and t == 1 else layout
-    assert found is expected
+    alone = {Layout.MERGED: Layout.ROWS, Layout.SECOND_MERGED: Layout.SECOND}
+    assert found is (alone.get(layout, layout) if t == 1 else layout)
 
 
 @settings(deadline=None, max_examples=200)
 @given(
-    st.sampled_from([Layout.ROWS, Layout.MERGED, Layout.SECOND]),
+    st.sampled_from([Layout.ROWS, Layout.MERGED, Layout.SECOND, Layout.SECOND_MERGED]),
     st.integers(1, 4),
     st.integers(1, 4),
     st.integers(1, 3),
 )
 def test_examples_come_first_in_every_layout(layout: Layout, b: int, t: int, d: int) -> None:
     rows = torch.arange(b * t * d).view(b, t, d)
-    lying = {Layout.ROWS: rows, Layout.MERGED: rows.reshape(b * t, d), Layout.SECOND: rows.transpose(0, 1)}[layout]
-    assert torch.equal(layout.examples_first(lying, b, batch_first=True), rows)
+    merged, inside = rows.reshape(b * t, d), rows.transpose(0, 1).reshape(b * t, d)
+    lying = {Layout.ROWS: rows, Layout.MERGED: merged, Layout.SECOND: rows.transpose(0, 1)}
+    lying[Layout.SECOND_MERGED] = merged.t()
+    assert torch.equal(layout.examples_first(lying[layout], b, batch_first=True), rows)
     if layout is Layout.MERGED:
-        inside = rows.transpose(0, 1).reshape(b * t, d)
         assert torch.equal(layout.examples_first(inside, b, batch_first=False), rows)
+    if layout is Layout.SECOND_MERGED:
+        assert torch.equal(layout.examples_first(inside.t(), b, batch_first=False), rows)
 
 
 @pytest.mark.parametrize(
