@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs attack test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing clean
+.PHONY: help venv demo docs attack test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -37,6 +37,7 @@ help:
 	@echo '     bench-accounting  how near an ε is and how long it takes, beside three other libraries (a quarter of an hour)'
 	@echo '     bench-distributed steps on one process and on two, beside DistributedDataParallel (ten minutes)'
 	@echo '     bench-choosing    what clip norm, learning rate, batch size and epochs do to accuracy (ten minutes)'
+	@echo '     bench-models      models that people train, beside the same without privacy (a quarter of an hour)'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
 
@@ -94,7 +95,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing
+bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models
 
 bench-spine: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
@@ -120,6 +121,10 @@ bench-distributed: $(STAMP)
 bench-choosing: $(STAMP)
 	@echo '==> Training on the digits with other and other numbers (benchmarks/choosing.py)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.choosing --out benchmarks/results
+
+bench-models: $(STAMP)
+	@echo '==> Timing private steps of known architectures (benchmarks/models.py)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models --out benchmarks/results --threads 1
 
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Asking the accountants for ε beside three others, in .venv-crosscheck (benchmarks/accounting.py)'
