@@ -277,6 +277,10 @@ class Operation(ABC):
     """
 
     positionwise: ClassVar[bool] = False
+    bilinear: ClassVar[bool] = False
+    """Whether it is linear in its one tensor of data, and in its parameter "weight", but for a bias that is added."""
+    repeatable: ClassVar[bool] = True
+    """Whether `forward` may be run again, under autograd, and is all there is of the operation."""
     rules: Mapping[str, Rule]
 
     @abstractmethod
@@ -299,3 +303,7 @@ class Operation(ABC):
     def saved(self, data: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Returns what the rules need of the data: None in place of what they do not."""
         return data
+
+    def use(self, role: str, data: tuple[Tensor | None, ...], gradient: Tensor, shape: tuple[int, ...]) -> Use:
+        """Returns the use of one parameter, once the gradient of the output has come."""
+        return Use(self, role, data, gradient, shape)

@@ -1,24 +1,31 @@
-"""One captured operation as autograd sees it."""
+"""One captured operation as autograd sees it.
+
+A backward that comes while the forward still runs is a part of the forward: the loss contains a gradient, as a penalty
+on it does. Nothing is recorded then. If that gradient is to be differentiated (`create_graph=True`), the way back is
+captured in its turn (`rules/adjoint.py`), and the backward of the loss brings those uses with all others. Without
+`create_graph` the gradient is a constant for the loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from privet.errors import UnsupportedModelError
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.routing import Routed
 from privet.gradients.derived import Derivation
 from privet.gradients.given import added_up
 from privet.gradients.layout import Layout
+from privet.gradients.rules.adjoint import adjoint_of
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Operation, Use
 
-__all__ = ["CapturedCall", "CapturedOperation", "Recorder", "tensors_among"]
+__all__ = ["CapturedCall", "CapturedOperation", "Recorder", "refuse_second_derivative", "tensors_among"]
 
 
 def tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -54,6 +61,8 @@ class CapturedCall:
     roles: tuple[str, ...]  # of the values, in order
     targets: dict[str, str | Derivation]  # role -> the parameter, or derived tensor, whose use is recorded
     data_count: int
+    edge: Tensor  # one of the parameters: it makes the output a part of the graph
+    lasting: bool = True  # whether the parameters are whole, and stay in memory until the backward is over
     add_up: Callable[[Tensor], Tensor] | None = None  # of rows that are spread over processes
 
     def examples_first(self, t: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ class CapturedCall:
         kept.extend(self.examples_first(g.detach()) for g in gradients[1:])
         met = tuple(kept)
         shapes = {role: tuple(v.shape) for role, v in zip(self.roles, values, strict=True)}
-        found = [(target, Use(operation, role, met, gradient, shapes[role])) for role, target in self.targets.items()]
+        found = [(target, operation.use(role, met, gradient, shapes[role])) for role, target in self.targets.items()]
         return found if self.add_up is None else [(target, added_up(use, self.add_up)) for target, use in found]
 
 
@@ -102,18 +111,91 @@ class CapturedOperation(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # a gradient of a gradient would miss the parameters, without a word
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Records the operation's uses, and returns the gradients of the data. Parameters get None."""
         call: CapturedCall = ctx.call
         saved = ctx.saved_tensors  # may recompute a checkpointed part, which has to be watched
+        inner = _is_inner(ctx, call.cycle)
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
             data, values = saved[: call.data_count], saved[call.data_count :]
-            call.capture.record(call, data, values, gradients)
             needed = ctx.needs_input_grad[1 : 1 + call.data_count]
-            results: Sequence[Tensor | None] = (None,) * call.data_count
-            if any(needed):
-                by_role = dict(zip(call.roles, values, strict=True))
-                gradient = gradients[0] if len(gradients) == 1 else gradients
-                results = call.operation.data_gradients(data, by_role, gradient, needed)
+            if inner and torch.is_grad_enabled():
+                results: Sequence[Tensor | None] = _captured_again(call, data, values, gradients, needed)
+            else:
+                if not inner:
+                    if not call.cycle.running:
+                        refuse_second_derivative()
+                    call.capture.record(call, data, values, gradients)
+                results = (None,) * call.data_count
+                if any(needed):
+                    by_role = dict(zip(call.roles, values, strict=True))
+                    gradient = gradients[0] if len(gradients) == 1 else gradients
+                    results = call.operation.data_gradients(data, by_role, gradient, needed)
         return (None, *results, *(None for _ in values), None)
+
+
+def refuse_second_derivative() -> None:
+    """Raises if the backward that runs is to be differentiated, after the forward that it would have to be part of."""
+    if torch.is_grad_enabled():
+        raise UnsupportedModelError(
+            "a backward with create_graph=True went through the private model, as for a gradient penalty or a force, "
+            "after the model's forward had ended: the gradient of that gradient would not be captured for each "
+            "example. Expected it inside of loss_per_example at the explicit door, where it is exact: "
+            "privet.PrivateStep(model, optimizer=..., mechanism=..., loss_per_example=loss), with torch.autograd.grad("
+            "..., create_graph=True) in loss(model, batch); or inside of the model's own forward."
+        )
+
+
+def _is_inner(ctx: Any, cycle: Cycle) -> bool:
+    """Returns whether this backward is a part of the forward: one in which no gradient is asked of a parameter."""
+    if not cycle.running:
+        return False
+    try:
+        return not torch._C._will_engine_execute_node(ctx.next_functions[-1][0])  # noqa: SLF001 - as torch's own hooks ask
+    except RuntimeError:  # the parameter is one of those that torch.autograd.grad was asked about
+        return False
+
+
+def _is_mapped(t: Tensor) -> bool:
+    """Returns whether a tensor hides an axis from us, as under vmap."""
+    functorch: Any = torch._C._functorch  # noqa: SLF001 - there is no public way to ask
+    return bool(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
+
+
+def _captured_again(
+    call: CapturedCall,
+    data: Sequence[Tensor],
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Returns the gradients of the data that need one, as the outputs of one more captured operation."""
+    results: list[Tensor | None] = [None] * call.data_count
+    wanted = [k for k, need in enumerate(needed) if need]
+    if not wanted:
+        return results
+    if call.add_up is not None or not call.lasting:
+        raise UnsupportedModelError(
+            "a gradient was taken with create_graph=True through a model of which each rank holds a part. Expected a "
+            "model that is whole on each rank (DistributedDataParallel's way): do not shard it (fully_shard, "
+            "parallelize_module)."
+        )
+    if any(map(_is_mapped, gradients)):
+        raise UnsupportedModelError(
+            "a gradient was taken with create_graph=True under vmap, which hides the examples. Expected one call of "
+            "torch.autograd.grad for each output (no is_grads_batched=True, no vectorize=True)."
+        )
+    by_role = dict(zip(call.roles, values, strict=True))
+    named = f"{type(call.operation).__name__} of {', '.join(map(str, call.targets.values()))}"
+    operation, met, roles = adjoint_of(call.operation, data, by_role, gradients, wanted, name=named)
+    again = replace(
+        call,
+        operation=operation,
+        roles=roles,
+        targets={role: target for role, target in call.targets.items() if role in roles},
+        data_count=len(met),
+    )
+    found = CapturedOperation.apply(again, *met, *(by_role[role] for role in roles), call.edge)  # type: ignore[no-untyped-call]
+    for k, gradient in zip(wanted, found if isinstance(found, tuple) else (found,), strict=True):
+        results[k] = gradient
+    return results

@@ -70,6 +70,8 @@ class Cycle:
         if self.running:
             raise ProtocolError(
                 "a backward came before the private model's forward had ended: from inside of the forward, or after a "
-                "forward that was interrupted. Expected the forward to end first. Run the model anew, then backward."
+                "forward that was interrupted. Expected the forward to end first. Run the model anew, then backward. "
+                "(A gradient that is a part of the loss is taken with respect to data or activations, not parameters: "
+                "torch.autograd.grad(y, x, create_graph=True).)"
             )
         return self.sink

@@ -60,6 +60,12 @@ class HandledCall:
     __slots__ = ("_capture", "_cycle", "is_root", "layouts")
 
     def __init__(self, capture: Capturing, cycle: Cycle) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - there is no public way to ask
+            raise UnsupportedModelError(
+                "a parameter is used inside of a transform of torch.func (vmap, grad, jvp, jacrev), which hides the "
+                "examples. Expected the model to be called on the batch itself. Take gradients in a loss with "
+                "torch.autograd.grad(y, x, create_graph=True), y having been summed over the batch."
+            )
         self._capture = capture
         self._cycle = cycle
         self.layouts: dict[int, Layout] = {}  # of the operation's tensor arguments, by their ids
@@ -142,6 +148,7 @@ class HandledCall:
                 f"{type(operation).__name__} of {', '.join(map(self.label, watched.values()))} met a batch on axis 1. "
                 "Expected axis 0 there. Move the batch to axis 0."
             )
+        edge = known.parameters[known.sources(next(iter(watched.values())))[0]]
         call = CapturedCall(
             capture,
             cycle,
@@ -152,10 +159,11 @@ class HandledCall:
             roles=tuple(values),
             targets={role: known.target(root) for role, root in watched.items()},
             data_count=len(data),
+            edge=edge,
+            lasting=not known.transient,
             add_up=capture.on_parts.add_up,
         )
         plain = [self._plain(value) if role in watched else value for role, value in values.items()]
-        edge = known.parameters[known.sources(next(iter(watched.values())))[0]]
         return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
 
     def _plain(self, root: Tensor) -> Tensor:

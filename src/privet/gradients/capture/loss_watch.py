@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from privet.errors import ConfigurationError, PrivetError, UnsupportedModelError
+from privet.errors import ConfigurationError, PrivetError
+from privet.gradients.capture.call import refuse_second_derivative
 from privet.gradients.capture.loss_graph import read_graph
 from privet.gradients.capture.loss_rules import TokenMean, faults_of, is_divided, token_means
 
@@ -17,11 +17,6 @@ __all__ = ["LossWatch"]
 
 _OFTEN = 8  # backwards from the start that are all looked at; later ones are where their number is a power of two
 _SATURATED = 50.0  # a softmax whose largest logit leads by more may round a gradient to exactly zero
-_SECOND_ORDER = (
-    "a backward with create_graph=True went through the private model, as for a gradient penalty or a force: the "
-    "gradient of that gradient would reach the parameters by a way that is not captured for each example. Expected "
-    "first derivatives only. Bound the slope of the model otherwise, as by spectral norm, or subtract two forwards."
-)
 
 
 class LossWatch:
@@ -82,8 +77,7 @@ class LossWatch:
         def reached(gradient: Tensor, values: Tensor) -> None:
             try:
                 with telling():  # an error on one rank is one on all
-                    if torch.is_grad_enabled():
-                        raise UnsupportedModelError(_SECOND_ORDER)
+                    refuse_second_derivative()
                     self._look(examples)
                     self._look_at_tokens(gradient, values)
             except PrivetError:

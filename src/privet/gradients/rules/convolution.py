@@ -174,6 +174,7 @@ class _Bias(Rule):
 class Convolution(Operation):
     """A convolution or transposed convolution; rows on axis 0."""
 
+    bilinear = True
     rules: Mapping[str, Rule] = {"weight": _Weight(), "bias": _Bias()}
 
     def __init__(self, function: Callable[..., Tensor], geometry: Geometry) -> None:

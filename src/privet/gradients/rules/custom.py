@@ -90,6 +90,8 @@ class _ModuleParameter(Rule):
 class ModuleUse(Operation):
     """A module as one operation: its output passes through, and its rule gets the inputs and the output's gradient."""
 
+    repeatable = False  # the module's own graph lies behind its output
+
     def __init__(self, module: nn.Module, rule: ModuleRule, inputs: Sequence[Any], names: Sequence[str]) -> None:
         self._module = module
         self._rule = rule

@@ -38,7 +38,7 @@ class Mapped(Operation):
         layout: Layout = Layout.ROWS,
         user_rule: Callable[..., Mapping[int | str, Tensor]] | None = None,
     ) -> None:
-        self._layout = layout
+        self.layout = layout
         self._function = function
         self._leaves = tuple(leaves)  # ("data", k), ("value", role) or a constant in a tuple of one
         self._tree = tree
@@ -80,7 +80,7 @@ class Mapped(Operation):
             self._autocast = torch.autocast(device, torch.get_autocast_dtype(device))
         output = self.run(data, values)
         outputs = output if isinstance(output, tuple | list) else (output,)
-        axis = self._layout.axis
+        axis = self.layout.axis
         rows = data[0].shape[axis]
         for o in outputs:
             if not isinstance(o, Tensor) or o.dim() <= axis or o.shape[axis] != rows:
@@ -138,11 +138,11 @@ class Mapped(Operation):
 
     def _alone(self, example: Tensor) -> Tensor:
         """Returns one example as the function sees a batch of it alone."""
-        if self._layout is Layout.MERGED:
+        if self.layout is Layout.MERGED:
             return example
-        if self._layout is Layout.SECOND_MERGED:
+        if self.layout is Layout.SECOND_MERGED:
             return example.movedim(0, 1)
-        return example.unsqueeze(self._layout.axis)
+        return example.unsqueeze(self.layout.axis)
 
     def _by_user_rule(self, role: str, data: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         assert self._user_rule is not None

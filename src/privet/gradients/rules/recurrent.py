@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.layout import Layout
 from privet.gradients.rows import wide
+from privet.gradients.rules.adjoint import refuse_twice
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.cells import CELLS, Cell, Run, Weights
 from privet.gradients.rules.linear import Linear
@@ -95,8 +95,8 @@ class _Recurrence(torch.autograd.Function):
         return outputs, *last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, outputs: Tensor, *last: Tensor) -> Any:
+        refuse_twice("nn.LSTM, nn.GRU or nn.RNN", "Use nn.LSTMCell, nn.GRUCell or nn.RNNCell in a loop over the steps.")
         job: _Pass = ctx.job
         result = job.cell.backward(ctx.run, job.weights, wide(job.time_first(outputs)), tuple(wide(t) for t in last))
         inputs, hidden = (job.as_given(t).to(ctx.dtype) for t in (result.inputs, result.hidden))
