@@ -184,8 +184,7 @@ class PrivateStep(Door):
             also=lambda inputs: refuse_mixing(opening(self._loss, inputs), (inputs,), {}),
             spread=ranks.spread,
         )
-        look_at = functools.partial(self._first.run, whole=True)
-        self._anew = Anew(self._capture, look_at, spread=ranks.spread)
+        self._anew = Anew(self._capture, functools.partial(self._first.run, whole=True), spread=ranks.spread)
         warn_of_mechanism(mechanism, batch_size=self._update.divisor.value)
         optimizer.zero_grad(set_to_none=True)
         self._update.attach(model, optimizer)
@@ -300,6 +299,7 @@ class PrivateStep(Door):
             BudgetExceededError: if the step would exceed the budget. It was not taken.
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
+        self._loss.begins()
         with (ranks := self._update.ranks).telling():
             examples = count_examples(batch)
             self._update.refuse_detached("a step was called")

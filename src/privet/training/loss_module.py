@@ -8,6 +8,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from privet.errors import ConfigurationError
+from privet.gradients.capture.eager import refuse_compiled, warn_of_compiled
 from privet.gradients.spread import is_part
 
 __all__ = ["LossModule", "LossPerExample"]
@@ -21,12 +22,19 @@ class LossModule(nn.Module):
 
     def __init__(self, model: nn.Module, loss: LossPerExample) -> None:
         super().__init__()
+        warn_of_compiled(model, loss)
         self.model = model
         self._loss = loss
 
     def forward(self, batch: Any) -> Tensor:
         """Returns what the user's loss returns."""
         return self._loss(self.model, batch)
+
+    def begins(self) -> None:
+        """Raises if a step that begins now is traced by torch.compile; warns if the model was compiled since."""
+        refuse_compiled(trains=True)
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            warn_of_compiled(self.model)
 
     def checked(self, batch: Any, examples: int) -> Tensor:  # (B,)
         """Returns the loss of each example, or raises ConfigurationError if it is none."""

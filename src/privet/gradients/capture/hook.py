@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from privet.errors import ProtocolError
+from privet.gradients.capture.eager import refuse_compiled
 
 __all__ = ["Hook", "nothing", "refuse_copy"]
 
@@ -26,7 +27,10 @@ class Hook:
         return self._function is self._in_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Does the instrument's work."""
+        """Does the instrument's work; under torch.compile, which traces it, nothing but refuse to train."""
+        if torch.compiler.is_dynamo_compiling():
+            refuse_compiled(trains=args[0].training and torch.is_grad_enabled())
+            return None
         return self._function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:

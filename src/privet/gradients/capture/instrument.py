@@ -23,6 +23,7 @@ from privet.batches.tree import tensors_in
 from privet.errors import ProtocolError, UnsupportedModelError
 from privet.gradients.capture.anew import Anew, agree_on_doubt
 from privet.gradients.capture.cycle import Cycle
+from privet.gradients.capture.eager import warn_of_compiled
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.hook import Hook, nothing, refuse_copy
 from privet.gradients.capture.loss_watch import LossWatch
@@ -121,6 +122,7 @@ class Instrument:
         self._again = False  # whether this forward is run anew, from inside of the hook that ends it
         self._output: Any = None  # of the forward that was run anew
         self._nested = 0  # calls of the module from inside of its own forward
+        warn_of_compiled(module)
         self._first = FirstBatch(
             module,
             self.capture,

@@ -42,6 +42,7 @@ from torch.utils._device import DeviceContext
 
 from privet.gradients.capture.call import tensors_among
 from privet.gradients.capture.cycle import Cycle
+from privet.gradients.capture.eager import set_stance
 from privet.gradients.capture.moves import Move, masks_among, move_of, mover_of
 from privet.gradients.capture.routing import routed_now
 from privet.gradients.layout import DoubtError
@@ -177,7 +178,7 @@ class MovedRows(TorchFunctionMode):
         self.stop()
         self._cycle, self._met = cycle, met
         self._follows = met is not None
-        self._stance = _set_stance(None)
+        self._stance = set_stance()
         # Whose the rows are was found out for this very batch, or they are nobody's.
         if met is None and (cycle.telling or not cycle.examples):
             return
@@ -198,7 +199,7 @@ class MovedRows(TorchFunctionMode):
         self._follows = False
         stance, self._stance = self._stance, None
         if stance is not None:
-            _set_stance(stance)
+            set_stance(stance)
         self._tags.clear()
         self._sources.clear()
         if self._thread == threading.get_ident():  # else it stays on that thread's stack, and does nothing there
@@ -313,20 +314,6 @@ def codes_of(function: Callable[..., Any] | None) -> set[CodeType]:
             found.add(code)
         function = getattr(function, "__wrapped__", None)
     return found
-
-
-def _set_stance(stance: Any) -> Any:
-    """Sets what torch.compile does, by default run everything eagerly, and returns what it did; None if it is not used.
-
-    The rows that move inside of a compiled part are seen by nobody.
-    """
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is None:
-        return None
-    try:
-        return dynamo._set_stance(dynamo.DynamoStance("force_eager") if stance is None else stance)  # noqa: SLF001
-    except RuntimeError:  # inside of a compiled region, where it cannot be changed
-        return None
 
 
 def _taken_off() -> list[Any]:

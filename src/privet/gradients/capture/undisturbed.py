@@ -1,4 +1,4 @@
-"""A module run for a check alone: generators of random numbers and all state are put back as they were."""
+"""A module run for a check alone: eagerly, and generators of random numbers and all state are put back as they were."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from privet.gradients.capture.eager import eagerly
 from privet.gradients.capture.state import State
 
 __all__ = ["generators", "undisturbed"]
@@ -31,7 +32,8 @@ def undisturbed(module: nn.Module, state: State | None = None) -> Iterator[Calla
         state.restore()
 
     try:
-        yield restore
+        with eagerly():
+            yield restore
     finally:
         rewind()
         state.restore(thorough=True)
