@@ -29,7 +29,8 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Does the instrument's work; under torch.compile, which traces it, nothing but refuse to train."""
         if torch.compiler.is_dynamo_compiling():
-            refuse_compiled(trains=args[0].training and torch.is_grad_enabled())
+            if self._in_copy is not nothing:  # the hook that a forward begins with
+                refuse_compiled(trains=args[0].training and torch.is_grad_enabled())
             return None
         return self._function(*args, **kwargs)
 
