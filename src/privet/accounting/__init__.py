@@ -19,6 +19,7 @@ from privet.accounting.calibration import (
     calibrate_rate,
     calibrate_steps,
 )
+from privet.accounting.correlated import CorrelatedEvent, CorrelatedRelease, in_one_participation
 from privet.accounting.event import (
     ClipCountEvent,
     ComposedEvent,
@@ -47,6 +48,7 @@ from privet.accounting.pld import PldAccountant
 from privet.accounting.rdp import RdpAccountant
 from privet.accounting.read_ledger import read_ledger
 from privet.accounting.role import LedgerLike
+from privet.accounting.toeplitz import Toeplitz
 
 __all__ = [
     "AbstractLedger",
@@ -56,6 +58,8 @@ __all__ = [
     "Certificate",
     "ClipCountEvent",
     "ComposedEvent",
+    "CorrelatedEvent",
+    "CorrelatedRelease",
     "Event",
     "FileLedger",
     "FixedSizeEvent",
@@ -75,6 +79,7 @@ __all__ = [
     "RdpAccountant",
     "Relation",
     "SelfComposedEvent",
+    "Toeplitz",
     "TruncatedPoissonEvent",
     "Unit",
     "WholePhase",
@@ -85,6 +90,7 @@ __all__ = [
     "get_accountant",
     "get_delta",
     "get_epsilon",
+    "in_one_participation",
     "known_accountants",
     "read_ledger",
     "register_accountant",

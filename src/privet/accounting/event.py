@@ -71,6 +71,9 @@ class Event:
     """One release, or several. A subclass is a frozen dataclass and names itself: `class Mine(Event, kind="mine")`."""
 
     kind: ClassVar[str] = ""
+    needs_separation: ClassVar[bool] = (
+        False  # whether it costs nothing known until a sampling keeps an example's steps apart
+    )
     _kinds: ClassVar[dict[str, type[Event]]] = {}
 
     def __init_subclass__(cls, *, kind: str) -> None:
@@ -122,6 +125,12 @@ def _revived(value: object) -> object:
 def _check_event(name: str, value: object) -> Event:
     if not isinstance(value, Event):
         raise ConfigurationError(f"{name} must be an Event, got {value!r}.")
+    if value.needs_separation:
+        raise ConfigurationError(
+            "the noise is correlated over steps, and this sampling may draw an example at steps that are close to each "
+            "other, for which no bound is known. Expected a sampling that keeps the steps of an example apart. Use a "
+            "partition in a fixed order, Partition(batch_size=..., dataset_size=n), or independent noise: Gaussian."
+        )
     return value
 
 

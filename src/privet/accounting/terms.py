@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from privet._checks import check_count
 from privet.accounting import _special as special
+from privet.accounting.correlated import CorrelatedEvent
 from privet.accounting.event import (
     ClipCountEvent,
     ComposedEvent,
@@ -103,6 +104,8 @@ def gaussian_multiplier(event: Event) -> float | None:
         return event.noise_multiplier
     if isinstance(event, ClipCountEvent):
         return _combined([event.noise_multiplier, 2.0 * event.count_noise])
+    if isinstance(event, CorrelatedEvent):
+        return event.gaussian_multiplier
     if isinstance(event, NoEvent):
         return math.inf
     if isinstance(event, SelfComposedEvent):
@@ -207,6 +210,8 @@ class _Reduction:
         if count == 0 or isinstance(event, NoEvent):
             return
         multiplier = gaussian_multiplier(event)
+        if isinstance(event, CorrelatedEvent):
+            self.note_of_partition()
         if multiplier is not None:
             if math.isfinite(multiplier):
                 self.gaussian(multiplier, count, shift=self.shift)
@@ -231,9 +236,12 @@ class _Reduction:
     def partition(self, event: PartitionEvent, count: int) -> None:
         if event.passes and gaussian_multiplier(event.event) is None:
             self.note("a partition of sampled batches is counted as one participation of the inner event a pass")
+        self.note_of_partition()
+        self.add(event.event, count * event.passes)
+
+    def note_of_partition(self) -> None:
         if self.relation is Relation.ADD_OR_REMOVE_ONE:
             self.note("a partition is bounded for neighbours in which every other example keeps its batch")
-        self.add(event.event, count * event.passes)
 
     def allocated(self, event: RandomAllocationEvent, count: int) -> None:
         """Adds passes of random allocation: one Gaussian with 1/t of each shift, or the same as if all were known.

@@ -1,5 +1,6 @@
 """Noise: the only place that draws it, and the only one where a clipped sum becomes a private gradient."""
 
+from privet.noise.correlated import BLT, BandMF, Correlated, CorrelatedNoise, LambdaCGD, Remembering
 from privet.noise.counter import CounterNoise
 from privet.noise.cut_tails import cut_tail_delta
 from privet.noise.description import Gaussian, Noise
@@ -11,16 +12,22 @@ from privet.noise.secure import SecureNoise
 from privet.noise.source import NoiseSource, noise_for
 
 __all__ = [
+    "BLT",
+    "BandMF",
+    "Correlated",
+    "CorrelatedNoise",
     "CounterNoise",
     "DeviceNoise",
     "Gaussian",
     "GaussianNoise",
     "Keystream",
+    "LambdaCGD",
     "Noise",
     "NoiseKey",
     "NoiseMechanism",
     "NoiseSource",
     "PrivateGradient",
+    "Remembering",
     "SecureNoise",
     "cut_tail_delta",
     "noise_for",

@@ -29,7 +29,7 @@ from privet.noise.source import NoiseSource, Offsets
 if TYPE_CHECKING:
     from privet.gradients.clipped_sum import ClippedSum
 
-__all__ = ["GaussianNoise", "NoiseMechanism", "PrivateGradient"]
+__all__ = ["GaussianNoise", "NoiseMechanism", "PrivateGradient", "take_source"]
 
 _SEAL = object()
 
@@ -56,7 +56,7 @@ class PrivateGradient:
 
     @property
     def std(self) -> float:
-        """Returns the standard deviation of the noise in every element."""
+        """Returns the standard deviation of the noise in every element; of its independent part where correlated."""
         return self._std
 
     @property
@@ -98,11 +98,7 @@ class GaussianNoise:
     """The Gaussian mechanism over one noise source, which no other mechanism may share."""
 
     def __init__(self, source: NoiseSource) -> None:
-        if source in _TAKEN:
-            raise ProtocolError(
-                "This noise source already serves a mechanism; two would add the same noise to two sums."
-            )
-        _TAKEN.add(source)
+        take_source(source)
         self._source = source
         self._last_step = -1
 
@@ -160,6 +156,17 @@ class GaussianNoise:
 
 
 _TAKEN: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def take_source(source: NoiseSource) -> None:
+    """Reserves a noise source for one mechanism.
+
+    Raises:
+        ProtocolError: if another one has it.
+    """
+    if source in _TAKEN:
+        raise ProtocolError("This noise source already serves a mechanism; two would add the same noise to two sums.")
+    _TAKEN.add(source)
 
 
 def _representable(dtype: torch.dtype) -> tuple[float, float]:
