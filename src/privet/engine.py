@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from privet._checks import check_at_least, check_choice, check_target_delta
+from privet._checks import check_choice, check_target_delta
 from privet.accounting.accountant import Accountant
 from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
 from privet.accounting.role import LedgerLike
 from privet.clipping import policy_for
 from privet.gradients.weights import groups_of
-from privet.mechanism import Gaussian, Mechanism
-from privet.noise import noise_for, noise_key
+from privet.mechanism import Mechanism
+from privet.noise import Noise, noise_for, noise_key
 from privet.parallel import bare
 from privet.sampling import PrivateLoader, Sampling, privatize_loader
 from privet.training.accumulate import Accumulate, accumulate_for
@@ -29,7 +29,7 @@ from privet.training.models import AboutModels
 from privet.training.module_door import ModuleDoor
 from privet.training.once import Making, made_private, refuse_private, take_up
 from privet.training.optimizers import refuse_optimizer
-from privet.training.options import Clipping, Options
+from privet.training.options import Clipping, Options, noise_of
 from privet.training.parameters import private_parameters
 from privet.training.plausible import refuse_budget_without_noise, warn_of_mechanism
 from privet.training.private_module import MODES_ELSEWHERE, GradSampleMode, PrivateModule, modes
@@ -138,6 +138,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         batch_first: bool = True,
         poisson_sampling: bool = True,
         sampling: Sampling | None = None,
+        noise: Noise | None = None,
         dataset_size: int | None = None,
         accumulate: int | Accumulate = 1,
         noise_generator: torch.Generator | None = None,
@@ -163,6 +164,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             poisson_sampling: whether to draw each batch afresh at rate batch_size / n. If not, the loader's own order
                 is kept, and no amplification by sampling is claimed.
             sampling: another way of forming batches in its place, such as one of your own.
+            noise: another noise than Gaussian, such as `BandMF`; its multiplier becomes `noise_multiplier`.
             dataset_size: a public number to be used in place of `len(dataset)`, under Poisson sampling.
             accumulate: how many of the loader's batches make a logical batch, for a loop with `(loss / k).backward()`
                 on each, and `step()` and `zero_grad()` on every k-th. They are the k parts of one batch drawn at k
@@ -178,7 +180,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
 
         An error leaves everything as it was.
         """
-        noise = Gaussian(check_at_least("noise_multiplier", noise_multiplier))
+        noise = noise_of(noise, noise_multiplier)
         policy = policy_for(clipping, max_grad_norm)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_choice("grad_sample_mode", grad_sample_mode, modes(), elsewhere=MODES_ELSEWHERE)
@@ -304,6 +306,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         batch_first: bool = True,
         poisson_sampling: bool = True,
         sampling: Sampling | None = None,
+        noise: Noise | None = None,
         dataset_size: int | None = None,
         accumulate: int | Accumulate = 1,
         noise_generator: torch.Generator | None = None,
@@ -335,6 +338,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             self.ledger,
             planned,
             policy_for(clipping, max_grad_norm),
+            noise,
             epochs=epochs,
             epsilon=target_epsilon,
             delta=target_delta,
@@ -351,6 +355,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             batch_first=batch_first,
             poisson_sampling=poisson_sampling,
             sampling=sampling,
+            noise=noise,
             dataset_size=dataset_size,
             accumulate=accumulate,
             noise_generator=noise_generator,

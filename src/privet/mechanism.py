@@ -58,6 +58,8 @@ class Mechanism:
                 )
             self.clipping.split(self.noise.multiplier)
         object.__setattr__(self, "steps", check_count("steps", self.steps))
+        if self.noise.event.needs_separation:
+            self.event(1)  # a sampling that does not keep the steps of an example apart refuses it
 
     def event(self, count: int | None = None) -> Event:
         """Returns the event of the planned steps (or passes), or of `count` of them."""

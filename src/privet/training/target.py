@@ -6,14 +6,23 @@ from privet._checks import check_count, check_positive
 from privet.accounting.role import LedgerLike
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
-from privet.mechanism import Gaussian, Mechanism
+from privet.mechanism import Mechanism
+from privet.noise import Noise
 from privet.sampling import PrivateLoader
+from privet.training.options import noise_of
 
 __all__ = ["multiplier_for"]
 
 
 def multiplier_for(
-    ledger: LedgerLike, loader: PrivateLoader, policy: ClippingPolicy, *, epochs: int, epsilon: float, delta: float
+    ledger: LedgerLike,
+    loader: PrivateLoader,
+    policy: ClippingPolicy,
+    noise: Noise | None,
+    *,
+    epochs: int,
+    epsilon: float,
+    delta: float,
 ) -> float:
     """Returns the least noise multiplier with which `epochs` passes over a loader cost at most ε at δ.
 
@@ -30,7 +39,7 @@ def multiplier_for(
             "noise_multiplier of your own."
         )
     steps = epochs * loader.steps_per_pass if loader.sampling.billed_per == "step" else epochs
-    planned = Mechanism(sampling=loader.sampling, clipping=policy, noise=Gaussian(1.0), steps=steps)
+    planned = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise_of(noise, 1.0), steps=steps)
     return planned.calibrated(
         epsilon=epsilon, delta=delta, accountant=ledger.accountant, relation=ledger.relation
     ).noise.multiplier

@@ -24,6 +24,7 @@ from privet.sampling.base import BatchTicket, Sampling, refuse_change
 from privet.training.accumulated_sum import AccumulatedSum
 from privet.training.billing import Billing
 from privet.training.clip_count import adapted, counted, resumed
+from privet.training.continuity import Continuity
 from privet.training.divisor import Divisor
 from privet.training.guard import Guard
 from privet.training.loaders import Loaders
@@ -68,6 +69,7 @@ class PrivateUpdate:
     ) -> None:
         self.parameters = dict(parameters)
         self.ranks: Ranks = Alone() if ranks is None else ranks
+        self._continuity = Continuity(noise)
         self.noise = self.ranks.noise(noise)
         self.divisor = Divisor(divisor, sampling=mechanism.sampling if follows_rate else None)
         self._expected = self.divisor if follows_rate else Divisor(batch_size, sampling=mechanism.sampling)
@@ -308,6 +310,7 @@ class PrivateUpdate:
             self.discard()
             raise
         divisor = self._divisor(ticket)
+        self._continuity.step(ticket, self._drawn(ticket))
         clipped = self._sum.take()
         if self._late is not None:
             self._late.summed(clipped)
@@ -330,6 +333,7 @@ class PrivateUpdate:
         self._bring()
         self._sum.require()
         match = self._sum.match()
+        self._continuity.require(match)
         if match is not None and len(match.possible) > 1 and self.ranks.share.ranks > 1:
             raise ProtocolError(
                 "batches are read ahead, in tensors of their own, so that it cannot be told which of several batches "
@@ -376,6 +380,7 @@ class PrivateUpdate:
         self.noise.load_state_dict(state["noise"])
         self.steps = max(self.steps, int(state["steps"]))
         self.billing.resumed()
+        self._continuity.resumed()
         self._mechanism = resumed(self._mechanism, state)
         for schedule, its_state in zip(self.schedules, state.get("schedules", []), strict=True):
             schedule.load_state_dict(its_state)
