@@ -73,12 +73,13 @@ LAYERS = {
             "start",
             "statistics",
         ),
-        ("accumulated_sum", "billing", "criterion", "loggers", "logical_sum", "once"),
+        ("accumulated_sum", "billing", "continuity", "criterion", "loggers", "logical_sum", "once"),
         ("collective", "update"),
         ("checkpoint", "loss_scale", "materialised", "thawed", "virtual_steps", "way"),
         ("door", "private_module"),
         ("module_door",),
-        ("options", "target"),
+        ("options",),
+        ("target",),
     ),
 }
 LEVELS = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
     from privet.mechanism import Mechanism
-    from privet.noise import Gaussian, Noise
+    from privet.noise import BLT, BandMF, Gaussian, LambdaCGD, Noise
     from privet.sampling import (
         CyclicPoisson,
         FixedSize,
@@ -48,12 +48,14 @@ if TYPE_CHECKING:
     from privet.validation import get_compatible_module, validate
 
 __all__ = [
+    "BLT",
     "PSAC",
     "Accountant",
     "AccountingError",
     "Accumulate",
     "Adaptive",
     "Automatic",
+    "BandMF",
     "BatchMemoryManager",
     "Budget",
     "BudgetExceededError",
@@ -69,6 +71,7 @@ __all__ = [
     "Flat",
     "Gaussian",
     "GroupWise",
+    "LambdaCGD",
     "Ledger",
     "LedgerError",
     "Listed",
@@ -104,11 +107,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BLT": "privet.noise",
     "PSAC": "privet.clipping",
     "Accountant": "privet.accounting",
     "Accumulate": "privet.training.accumulate",
     "Adaptive": "privet.clipping",
     "Automatic": "privet.clipping",
+    "BandMF": "privet.noise",
     "BatchMemoryManager": "privet.training.virtual_steps",
     "Budget": "privet.accounting",
     "CSVLogger": "privet.training.loggers",
@@ -121,6 +126,7 @@ _HOMES = {
     "Flat": "privet.clipping",
     "Gaussian": "privet.noise",
     "GroupWise": "privet.clipping",
+    "LambdaCGD": "privet.noise",
     "Ledger": "privet.accounting",
     "Listed": "privet.schedules",
     "Mechanism": "privet.mechanism",
