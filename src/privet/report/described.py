@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from privet.accounting import (
     ClipCountEvent,
     ComposedEvent,
+    CorrelatedEvent,
+    CorrelatedRelease,
     Event,
     FixedSizeEvent,
     GaussianEvent,
@@ -77,6 +79,18 @@ def described(event: Event) -> Described:
             "and apart from all others"
         )
         return _around(event.event, "random allocation", words, 1.0 / event.steps)
+    if isinstance(event, CorrelatedEvent):
+        words = (
+            "a pass over the data in batches, in a fixed order: each record takes part once in every "
+            f"{event.separation} steps, and nothing is amplified by sampling"
+        )
+        return _around(event.event, "partition in a fixed order", words, 1.0)
+    if isinstance(event, CorrelatedRelease):
+        what = (
+            f"{_gaussian(event)} in one participation, correlated over steps: a part of the noise of earlier steps is "
+            "taken back"
+        )
+        return Described("not known", "not known", what, event.noise_multiplier, 1.0)
     if isinstance(event, PoissonSelectionEvent | NegativeBinomialSelectionEvent):
         inner = described(event.event)
         law = (
@@ -105,7 +119,7 @@ def described(event: Event) -> Described:
     return Described("not known", "not known", f"an event of the kind {event.kind}", None, None)
 
 
-def _gaussian(event: GaussianEvent | ClipCountEvent) -> str:
+def _gaussian(event: GaussianEvent | ClipCountEvent | CorrelatedRelease) -> str:
     return (
         f"the sum of clipped gradients with Gaussian noise of {event.noise_multiplier:g} times its sensitivity"
         if event.noise_multiplier > 0.0
