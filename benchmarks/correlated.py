@@ -14,12 +14,12 @@ import json
 import platform
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.spine import machine
 from privet.gradients.clipped_sum import ClippedSum
 from privet.noise import (
     BandMF,
@@ -132,11 +132,10 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "where": {
-            "date": datetime.now(UTC).date().isoformat(),
-            "processor": platform.processor() or platform.machine(),
+            **machine(),
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,
             "seed": SEED,
             "rounds": options.rounds,
             "elements": sum(torch.Size(shape).numel() for shape in SHAPES.values()),

@@ -11,6 +11,8 @@ import pytest
 from privet.accounting import (
     Accountant,
     Bound,
+    CorrelatedEvent,
+    CorrelatedRelease,
     FileLedger,
     FixedSizeEvent,
     GaussianEvent,
@@ -289,6 +291,10 @@ def test_events_are_described_with_the_numbers_that_they_have():
     shuffled = described(PartitionEvent(1, GaussianEvent(3.0)))
     assert (shuffled.name, shuffled.rate) == ("partition", 1.0)
     assert "nothing is amplified" in shuffled.sampler
+    correlated = described(CorrelatedEvent(2, 50, CorrelatedRelease(1.5, (1.0, 0.5))))
+    assert (correlated.name, correlated.noise_multiplier) == ("partition in a fixed order", 1.5)
+    assert "every 50 steps" in correlated.sampler
+    assert "correlated over steps" in correlated.mechanism
     nested = described(PoissonEvent(0.5, PoissonEvent(0.5, GaussianEvent(1.0))))
     assert nested.rate is None
     assert "inside it" in nested.sampler
