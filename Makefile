@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs attack test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models clean
+.PHONY: help venv demo docs attack test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -38,6 +38,7 @@ help:
 	@echo '     bench-distributed steps on one process and on two, beside DistributedDataParallel (ten minutes)'
 	@echo '     bench-choosing    what clip norm, learning rate, batch size and epochs do to accuracy (ten minutes)'
 	@echo '     bench-models      models that people train, beside the same without privacy (a quarter of an hour)'
+	@echo '     bench-correlated  a step with correlated noise beside independent noise, time and memory (two minutes)'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
 
@@ -95,7 +96,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models
+bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated
 
 bench-spine: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
@@ -125,6 +126,10 @@ bench-choosing: $(STAMP)
 bench-models: $(STAMP)
 	@echo '==> Timing private steps of known architectures (benchmarks/models.py)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models --out benchmarks/results --threads 1
+
+bench-correlated: $(STAMP)
+	@echo '==> Timing steps with correlated noise (benchmarks/correlated.py)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.correlated --out benchmarks/results
 
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Asking the accountants for ε beside three others, in .venv-crosscheck (benchmarks/accounting.py)'

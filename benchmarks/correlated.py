@@ -72,7 +72,8 @@ def measured(noise: Noise, loss: float | None, rounds: int) -> dict[str, Any]:
     correlated, independent = mechanism_of(noise), mechanism_of(Gaussian(1.0))
     small = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     drawn_again = isinstance(noise, BandMF) and noise.most_bytes == 0
-    first = WARM
+    first = WARM if drawn_again else max(2, len(getattr(noise, "coefficients", ())))
+    rounds = min(rounds, 3) if drawn_again else rounds
     if drawn_again:  # its cost grows with the steps, and the first ones are not needed for it
         correlated.release(ClippedSum(small, 1.0), multiplier=1.0, step=0)
         for step in range(1, first):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 import warnings
 
@@ -28,6 +29,7 @@ from privet import (
 from privet.accounting import (
     CorrelatedEvent,
     GaussianEvent,
+    Ledger,
     PoissonEvent,
     Relation,
     Toeplitz,
@@ -359,6 +361,84 @@ def trained_at_the_papers_door(noise, *, physical: int | None = None) -> tuple[P
             ) as batches:
                 train(batches)
     return engine, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_step_that_fails_before_its_noise_begins_the_correlation_anew(monkeypatch):
+    # Otherwise the next batch would take its place in time, and every example come one step sooner than is billed.
+    step = step_of()
+    batches = iter(step.batches(DATA))
+    step(next(batches))
+    with monkeypatch.context() as patched:
+        patched.setattr("privet.training.update.counted", lambda *_: (_ for _ in ()).throw(RuntimeError("before")))
+        with pytest.raises(RuntimeError, match="before"):
+            step(next(batches))
+    with pytest.warns(UserWarning, match="begins anew"):
+        train(step, batches)
+    assert begun(step) == 2
+    assert step.ledger.event() == CorrelatedEvent(1, S, BANDS.event)
+
+
+def engine_of(noise, **options):
+    model, engine = nn.Linear(2, 1), PrivacyEngine()
+    returned = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(DATA, batch_size=B),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        noise=noise,
+        **options,
+    )
+    return engine, *returned
+
+
+def test_the_papers_door_refuses_poisson_sampling_and_what_is_no_noise():
+    with pytest.raises(ConfigurationError, match="keeps the steps"):
+        engine_of(BANDS)
+    with pytest.raises(ConfigurationError, match="description"):
+        engine_of(3.0)
+    with pytest.raises(ConfigurationError, match="Gaussian noise"):
+        engine_of(BANDS, sampling=PARTITION, clipping="adaptive")
+
+
+def test_a_refused_step_at_the_papers_door_leaves_the_run_able_to_go_on():
+    engine, model, optimizer, loader = engine_of(BANDS, sampling=PARTITION)
+    model(torch.randn(5, 2)).square().sum(1).mean().backward()
+    with pytest.raises(ProtocolError, match="not certain which whole batch"):
+        optimizer.step()
+    assert engine.ledger.steps == 0
+    for (rows,) in loader:
+        optimizer.zero_grad()
+        model(rows).square().sum(1).mean().backward()
+        optimizer.step()
+    assert engine.ledger.event() == CorrelatedEvent(1, S, BANDS.event)
+
+
+def test_a_target_is_met_with_the_noise_that_was_given():
+    model, engine = nn.Linear(2, 1), PrivacyEngine()
+    engine.make_private_with_epsilon(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(DATA, batch_size=B),
+        sampling=PARTITION,
+        noise=LambdaCGD(1.0, 0.8),
+        target_epsilon=3.0,
+        target_delta=1e-5,
+        epochs=3,
+        max_grad_norm=1.0,
+    )
+    (found,) = engine.mechanisms
+    assert isinstance(found.noise, LambdaCGD)
+    squared = found.noise.matrix.squared_sensitivity(3, S)
+    assert 2.99 < get_epsilon(GaussianEvent(found.noise.multiplier / math.sqrt(squared)), 1e-5) <= 3.0
+
+
+def test_a_ledger_is_saved_with_its_correlated_passes():
+    ledger = Ledger(relation=Relation.ZERO_OUT)
+    ledger.begin(PARTITION.event_for(BANDS.event, 1), 2)
+    other = Ledger(relation=Relation.ZERO_OUT)
+    other.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert other.event() == ledger.event() == CorrelatedEvent(2, S, BANDS.event)
 
 
 @pytest.mark.parametrize("physical", [None, 2])

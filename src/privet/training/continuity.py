@@ -19,7 +19,7 @@ from privet.noise.gaussian import NoiseMechanism
 from privet.sampling.base import BatchTicket, Sampling
 from privet.training.handed_over import Match
 
-__all__ = ["Continuity"]
+__all__ = ["Continuity", "in_doubt"]
 
 
 class Continuity:
@@ -34,23 +34,15 @@ class Continuity:
         self._last: BatchTicket | None = None
         self._warned = False
 
-    def require(self, match: Match | None) -> None:
-        """Raises unless it is certain which batch of the loader a step is on, where the noise is correlated.
-
-        Raises:
-            ProtocolError: if it is not. Nothing is billed or released then.
-        """
-        if self._noise is None or (match is not None and len(match.possible) == 1):
-            return
-        raise ProtocolError(
-            "the noise is correlated over steps, and it is not certain which whole batch of the private loader this "
-            "step is on: an example may be in it that took part a few steps ago, which no bound covers. Expected one "
-            "step on each batch, with the loader's own tensors. Take batches from the private loader one by one, "
-            "without reading ahead, or use independent noise: Gaussian. Nothing was released."
-        )
+    def knows(self, match: Match | None) -> bool:
+        """Returns whether a step may be taken: where the noise is correlated, its batch must be known for certain."""
+        return self._noise is None or (match is not None and len(match.possible) == 1)
 
     def step(self, ticket: BatchTicket | None, sampling: Sampling) -> None:
         """Begins the correlation anew where a step's batch does not follow that of the step before.
+
+        Call it when the step has its number, and right before the noise: if anything fails in between, the mechanism
+        meets a gap in the numbers, and begins anew as well.
 
         Args:
             ticket: of the step's batch.
@@ -72,6 +64,16 @@ class Continuity:
     def resumed(self) -> None:
         """Forgets the last batch: after a resume the noise knows itself whether it may go on."""
         self._last = None
+
+
+def in_doubt() -> ProtocolError:
+    """Returns the error of a step whose batch is not known, where the noise is correlated."""
+    return ProtocolError(
+        "the noise is correlated over steps, and it is not certain which whole batch of the private loader this step "
+        "is on: an example may be in it that took part a few steps ago, which no bound covers. Expected one step on "
+        "each batch, with the loader's own tensors. Take batches from the private loader one by one, without reading "
+        "ahead, or use independent noise: Gaussian. Nothing was released."
+    )
 
 
 def _follows(before: BatchTicket, ticket: BatchTicket, sampling: Sampling) -> bool:

@@ -24,7 +24,7 @@ from privet.sampling.base import BatchTicket, Sampling, refuse_change
 from privet.training.accumulated_sum import AccumulatedSum
 from privet.training.billing import Billing
 from privet.training.clip_count import adapted, counted, resumed
-from privet.training.continuity import Continuity
+from privet.training.continuity import Continuity, in_doubt
 from privet.training.divisor import Divisor
 from privet.training.guard import Guard
 from privet.training.loaders import Loaders
@@ -310,13 +310,13 @@ class PrivateUpdate:
             self.discard()
             raise
         divisor = self._divisor(ticket)
-        self._continuity.step(ticket, self._drawn(ticket))
         clipped = self._sum.take()
         if self._late is not None:
             self._late.summed(clipped)
         # The number is used up before any noise is drawn: whatever fails, no other sum meets the noise of this step.
         step, self.steps = self.steps, self.steps + 1
         released, now = counted(clipped, self._mechanism), self._mechanism
+        self._continuity.step(ticket, self._drawn(ticket))
         values = self.noise.release(released, multiplier=now.noise.multiplier, step=step).values
         self._mechanism = adapted(values, now, expected=lambda: self._expected.under(self._drawn(ticket)))
         for name, value in values.items():
@@ -333,7 +333,9 @@ class PrivateUpdate:
         self._bring()
         self._sum.require()
         match = self._sum.match()
-        self._continuity.require(match)
+        if not self._continuity.knows(match):
+            self.discard()
+            raise in_doubt()
         if match is not None and len(match.possible) > 1 and self.ranks.share.ranks > 1:
             raise ProtocolError(
                 "batches are read ahead, in tensors of their own, so that it cannot be told which of several batches "
