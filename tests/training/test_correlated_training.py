@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,18 +26,22 @@ from privet import (
     PrivacyEngine,
     PrivateStep,
     ProtocolError,
+    Sampling,
 )
 from privet.accounting import (
     CorrelatedEvent,
     GaussianEvent,
     Ledger,
+    PartitionEvent,
     PoissonEvent,
     Relation,
     Toeplitz,
     get_epsilon,
     in_one_participation,
+    repeated,
 )
 from privet.noise import BLT, BandMF, LambdaCGD
+from privet.sampling.draw import address, poisson_indices
 
 N, B, S = 12, 3, 4
 DATA = torch.utils.data.TensorDataset(torch.randn(N, 2, generator=torch.Generator().manual_seed(3)))
@@ -138,7 +143,9 @@ def released(step: PrivateStep, data, passes: int) -> torch.Tensor:
         group["lr"] = 0.0
     rows = []
     step.optimizer.register_step_pre_hook(
-        lambda *_: rows.append(torch.cat([p.grad.flatten() for p in step.model.parameters()]) * B)
+        lambda *_: rows.append(
+            torch.cat([p.grad.flatten() for p in step.model.parameters()]) * step._update.divisor.value
+        )
     )
     loader = step.batches(data)
     for _ in range(passes):
@@ -177,6 +184,57 @@ def test_the_released_noise_is_the_inverse_of_c_over_passes():
 def train(step: PrivateStep, loader) -> None:
     for batch in loader:
         step(batch)
+
+
+@dataclass(frozen=True)
+class InTurn(Sampling):
+    """A sampler of one's own: step i of a pass draws from every `parts`-th example, beginning with example i."""
+
+    rate: float
+    parts: int
+    billed_per = "pass"
+    random_size = True
+    resumable = True
+
+    def event_for(self, base_event, count=1):
+        return repeated(PartitionEvent(1, PoissonEvent(self.rate, in_one_participation(base_event, self.parts))), count)
+
+    def shared(self, words, *, size, number):
+        return None
+
+    def draw(self, words, *, size, number, index, shared):
+        part = range(index, size, self.parts)
+        chosen = poisson_indices(words, rate=self.rate, size=len(part), step=address(number, index), name="in turn")
+        return [part[i] for i in chosen]
+
+    def steps_per_pass(self, size):
+        return self.parts
+
+    def expected_batch_size(self, size):
+        return self.rate * size / self.parts
+
+    def scaled(self, factor):
+        raise NotImplementedError
+
+
+def test_batches_drawn_in_turn_are_amplified_and_empty_ones_are_steps_like_any_other():
+    sampling = InTurn(0.3, S)
+
+    def run_of(noise):
+        return step_of(noise, sampling=sampling)
+
+    noisy, plain = run_of(BANDS), run_of(BandMF(0.0, BANDS.coefficients))
+    found = released(noisy, DATA, 3) - released(plain, DATA, 3)
+    rows = released(run_of(BandMF(1.0, (1.0,))), DATA, 3) - released(run_of(BandMF(0.0, (1.0,))), DATA, 3)
+    column = torch.tensor(BANDS.matrix.column(3 * S)) / BANDS.matrix.squared_norm**0.5
+    dense = torch.stack([torch.cat([torch.zeros(t, dtype=torch.float64), column[: 3 * S - t]]) for t in range(3 * S)]).T
+    assert torch.allclose(found, torch.linalg.solve(dense, rows), atol=1e-9)
+    assert len(found) == 3 * S
+    assert any(not step_rows.any() for step_rows in released(run_of(BandMF(0.0, (1.0,))), DATA, 3))  # of nobody
+    amplified = PartitionEvent(3, PoissonEvent(0.3, GaussianEvent(1.0)))
+    assert noisy.ledger.event() == amplified
+    with pytest.raises(ConfigurationError, match="take part again"):
+        step_of(BandMF(1.0, (1.0, 0.9, 0.8, 0.7, 0.6)), sampling=sampling)
 
 
 def begun(step: PrivateStep) -> int:
