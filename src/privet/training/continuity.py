@@ -12,14 +12,16 @@ An example's steps are as far apart as the sampling says only while batches come
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
-from privet.errors import ProtocolError
+from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.correlated import Remembering
+from privet.noise.description import Noise
 from privet.noise.gaussian import NoiseMechanism
 from privet.sampling.base import BatchTicket, Sampling
 from privet.training.handed_over import Match
 
-__all__ = ["Continuity", "in_doubt"]
+__all__ = ["Continuity", "refuse_other_noise"]
 
 
 class Continuity:
@@ -34,9 +36,25 @@ class Continuity:
         self._last: BatchTicket | None = None
         self._warned = False
 
-    def knows(self, match: Match | None) -> bool:
-        """Returns whether a step may be taken: where the noise is correlated, its batch must be known for certain."""
-        return self._noise is None or (match is not None and len(match.possible) == 1)
+    def require(self, match: Match | None, *, otherwise: Callable[[], None]) -> None:
+        """Raises unless it is certain which batch of the loader a step is on, where the noise is correlated.
+
+        Args:
+            match: the batch.
+            otherwise: called before the error, to give up the sum that waits.
+
+        Raises:
+            ProtocolError: if it is not certain. Nothing is billed or released then.
+        """
+        if self._noise is None or (match is not None and len(match.possible) == 1):
+            return
+        otherwise()
+        raise ProtocolError(
+            "the noise is correlated over steps, and it is not certain which whole batch of the private loader this "
+            "step is on: an example may be in it that took part a few steps ago, which no bound covers. Expected one "
+            "step on each batch, with the loader's own tensors. Take batches from the private loader one by one, "
+            "without reading ahead, or use independent noise: Gaussian. Nothing was released."
+        )
 
     def step(self, ticket: BatchTicket | None, sampling: Sampling) -> None:
         """Begins the correlation anew where a step's batch does not follow that of the step before.
@@ -66,14 +84,13 @@ class Continuity:
         self._last = None
 
 
-def in_doubt() -> ProtocolError:
-    """Returns the error of a step whose batch is not known, where the noise is correlated."""
-    return ProtocolError(
-        "the noise is correlated over steps, and it is not certain which whole batch of the private loader this step "
-        "is on: an example may be in it that took part a few steps ago, which no bound covers. Expected one step on "
-        "each batch, with the loader's own tensors. Take batches from the private loader one by one, without reading "
-        "ahead, or use independent noise: Gaussian. Nothing was released."
-    )
+def refuse_other_noise(now: Noise, then: Noise) -> None:
+    """Raises ConfigurationError unless a noise may take the place of another: only the multiplier may differ."""
+    if then != now.with_multiplier(then.multiplier):
+        raise ConfigurationError(
+            f"{now} cannot become {then} in mid-run: the noise that is drawn would not be the one that is billed. "
+            "Expected a change of its multiplier alone."
+        )
 
 
 def _follows(before: BatchTicket, ticket: BatchTicket, sampling: Sampling) -> bool:

@@ -24,7 +24,7 @@ from privet.sampling.base import BatchTicket, Sampling, refuse_change
 from privet.training.accumulated_sum import AccumulatedSum
 from privet.training.billing import Billing
 from privet.training.clip_count import adapted, counted, resumed
-from privet.training.continuity import Continuity, in_doubt
+from privet.training.continuity import Continuity, refuse_other_noise
 from privet.training.divisor import Divisor
 from privet.training.guard import Guard
 from privet.training.loaders import Loaders
@@ -178,11 +178,7 @@ class PrivateUpdate:
         if self.detached or self.pending or self._sum.begun or self._sum.unfinished:
             self.refuse_mid_step("the mechanism was to change")
         groups_of(mechanism.clipping, list(self.parameters))
-        if mechanism.noise != self._mechanism.noise.with_multiplier(mechanism.noise.multiplier):
-            raise ConfigurationError(
-                f"{self._mechanism.noise} cannot become {mechanism.noise} in mid-run: the noise that is drawn would "
-                "not be the one that is billed. Expected a change of its multiplier alone."
-            )
+        refuse_other_noise(self._mechanism.noise, mechanism.noise)
         if mechanism.sampling != self._mechanism.sampling:
             refuse_change(self._mechanism.sampling, mechanism.sampling)
             self.loaders.resample(mechanism.sampling)
@@ -333,9 +329,7 @@ class PrivateUpdate:
         self._bring()
         self._sum.require()
         match = self._sum.match()
-        if not self._continuity.knows(match):
-            self.discard()
-            raise in_doubt()
+        self._continuity.require(match, otherwise=self.discard)
         if match is not None and len(match.possible) > 1 and self.ranks.share.ranks > 1:
             raise ProtocolError(
                 "batches are read ahead, in tensors of their own, so that it cannot be told which of several batches "
