@@ -18,6 +18,7 @@ from privet import (
     Budget,
     BudgetExceededError,
     ConfigurationError,
+    CyclicPoisson,
     Flat,
     Gaussian,
     Mechanism,
@@ -26,6 +27,7 @@ from privet import (
     PrivacyEngine,
     PrivateStep,
     ProtocolError,
+    RandomAllocation,
     Sampling,
 )
 from privet.accounting import (
@@ -235,6 +237,20 @@ def test_batches_drawn_in_turn_are_amplified_and_empty_ones_are_steps_like_any_o
     assert noisy.ledger.event() == amplified
     with pytest.raises(ConfigurationError, match="take part again"):
         step_of(BandMF(1.0, (1.0, 0.9, 0.8, 0.7, 0.6)), sampling=sampling)
+
+
+def test_cyclic_poisson_sampling_takes_as_many_bands_as_parts():
+    cyclic = CyclicPoisson(rate=0.3, parts=S)
+    step = step_of(sampling=cyclic)
+    loader = step.batches(DATA)
+    for _ in range(2):
+        train(step, loader)
+    assert begun(step) == 0
+    assert step.ledger.event() == PartitionEvent(2, PoissonEvent(0.3, GaussianEvent(1.0)))
+    with pytest.raises(ConfigurationError, match="take part again"):
+        step_of(LambdaCGD(1.0, 0.5), sampling=cyclic)
+    with pytest.raises(ConfigurationError, match="keeps the steps"):
+        step_of(sampling=RandomAllocation(S))
 
 
 def begun(step: PrivateStep) -> int:

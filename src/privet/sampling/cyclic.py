@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from privet._checks import check_count, check_probability
+from privet.accounting.correlated import in_one_participation
 from privet.accounting.event import Event, PartitionEvent, PoissonEvent, repeated
 from privet.errors import ConfigurationError
 from privet.noise.keystream import Keystream
@@ -48,8 +49,13 @@ class CyclicPoisson(Sampling):
         return "pass"
 
     def event_for(self, base_event: Event, count: int = 1) -> Event:
-        """Returns `count` passes, in each of which an example may be drawn in one step, at `rate`."""
-        return repeated(PartitionEvent(1, PoissonEvent(self.rate, base_event)), count)
+        """Returns `count` passes, in each of which an example may be drawn in one step, at `rate`.
+
+        Raises:
+            ConfigurationError: if the noise is correlated over more than `parts` steps.
+        """
+        participation = in_one_participation(base_event, self.parts)
+        return repeated(PartitionEvent(1, PoissonEvent(self.rate, participation)), count)
 
     def shared(self, words: Keystream, *, size: int, number: int) -> Places:
         """Returns in which part each example is: the same in all passes under one key."""
