@@ -1,8 +1,9 @@
 """How many examples a batch has, and whether all of it agrees.
 
-The first tensor with the batch axis decides, or packed sequence, and the first array or column of values where there is
-no tensor. Other tensors may be of another size: a mask of `(T, T)` or the weights of classes are no examples. What has
-to hold examples in every leaf, such as a batch that is cut, uses `each_of`, which says which two leaves disagree.
+The first tensor with the batch axis decides, or packed sequence, or batch of graphs; and the first array or column of
+values where there is no tensor. Other tensors may be of another size: a mask of `(T, T)` or the weights of classes are
+no examples. What has to hold examples in every leaf, such as a batch that is cut, uses `each_of`, which says which two
+leaves disagree.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.graphs import is_graphs
 from privet.batches.leaves import described, is_opaque, is_shape, size_of, unknown
 from privet.batches.structure import REGISTER
 from privet.batches.tree import is_column, leaves_in, mapped, paths_in
@@ -37,7 +39,7 @@ def count_examples(tree: Any, axis: int = 0, *, name: str = "the batch") -> int:
         if isinstance(leaf, Tensor):
             if leaf.dim() > axis:
                 return leaf.shape[axis]
-        elif isinstance(leaf, PackedSequence):
+        elif isinstance(leaf, PackedSequence) or is_graphs(leaf):
             return size_of(leaf, axis) or 0
     found = _first_other(tree, axis)
     if found is not None:

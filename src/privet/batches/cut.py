@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from privet.batches.count import each_of
+from privet.batches.graphs import is_graphs
 from privet.batches.leaves import cut, shows, size_of, unknown
 from privet.batches.structure import is_container, parts_of, rebuilt, same_context, steps_to
 from privet.batches.tree import mapped
@@ -53,7 +54,7 @@ def without_examples(output: Any, axis: int) -> Any:
     """
 
     def rows(leaf: Any, path: str) -> Any:
-        holds = isinstance(leaf, Tensor | np.ndarray | PackedSequence) and size_of(leaf, axis) == 1
+        holds = (isinstance(leaf, Tensor | np.ndarray | PackedSequence) or is_graphs(leaf)) and size_of(leaf, axis) == 1
         return cut(leaf, 0, 0, axis) if holds else leaf
 
     return mapped(output, rows, "the output")
@@ -73,6 +74,8 @@ def cut_like(one: Any, two: Any, batch: Any, start: int, stop: int, *, path: str
     if isinstance(one, PackedSequence) and isinstance(batch, PackedSequence):
         each = size_of(one, 0) or 0
         return batch if each == size_of(two, 0) else cut(batch, start * each, stop * each, 0)
+    if is_graphs(one) and is_graphs(batch):
+        return cut(batch, start, stop, 0)
     if is_container(one) and type(one) is type(batch):
         parts, first, second = parts_of(batch), parts_of(one), parts_of(two)
         if len(first) != len(second):

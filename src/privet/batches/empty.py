@@ -6,6 +6,7 @@ values of tensors set to zero.
     leaf                              becomes
     tensor, array                     0 along each axis that doubles; zeros of the same shape if none does
     packed sequence that doubles      the empty one
+    batch of graphs                   the empty one, which keeps what one graph of zeros looks like
     list or tuple that doubles        the empty one
     any other container               itself, each part treated alike
     whole number that doubles         0
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.graphs import emptied_graphs, hollow_graphs, is_graphs
 from privet.batches.leaves import cut, size_of
 from privet.batches.structure import is_container, parts_of, rebuilt, same_context, steps_to
 from privet.batches.tree import mapped
@@ -44,6 +46,8 @@ def hollow(batch: Any) -> Any:
             return torch.zeros_like(leaf, requires_grad=False)
         if isinstance(leaf, PackedSequence):
             return PackedSequence(torch.zeros_like(leaf.data, requires_grad=False), *leaf[1:])
+        if is_graphs(leaf):
+            return hollow_graphs(leaf)
         return np.zeros_like(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype != object else leaf
 
     return mapped(batch, zeroed, "the batch", afresh=True)
@@ -65,6 +69,8 @@ def emptied(one: Any, two: Any, path: str = "the batch") -> Any:
     if isinstance(one, PackedSequence):
         (count,) = _emptied_shape([size_of(one, 0) or 0], [size_of(two, 0) or 0], path)
         return cut(one, 0, count, 0)
+    if is_graphs(one):
+        return emptied_graphs(one, two)
     if is_container(one):
         return _emptied_container(one, two, path)
     if isinstance(one, int) and not isinstance(one, bool) and two == 2 * one:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.graphs import is_graphs, with_tensors, zero_graph
 from privet.batches.leaves import (
     can_be_zero,
     cut,
@@ -47,6 +48,8 @@ def one_of_zeros(inputs: Any, *, axis: int) -> Any:
     """Returns the inputs of no examples with one example of zeros in its place, as models do not run on none."""
 
     def fill(leaf: Any, path: str) -> Any:
+        if is_graphs(leaf):
+            return leaf if leaf.num_graphs else zero_graph(leaf)
         return zeros(leaf, 1, axis) if can_be_zero(leaf) and size_of(leaf, axis) == 0 else leaf
 
     return mapped(inputs, fill, _NAME)
@@ -58,6 +61,8 @@ def detached(inputs: Any) -> Any:
     def detach(leaf: Any, path: str) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.detach() if leaf.requires_grad else leaf
+        if is_graphs(leaf):
+            return with_tensors(leaf, Tensor.detach)
         return detached_sequences(leaf) if isinstance(leaf, PackedSequence) else leaf
 
     return mapped(inputs, detach, _NAME)

@@ -5,6 +5,7 @@ What the examples are depends on the leaf:
     leaf                                    its examples
     tensor, array                           the rows on the batch axis
     packed sequence                         the sequences
+    batch of graphs                         the graphs
     column (list or tuple of plain values)  the values
     plain value                             none
     anything else                           nobody knows
@@ -19,6 +20,7 @@ import numpy as np
 from torch import Tensor, cat
 from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.graphs import cut_graphs, is_graphs, join_graphs
 from privet.batches.packed import cut_sequences, join_sequences, sequences_in, zero_sequences
 from privet.batches.structure import REGISTER
 from privet.batches.tree import is_column, is_plain
@@ -35,6 +37,8 @@ def size_of(leaf: Any, axis: int) -> int | None:
         return leaf.shape[axis] if leaf.ndim > axis else None
     if isinstance(leaf, PackedSequence):
         return sequences_in(leaf)
+    if is_graphs(leaf):
+        return leaf.num_graphs
     return len(leaf) if is_column(leaf) else None
 
 
@@ -57,7 +61,8 @@ def is_shape(leaf: Any) -> bool:
 
 def is_opaque(leaf: Any) -> bool:
     """Returns whether nobody knows if a leaf holds examples."""
-    return not (isinstance(leaf, Tensor | np.ndarray | PackedSequence) or is_plain(leaf) or is_column(leaf))
+    known = isinstance(leaf, Tensor | np.ndarray | PackedSequence) or is_plain(leaf) or is_column(leaf)
+    return not (known or is_graphs(leaf))
 
 
 def cut(leaf: Any, start: int, stop: int, axis: int) -> Any:
@@ -68,6 +73,8 @@ def cut(leaf: Any, start: int, stop: int, axis: int) -> Any:
         return leaf[(*(slice(None),) * axis, slice(start, stop))]
     if isinstance(leaf, PackedSequence):
         return cut_sequences(leaf, start, stop)
+    if is_graphs(leaf):
+        return cut_graphs(leaf, start, stop)
     return type(leaf)(list(leaf)[start:stop])
 
 
@@ -79,6 +86,8 @@ def joined(first: Any, second: Any, axis: int) -> Any:
         return np.concatenate([first, second], axis=axis)
     if isinstance(first, PackedSequence):
         return join_sequences(first, second)
+    if is_graphs(first):
+        return join_graphs(first, second)
     return type(first)([*first, *second])
 
 
@@ -106,6 +115,8 @@ def described(leaf: Any) -> str:
         size = f" of shape {tuple(leaf.shape)}"
     elif isinstance(leaf, PackedSequence):
         size = f" of {sequences_in(leaf)} sequences"
+    elif is_graphs(leaf):
+        size = f" of {leaf.num_graphs} graphs"
     else:
         size = f" of {len(leaf)} values" if is_column(leaf) else ""
     return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}{size}"

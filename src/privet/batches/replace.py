@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.graphs import is_graphs, select_graphs
 from privet.batches.leaves import cut, joined, shows
 from privet.batches.tree import mapped
 
@@ -49,6 +50,8 @@ def rearranged(
             return _scaled(moved, factors, axis) if leaf.is_floating_point() and factors is not None else moved
         if isinstance(leaf, np.ndarray):
             return leaf.take(list(sources), axis=axis)
+        if is_graphs(leaf):
+            return select_graphs(leaf, sources, factors)
         if isinstance(leaf, PackedSequence):
             return _joined([cut(leaf, source, source + 1, axis) for source in sources], axis)
         values = list(leaf)

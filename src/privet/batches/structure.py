@@ -9,7 +9,7 @@
     class registered with torch's pytree          as it was registered      as it was registered
 
 Anything else is a leaf. Two tuples of torch are leaves as well: a `torch.Size` is one value, and the tensors inside a
-`PackedSequence` have no axis of examples of their own.
+`PackedSequence` have no axis of examples of their own. So is a batch of graphs, whatever else its class is.
 
 A registration comes before the other rows of the table, but for the exact types list, tuple and dict.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import SUPPORTED_NODES
 
+from privet.batches.graphs import is_graphs
 from privet.errors import ConfigurationError
 
 __all__ = [
@@ -143,6 +144,8 @@ def _kind_of(value: Any) -> _Kind | None:
     if (kind := _EXACT.get(cls)) is not None:
         return kind
     if cls in _LEAVES or isinstance(value, _NEVER):
+        return None
+    if is_graphs(value):
         return None
     if (node := SUPPORTED_NODES.get(cls)) is not None and cls is not deque:
         return _registered(node)

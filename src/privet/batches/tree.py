@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.graphs import RowsTold, graph_tensors, is_graphs, rows_of_graphs
 from privet.batches.structure import parts_or_none, rebuilt, steps_to
 
-__all__ = ["is_column", "is_plain", "leaves_in", "mapped", "paths_in", "taken_apart", "tensors_in"]
+__all__ = ["is_column", "is_plain", "leaves_in", "mapped", "paths_in", "rows_told_in", "taken_apart", "tensors_in"]
 
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), enum.Enum),
@@ -69,11 +70,27 @@ def paths_in(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Returns the tensors, in order; of packed sequences their data."""
+    """Returns the tensors, in order; of packed sequences their data, and all those of a batch of graphs."""
     if isinstance(tree, Tensor):
         return [tree]
-    found = (leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in leaves_in(tree))
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for leaf in leaves_in(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, PackedSequence):
+            found.append(leaf.data)
+        elif is_graphs(leaf):
+            found += graph_tensors(leaf)
+    return found
+
+
+def rows_told_in(tree: Any) -> list[RowsTold]:
+    """Returns what batches of graphs say of the rows of their tensors.
+
+    Raises:
+        ConfigurationError: if a batch of graphs contradicts itself.
+    """
+    return [each for leaf in leaves_in(tree) if is_graphs(leaf) for each in rows_of_graphs(leaf)]
 
 
 def mapped(tree: Any, change: Callable[[Any, str], Any], name: str, *, afresh: bool = False) -> Any:

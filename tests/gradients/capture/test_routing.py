@@ -124,10 +124,10 @@ def test_owners_that_are_none_are_refused(owner: Any, words: str) -> None:
         door_sum("explicit", Experts(owner=owner).double(), batch_of(6), loss=loss_of)
 
 
-def test_without_a_word_routed_rows_are_refused() -> None:
+def test_without_a_word_owners_follow_the_index() -> None:
     torch.manual_seed(0)
-    with pytest.raises((UnsupportedModelError, CoverageError)):
-        door_sum("explicit", Experts(routed=False).double(), batch_of(6), loss=loss_of)
+    net, batch = Experts(routed=False).double(), batch_of(6)
+    assert_exact(door_sum("explicit", net, batch, loss=loss_of), reference(net, batch, loss_of, Flat(1.0)))
 
 
 class Sliding(nn.Module):

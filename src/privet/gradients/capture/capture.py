@@ -30,11 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from privet.batches.tree import rows_told_in
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.call import CapturedCall, tensors_among
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.handled import HandledCall, in_backward
-from privet.gradients.capture.moved import KnownMoves, MovedRows, MovesMet, codes_of
+from privet.gradients.capture.known_moves import KnownMoves, MovesMet
+from privet.gradients.capture.moved import MovedRows, codes_of
 from privet.gradients.capture.on_parts import OnParts
 from privet.gradients.capture.watched import Roots, asks_only
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site, Told, Trace
@@ -68,7 +70,9 @@ class Capture:
         parts: Parts | None = None,
     ) -> None:
         self.roots = Roots(parameters, self)
-        self.moved = MovedRows(self.roots.is_root, codes_of(within), in_parts=parts is not None)
+        self.moved = MovedRows(
+            self.roots.is_root, codes_of(within), in_parts=parts is not None, batch_first=batch_first
+        )
         self.layouts = Layouts()
         self.batch_first = batch_first
         self.handler_of = structural_handler_of if mapped else handler_of
@@ -122,6 +126,7 @@ class Capture:
         last: bool = True,
         trace: Trace | None = None,
         moves: MovesMet | None = None,
+        inputs: Any = (),
     ) -> None:
         """Drops whatever came before, and begins a forward of `examples` examples.
 
@@ -132,10 +137,11 @@ class Capture:
             last: whether the next backward is the last one. If it is not, call `turn_to` before the last.
             trace: gets where the examples were found, while layouts are learned.
             moves: gets what was moved, while layouts are learned.
+            inputs: of the forward, which may say of some tensors whose their rows are.
         """
         self.release()
         # In this order: a forward that is interrupted here leaves a cycle that is running, and so is dropped next time.
-        self._cycle = Cycle(examples, sink, made_up, last, trace)
+        self._cycle = Cycle(examples, sink, made_up, last, trace, rows_told_in(inputs))
         self._start(self._cycle, moves)
 
     def meet(self, name: str, parameter: nn.Parameter) -> None:
@@ -144,10 +150,12 @@ class Capture:
         if self._cycle is not None:
             self.roots.watch()
 
-    def resume(self) -> None:
-        """Begins another forward of the same examples, which shares the backward of the forwards before."""
+    def resume(self, inputs: Any = None) -> None:
+        """Begins another forward of the same examples, by default the last anew, which shares the same backward."""
         assert self._cycle is not None
         self._cycle.running += 1
+        if inputs is not None:
+            self._cycle.rows = rows_told_in(inputs)
         self._start(self._cycle)
 
     def _start(self, cycle: Cycle, moves: MovesMet | None = None) -> None:
@@ -156,7 +164,7 @@ class Capture:
             self._told.begin()
             cycle.told.append(self._told)
         self.roots.watch()
-        self.moved.start(cycle, moves)
+        self.moved.start(cycle, moves, cycle.rows)
 
     @property
     def told(self) -> Told | None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privet.batches.kept import opened
 from privet.batches.replace import nearest, rearranged
 from privet.errors import CoverageError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
@@ -152,7 +153,7 @@ class Comparison:
         """Runs forward and backward under capture. Returns what was recorded, and the outputs' gradients."""
         recorded = Recorded(examples=examples)
         self._restore()
-        self._capture.begin(examples, recorded)
+        self._capture.begin(examples, recorded, inputs=opened(inputs))
         try:
             outputs = differentiable(self._run(inputs))
             self._capture.end(outputs)
@@ -274,7 +275,7 @@ class Comparison:
             "on the batch that was checked, the per-example gradients of half of the examples do not add up to the "
             "gradient of their outputs:\n  "
             + "\n  ".join(f"{name}: {kind} was captured" for name, kind in still.items())
-            + "\nEither examples are mixed (a mean over the batch, a "
+            + "\nEither examples are mixed (a mean over the batch, a load-balancing loss of a mixture of experts, a "
             "batch axis that is not where it seems), or a parameter is used in a way that was not captured (a custom "
             "autograd Function). Keep examples apart, or register a rule for the operation (privet.register_rule)."
         )

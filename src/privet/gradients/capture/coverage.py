@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from privet.batches.cut import first_examples
 from privet.batches.grow import detached, grown, left_out, refuse_read_once
+from privet.batches.kept import opened
 from privet.batches.structure import REGISTER
 from privet.errors import PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.comparison import Comparison
-from privet.gradients.capture.moved import MovesMet
+from privet.gradients.capture.known_moves import MovesMet
 from privet.gradients.capture.other_values import perturbed
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
@@ -155,19 +156,20 @@ def learn_layouts(
         UnsupportedModelError: if the batch axis cannot be told somewhere.
     """
     larger = grown(inputs, examples=examples, axis=batch_axis)
+    sizes = examples, examples + 1
     tolds: tuple[Told | None, Told | None] = (None, None)
     for _ in range(_ATTEMPTS):
         before = capture.layouts.learned
         traces: list[Trace] = []
         moves: list[MovesMet] = []
         failures = []
-        for some, count, known in zip((inputs, larger), (examples, examples + 1), tolds, strict=True):
+        for some, count, known in zip((inputs, larger), sizes, tolds, strict=True):
             trace: Trace = []
             traces.append(trace)
             restore()
             moves.append(MovesMet(*moves))
             capture.tell(known)
-            capture.begin(count, Recorded(examples=count), trace=trace, moves=moves[-1])
+            capture.begin(count, Recorded(examples=count), trace=trace, moves=moves[-1], inputs=opened(some))
             try:
                 run(some)
             except Exception as error:  # noqa: BLE001 - a wrong guess may be the cause: what was met before it mends the guess
@@ -175,12 +177,14 @@ def learn_layouts(
             finally:
                 capture.release()
                 capture.tell(None)
-        settled, told, told_larger = capture.layouts.learn(traces[0], traces[1], examples, examples + 1)
-        if settled and not failures:
-            capture.moved.known.learn(*moves)
+        settled, told, told_larger = capture.layouts.learn(traces[0], traces[1], *sizes)
+        placed = capture.moved.known.learn(moves[0], moves[1], sizes, whole=not failures)
+        if settled and placed and not failures:
             return told
         tolds = (told, told_larger)
-        if failures and capture.layouts.learned == before:  # nothing new was learned: the failure is not a guess's
+        if (
+            failures and placed and capture.layouts.learned == before
+        ):  # nothing new was learned: the failure is not a guess's
             raise _explained(*failures[0], inputs=inputs, examples=examples, axis=batch_axis)
     raise UnsupportedModelError(
         f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "

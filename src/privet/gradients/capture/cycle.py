@@ -7,8 +7,11 @@ cycle. Every captured operation holds the cycle of its forward, so a backward th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from privet.batches.graphs import RowsTold
 from privet.errors import ProtocolError
+from privet.gradients.capture.routing import Routed
 from privet.gradients.layout import DoubtError, Told, Trace
 from privet.gradients.use import UseSink
 
@@ -39,11 +42,13 @@ class Cycle:
     made_up: bool = False  # whether the examples stand in for none, and have no part in the sum
     last: bool = True  # whether the next backward is the last one of these forwards
     trace: Trace | None = None  # where examples were found, while layouts are learned
+    rows: list[RowsTold] = field(default_factory=list)  # whose rows tensors have, as the inputs tell
     doubt: DoubtError | None = None  # why the forward that runs now is not captured to its end
     told: list[Told] = field(default_factory=list)  # what was learned of this very batch, by forward
     telling: bool = False  # whether the forward that runs now follows the last of `told`
     running: int = 1  # forwards that have begun and not ended
     queued: bool = False  # whether autograd will call back at the end of the backward that runs now
+    owned: dict[Any, list[Routed]] = field(default_factory=dict)  # what rows had owners of their own, by site and shape
     opaque: list[frozenset[int]] = field(default_factory=list)
     """The parameters of the modules that are one operation each, by their ids, while these modules run."""
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.call import CapturedCall, CapturedOperation, Recorder
 from privet.gradients.capture.cycle import Cycle
-from privet.gradients.capture.routing import owners_for, routed_now
+from privet.gradients.capture.moved import MovedRows
+from privet.gradients.capture.routing import Routed, require_alike, routed_now
 from privet.gradients.capture.watched import Roots
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site
 from privet.gradients.use import Operation
@@ -37,6 +38,7 @@ class Capturing(Recorder, Protocol):
 
     roots: Roots
     layouts: Layouts
+    moved: MovedRows
     batch_first: bool
 
     @property
@@ -57,7 +59,7 @@ class HandledCall:
     Each interception has its own: handlers run in several threads, and call operations that are intercepted in turn.
     """
 
-    __slots__ = ("_capture", "_cycle", "is_root", "layouts")
+    __slots__ = ("_capture", "_cycle", "_routed", "is_root", "layouts")
 
     def __init__(self, capture: Capturing, cycle: Cycle) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - there is no public way to ask
@@ -68,6 +70,7 @@ class HandledCall:
             )
         self._capture = capture
         self._cycle = cycle
+        self._routed: Routed | None = None  # the owners of the rows that it met
         self.layouts: dict[int, Layout] = {}  # of the operation's tensor arguments, by their ids
         self.is_root = capture.roots.is_root
 
@@ -88,6 +91,15 @@ class HandledCall:
         routed = routed_now()
         if routed is not None:
             routed.require_rows(site, t)
+        else:
+            routed = self._owners(site, t)
+        if routed is not None:
+            if self._routed is not None and not self._routed.same(routed):
+                raise UnsupportedModelError(
+                    f"{site} has shape {tuple(t.shape)}, and its rows belong to other examples than those of another "
+                    "argument. Expected rows of the same examples in all arguments of an operation on parameters."
+                )
+            self._routed = routed
             return Layout.ROUTED
         cycle, layouts = self._cycle, self._capture.layouts
         if cycle.trace is not None:
@@ -96,6 +108,23 @@ class HandledCall:
             cycle.trace.append((site, tuple(t.shape), layout))
             return layout
         return self._told(site, t) if cycle.told else layouts.of(site, t, cycle.examples)
+
+    def _owners(self, site: Site, t: Tensor) -> Routed | None:
+        """Returns the owners of the rows of `t` where they are known one by one, also in a part computed again."""
+        cycle = self._cycle
+        if not in_backward():
+            routed = self._capture.moved.owned.of(t)
+            if routed is not None:
+                cycle.owned.setdefault((site, tuple(t.shape)), []).append(routed)
+            return routed
+        met = cycle.owned.get((site, tuple(t.shape)), ())
+        if met and not all(map(met[0].same, met[1:])):
+            raise UnsupportedModelError(
+                f"{site} met rows of different examples several times in one forward, and is computed again in the "
+                "backward, so that nobody knows which of them these are. Expected one such use in a checkpointed part. "
+                "Leave this part out of activation checkpointing."
+            )
+        return met[0] if met else None
 
     def _told(self, site: Site, t: Tensor) -> Layout:
         """Returns the layout of `t` in a cycle of which a forward was told the layouts of its batch."""
@@ -141,7 +170,9 @@ class HandledCall:
         watched = {role: root for role, root in values.items() if self.is_root(root)}
         routed = None
         if layout is Layout.ROUTED:
-            routed = owners_for(operation, list(map(self.label, watched.values())), cycle.examples)
+            routed = self._routed
+            assert routed is not None
+            require_alike(operation, list(map(self.label, watched.values())), routed, cycle.examples)
         # While layouts are learned, a wrong guess may say so. It is found out and mended.
         if layout.axis and not operation.positionwise and cycle.trace is None:
             raise UnsupportedModelError(

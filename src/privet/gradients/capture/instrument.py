@@ -186,7 +186,7 @@ class Instrument:
         cycle = self.capture.cycle
         self._inputs = inputs
         self._anew.begins()
-        self._begin(members, examples)
+        self._begin(inputs, members, examples)
         if self._on_forward is not None:
             try:
                 self._on_forward(tensors_in(inputs), self.capture.cycle is not cycle)
@@ -260,16 +260,16 @@ class Instrument:
         self._nested = 0
         return False
 
-    def _begin(self, members: int, examples: int) -> None:
+    def _begin(self, inputs: Arguments, members: int, examples: int) -> None:
         """Begins a cycle, or goes on with one whose backward is still to come and that has the same examples."""
         cycle = self.capture.cycle
         if cycle is None or cycle.queued:  # a queued one has a backward that broke off
             sink = _Delivery(members, self._on_backward)
             if self._losses is not None:
                 self._losses.begin()
-            self.capture.begin(examples, sink, made_up=members == 0)
+            self.capture.begin(examples, sink, made_up=members == 0, inputs=inputs)
         elif cycle.members == members:
-            self.capture.resume()
+            self.capture.resume(inputs)
         else:
             self.capture.release()
             raise ProtocolError(
@@ -303,7 +303,8 @@ class Instrument:
                     "each example. Compute the loss from them (do not pass labels to a model that then reduces a "
                     "loss; of a model of transformers, privet.integrations.huggingface computes the loss of each "
                     "example: model_inputs, per_example_loss, PrivateTrainer), or use PrivateStep with a loss per "
-                    "example."
+                    "example. A load-balancing loss of a mixture of experts is over the batch: leave it away "
+                    "(output_router_logits=False)."
                 ))  # fmt: skip
             elif o.dim() <= self._axis or o.shape[self._axis] != examples:
                 self._fail(UnsupportedModelError(

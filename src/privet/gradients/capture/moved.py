@@ -9,7 +9,8 @@ that meets a parameter puts the forward in doubt.
 
     x[:, 0], x.chunk(3, dim=-1), cat([token, x], dim=1)     along other axes: harmless
     x[arange(B), length - 1]                                every row stays with its example: harmless
-    x[mask], x[order], x.unbind(0), cat(list(x))            tagged
+    x[mask], x[order]                                       rows with owners of their own (`owned.py`)
+    x.unbind(0), cat(list(x)), x.unfold(0, 2, 1)            tagged
     out[mask] = tagged                                      back where rows were taken: `out` is not tagged
     out[tagged_mask] = parameter                            every row of `out` stays in its place
 
@@ -25,7 +26,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -40,103 +40,30 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
+from privet.batches.graphs import RowsTold
+from privet.errors import PrivetError
 from privet.gradients.capture.call import tensors_among
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.eager import set_stance
+from privet.gradients.capture.kept import ALIKE, base_name
+from privet.gradients.capture.known_moves import KnownMoves, MovesMet
 from privet.gradients.capture.moves import Move, masks_among, move_of, mover_of
+from privet.gradients.capture.owned import OwnedRows
 from privet.gradients.capture.routing import routed_now
 from privet.gradients.layout import DoubtError
 from privet.gradients.tracing import tracing
 
-__all__ = ["KnownMoves", "MovedRows", "MovesMet", "codes_of"]
+__all__ = ["MovedRows", "codes_of"]
 
 _UNSEEN: Any = object()
+_BY_OFFSETS = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
+"""Functions whose other arguments say where rows are cut, and have no rows themselves."""
 _PADS = nn.utils.rnn.pad_packed_sequence.__code__
 """Puts the steps of a packed sequence back by example, in the order of the examples."""
 _TORCH = str(Path(torch.__file__).parent)
 _DISTRIBUTED = tuple(
     f"{_TORCH}/{p}" for p in ("distributed/tensor/", "distributed/_functional_collectives.py", "_utils.py")
 )
-
-
-class MovesMet:
-    """The moves of one forward of a check, in order, each with its place in the code.
-
-    Dropout draws more random numbers for more examples, and what is drawn after it (is this layer skipped?) would be
-    another number. So a forward may follow another one: after each draw it goes on with that one's random numbers.
-
-    Args:
-        follows: the moves of a forward that is over.
-    """
-
-    def __init__(self, follows: MovesMet | None = None) -> None:
-        self.moves: list[tuple[Hashable, Move]] = []
-        self._follows = follows
-        self.states = [torch.get_rng_state()]
-
-    def drawn(self) -> None:
-        """Takes note of what a function has drawn, if it has; called after each."""
-        state = torch.get_rng_state()
-        if torch.equal(state, self.states[-1]):
-            return
-        if self._follows is not None and len(self.states) < len(self._follows.states):
-            state = self._follows.states[len(self.states)]
-            torch.set_rng_state(state)
-        self.states.append(state)
-
-
-@dataclass
-class _Known:
-    """What was seen of one move at one place in the code."""
-
-    grew: bool = False  # whether an axis along which it moves grows with the batch
-    axes: set[int] = field(default_factory=set)  # which of its sizes grow
-    static: set[Hashable] = field(default_factory=set)  # the moves that are the same on every batch
-
-
-@dataclass
-class KnownMoves:
-    """What the checks have seen of all moves."""
-
-    known: dict[Hashable, _Known] = field(default_factory=dict)
-
-    def copy(self) -> KnownMoves:
-        """Returns the same knowledge, which what is learned later does not change."""
-        return KnownMoves({key: _Known(k.grew, set(k.axes), set(k.static)) for key, k in self.known.items()})
-
-    def learn(self, first: MovesMet, second: MovesMet) -> None:
-        """Learns from the moves of the same model with B and with B + 1 examples."""
-        pairs: dict[Hashable, tuple[list[Move], list[Move]]] = {}
-        for which, met in enumerate((first, second)):
-            for key, move in met.moves:
-                pairs.setdefault(key, ([], []))[which].append(move)
-        for key, (small, large) in pairs.items():
-            known = self.known.setdefault(key, _Known())
-            if len(small) != len(large):  # as often as there are examples, say
-                known.grew, known.axes = True, set(range(len((small or large)[0].sizes)))
-            for one, two in zip(small, large, strict=False):
-                axes = {i for i, (n, m) in enumerate(zip(one.sizes, two.sizes, strict=False)) if n != m}
-                known.axes |= axes
-                known.grew = known.grew or bool(axes) or len(one.sizes) != len(two.sizes)
-                if one.static is not None and one.static == two.static:
-                    known.static.add(one.static)
-
-    def harmless(self, key: Hashable, move: Move) -> bool:
-        """Returns whether the move leaves every row of the batch in its place, or is the same on every batch."""
-        known = self.known.get(key)
-        if known is None:
-            return False
-        if not known.grew or (move.static is not None and move.static in known.static):
-            return True
-        return bool(known.axes) and all(i < len(move.by) and _in_place(move.by[i], move.sizes[i]) for i in known.axes)
-
-
-def _in_place(index: Tensor | None, size: int) -> bool:
-    """Returns whether indices are 0, 1, ..., size - 1, so that nothing moves."""
-    if index is None or index.numel() != size or tracing():
-        return False
-    flat = index.detach().reshape(-1)
-    return torch.equal(flat, torch.arange(size, dtype=flat.dtype, device=flat.device))
 
 
 class MovedRows(TorchFunctionMode):
@@ -146,12 +73,19 @@ class MovedRows(TorchFunctionMode):
         is_root: whether a value is a parameter that is watched.
         within: the code of the functions that a forward begins with: a place is told by the calls inside of them.
         in_parts: whether each process holds parts of tensors, which torch brings together.
+        batch_first: whether axes merged with the batch have the batch outside.
     """
 
     def __init__(
-        self, is_root: Callable[[object], bool], within: Iterable[CodeType] = (), *, in_parts: bool = False
+        self,
+        is_root: Callable[[object], bool],
+        within: Iterable[CodeType] = (),
+        *,
+        in_parts: bool = False,
+        batch_first: bool = True,
     ) -> None:
         super().__init__()
+        self.owned = OwnedRows(batch_first=batch_first)
         self._in_parts = in_parts
         self.known = KnownMoves()
         self._is_root = is_root
@@ -173,15 +107,22 @@ class MovedRows(TorchFunctionMode):
 
     # -- when it looks -----------------------------------------------------------------------------------------------
 
-    def start(self, cycle: Cycle, met: MovesMet | None) -> None:
-        """Follows the rows of a forward that begins now in this thread; only lists its moves, if there is a list."""
+    def start(self, cycle: Cycle, met: MovesMet | None, told: Iterable[RowsTold] = ()) -> None:
+        """Follows the rows of a forward that begins now in this thread; only lists its moves, if there is a list.
+
+        Args:
+            cycle: of the forward.
+            met: the list.
+            told: whose rows tensors have, as the inputs tell.
+        """
         self.stop()
         self._cycle, self._met = cycle, met
-        self._follows = met is not None
         self._stance = set_stance()
-        # Whose the rows are was found out for this very batch, or they are nobody's.
-        if met is None and (cycle.telling or not cycle.examples):
+        if not cycle.examples:
             return
+        if not tracing():
+            self.owned.begin(cycle.examples, told)
+        self._follows = met is not None or bool(self.owned)
         self._thread = threading.get_ident()
         # At the bottom: if the forward is interrupted, a user's own mode around it still takes itself off.
         if not torch._C._len_torch_function_stack():  # noqa: SLF001 - torch's own modes ask it
@@ -197,6 +138,7 @@ class MovedRows(TorchFunctionMode):
             return
         self._cycle = self._met = None
         self._follows = False
+        self.owned.clear()
         stance, self._stance = self._stance, None
         if stance is not None:
             set_stance(stance)
@@ -228,38 +170,92 @@ class MovedRows(TorchFunctionMode):
         move = None
         if mover is not None and not any(map(self._is_root, args[:3])) and not self._is_known(_caller().f_code):
             move = move_of(mover, args, kwargs)
-        if self._met is not None:
-            if move is not None:
-                self._met.moves.append((self._key(func, move, _caller(), keep=True), move))
-            result = func(*args, **kwargs)
-            self._met.drawn()
-            return result
-        tensors = list(tensors_among((*args, *kwargs.values()))) if self._tags else []
-        masks = masks_among(func, args) if self._tags and self._is_root(args[-1]) else ()
+        tensors = list(tensors_among((*args, *kwargs.values()))) if self._tags or self.owned else []
+        owned = self.owned.among(tensors)
+        masks = masks_among(func, args) if self._tags and args and self._is_root(args[-1]) else ()
         tag = next((self._tags[id(t)][1] for t in tensors if self._tagged(t) and not any(t is m for m in masks)), None)
-        if tag is not None and routed_now() is None and any(map(self._is_root, tensors)):
+        if tag is not None and routed_now() is None and self._meets(func, tensors):
             cycle.doubt = _doubt(func, tag)
             return func(*args, **kwargs)
-        moved = move is not None and not self.known.harmless(self._key(func, move, _caller()), move)
+        key = None if move is None else self._key(func, move, _caller(), keep=self._met is not None)
+        moved = move is not None and not self.known.harmless(key, move)
+        taken = moved and self._lies(key, func, args, kwargs)
+        if self._met is not None and move is not None:
+            self._met.moves.append((key, move))
+            if taken:
+                self._met.guessed.add(key)
         result = func(*args, **kwargs)
-        if tag is None and not moved:
+        if self._met is not None:
+            self._met.drawn()
+        self.owned.follow_numbers(func, args, result)
+        if move is not None and moved and move.into is None:
+            self._sources.add(move.sizes)
+        table = self._is_table(args, move is not None and not moved)
+        if (owned or taken) and self._owns(func, args, kwargs, result, by_place=taken, table=table):
             return result
-        place = tag or _place(func, _caller())
+        # What this batch is told, or what is only listed, leaves no doubt.
+        if self._met is None and not cycle.telling and (owned or tag is not None or moved):
+            place = tag or _place(func, _caller())
+            self._tag_result(args, move, result, place, tagged=owned or tag is not None)
+        return result
+
+    def _meets(self, func: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
+        """Returns whether a parameter meets rows of which nobody knows the owners; one of the tensors is tagged."""
+        by_offsets = getattr(func, "__name__", "") in _BY_OFFSETS
+        return any(map(self._is_root, tensors)) and (not by_offsets or self._tagged(tensors[0]))
+
+    def _is_table(self, args: tuple[Any, ...], unmoved: bool) -> bool:  # noqa: FBT001 - what was just found
+        """Returns whether the rows of the first argument are nobody's: a parameter's, or a constant's."""
+        t = args[0] if args else None
+        return self._is_root(t) or (unmoved and isinstance(t, Tensor) and not t.requires_grad)
+
+    def _lies(self, key: Hashable, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Returns whether a function takes rows that lie by place, as a check has seen; while it looks, a guess."""
+        if tracing() or routed_now() is not None or not self.owned.may_take(func, args, kwargs):
+            return False
+        if self.owned.of(args[0]) is not None or self._tagged(args[0]):
+            return False
+        seen = self.known.by_place(key)
+        return seen is True or (seen is None and self._met is not None)
+
+    def _owns(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, **how: bool
+    ) -> bool:
+        """Returns whether the owners of the rows of a result are known, and takes note of them."""
+        tagged = [t for t in tensors_among((*args, *kwargs.values())) if self._tagged(t) and t.is_floating_point()]
+        # A factor whose rows are not certain leaves every row of the other its owner, or examples meet.
+        if tagged and (base_name(func) not in ALIKE or any(t is result for t in tagged)):
+            return False
+        try:
+            known = self.owned.follow(func, args, kwargs, result, **how)
+        except PrivetError:
+            raise
+        except Exception:  # noqa: BLE001 - arguments in a form that is not understood: nobody knows the owners
+            return False
+        if known:
+            self._follows = True
+            for t in tensors_among((result,)):
+                base = getattr(t, "_base", None)
+                if args and t is args[0] and base is not None and not self.owned.among((base,)):
+                    self._tag(base, _place(func, _caller()))  # written through a view of it
+        return known
+
+    def _tag_result(self, args: tuple[Any, ...], move: Move | None, result: Any, place: str, *, tagged: bool) -> None:
+        """Tags what a function returned, or wrote to: nobody knows whose the rows are."""
         if move is not None and move.into is not None:
             container = args[0] if args else result
-            if not (move.into in self._sources or (tag is None and move.into == move.sizes[: len(move.into)])):
+            if not (move.into in self._sources or (not tagged and move.into == move.sizes[: len(move.into)])):
                 self._tag((container, result, getattr(container, "_base", None)), place)
-            return result
-        if move is not None and moved:
-            self._sources.add(move.sizes)
+            return
         self._tag((result,), place)
-        if tag is not None and args and result is args[0]:
+        if args and result is args[0]:
             self._tag(getattr(result, "_base", None), place)
-        return result
 
     def doubt_of_all(self, func: Callable[..., Any]) -> DoubtError | None:
         """Returns a doubt of any operation on a parameter, if some rows of this forward have been moved."""
         moved = next((place for ref, place in self._tags.values() if ref() is not None), None)
+        if moved is None and self.owned:
+            moved = "an index"
         return None if moved is None or routed_now() is not None else _doubt(func, moved)
 
     def _tagged(self, t: Tensor) -> bool:
@@ -268,6 +264,7 @@ class MovedRows(TorchFunctionMode):
 
     def _tag(self, values: Any, place: str) -> None:
         for t in tensors_among(values if isinstance(values, tuple) else (values,)):
+            self.owned.forget(t)
             self._tags[id(t)] = (weakref.ref(t), place)
             self._follows = True
 

@@ -30,6 +30,8 @@ class Move(NamedTuple):
     """For each of the sizes, the indices that entries are taken by: if they are 0, 1, 2, ..., nothing has moved."""
     into: tuple[int, ...] | None = None
     """The lengths of the axes of another tensor along which entries are put, or None if they are taken."""
+    rows: int | None = None
+    """The length of axis 0, where entries are taken along it, or None."""
 
 
 _Arguments = tuple[Any, ...]
@@ -48,7 +50,8 @@ def _first(args: _Arguments, kwargs: Mapping[str, Any]) -> Any:
 
 def _taken(t: Tensor, axes: Sequence[int], **more: Any) -> Move:
     places = [axis % t.dim() for axis in axes] if t.dim() else []
-    return Move(tuple(t.shape[axis] for axis in places), (t.dim(), *places), **more)
+    rows = t.shape[0] if 0 in places else None
+    return Move(tuple(t.shape[axis] for axis in places), (t.dim(), *places), rows=rows, **more)
 
 
 # -- taken along an axis -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
+from privet.batches.graphs import is_graphs, with_tensors
 from privet.batches.tree import mapped
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.state import floating_tensors
@@ -118,6 +119,8 @@ def to_double(inputs: Any) -> Any:
             return _doubled(leaf) if leaf.is_floating_point() or leaf.is_complex() else leaf
         if isinstance(leaf, PackedSequence) and leaf.data.is_floating_point():
             return leaf.to(torch.float64)
+        if is_graphs(leaf):
+            return with_tensors(leaf, lambda t: double(t, path))
         return leaf
 
     return mapped(inputs, double, "the inputs")

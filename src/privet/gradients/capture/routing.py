@@ -1,8 +1,9 @@
 """Rows that belong to examples by a list and not by their place: tokens that a router hands to experts.
 
-Inside of `rows_of`, row i of a tensor of R rows belongs to example `owner[i]`. What a parameter met there is put back
-in the order of the examples when the gradient has come, each example's rows one after the other and filled up with
-zeros, which add nothing: from there on they are positions like any other.
+Inside of `rows_of`, row i of a tensor of R rows belongs to example `owner[i]`. The same is known of rows that were
+taken from others by an index (`owned.py`). What a parameter met there is put back in the order of the examples when
+the gradient has come, each example's rows one after the other and filled up with zeros, which add nothing: from there
+on they are positions like any other.
 
 Axes: B examples, R rows, L rows of the example that has most.
 """
@@ -23,16 +24,22 @@ from privet.gradients.rules.free import EXPANSIONS
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Operation
 
-__all__ = ["Routed", "owners_for", "routed_now", "rows_of"]
+__all__ = ["Routed", "require_alike", "routed_now", "rows_of"]
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _local = threading.local()
 
 
 class Routed:
-    """Which example each row belongs to."""
+    """Which example each row belongs to.
 
-    def __init__(self, owner: object) -> None:
+    Args:
+        owner: (R,) whole numbers.
+        origin: the rows that these were taken from, which may be put back there.
+        by_place: whether the rows lie as those of any batch do: those of one example together, and equally many each.
+    """
+
+    def __init__(self, owner: object, *, origin: Routed | None = None, by_place: bool = False) -> None:
         if not isinstance(owner, Tensor) or owner.dim() != 1 or owner.dtype not in _WHOLE:
             found = (
                 f"{owner.dtype} of shape {tuple(owner.shape)}" if isinstance(owner, Tensor) else type(owner).__name__
@@ -46,6 +53,33 @@ class Routed:
                 "rows_of has shapes that depend on values, which a graph cannot have. Train with compile=False."
             )
         self.owner = owner.detach().long()
+        self.origin = origin
+        self.by_place = by_place
+        self.by_index = False  # whether they were taken by numbers of rows, and not by a mask or a slice
+        self._fits: int | None = None  # the number of examples that the owners are known to be among
+
+    @staticmethod
+    def in_order(rows: int, examples: int, *, device: torch.device, batch_first: bool = True) -> Routed:
+        """Returns the owners of rows that lie by example, as many of each; or by position, without `batch_first`."""
+        owner = torch.arange(examples, device=device)
+        each = rows // max(examples, 1)
+        return Routed(owner.repeat_interleave(each) if batch_first else owner.repeat(each), by_place=True)
+
+    def same(self, other: Routed) -> bool:
+        """Returns whether both say the same of as many rows."""
+        return self is other or (self.rows == other.rows and torch.equal(self.owner, other.owner))
+
+    def taken(self, index: Tensor | slice) -> Routed:
+        """Returns the owners of rows that are taken by an index, (R',) whole numbers or (R,) bool."""
+        index = index.detach() if isinstance(index, Tensor) else index
+        found = Routed(self.owner[index], origin=self)
+        found.by_index = isinstance(index, Tensor) and index.dtype != torch.bool
+        return found
+
+    @property
+    def first_origin(self) -> Routed:
+        """Returns the rows that these were taken from at first, themselves if they were not."""
+        return self if self.origin is None else self.origin.first_origin
 
     @property
     def rows(self) -> int:
@@ -69,11 +103,14 @@ class Routed:
 
     def require_examples(self, examples: int) -> None:
         """Raises if a row belongs to no example of the batch."""
+        if self._fits == examples:
+            return
         if self.rows and not 0 <= int(self.owner.min()) <= int(self.owner.max()) < examples:
             raise ConfigurationError(
                 f"rows_of was given places that are not in a batch of {examples}. Expected numbers from 0 to "
                 "B - 1, counted in the batch as the model got it."
             )
+        self._fits = examples
 
     @cached_property
     def _ranks(self) -> tuple[Tensor, int]:
@@ -123,22 +160,20 @@ def rows_of(owner: Tensor) -> Iterator[None]:  # (R,) whole numbers
         _local.routed = before
 
 
-def owners_for(operation: Operation, parameters: Sequence[str], examples: int) -> Routed:
-    """Returns the owners of the rows that an operation is about to meet.
+def require_alike(operation: Operation, parameters: Sequence[str], routed: Routed, examples: int) -> None:
+    """Raises if an operation on rows with owners does not treat all rows alike, or a row is nobody's.
 
     Raises:
         UnsupportedModelError: if the operation does not treat all rows alike.
         ConfigurationError: if a row belongs to no example of the batch.
     """
-    routed = routed_now()
-    assert routed is not None
     if not operation.positionwise:
         raise UnsupportedModelError(
-            f"{type(operation).__name__} of {', '.join(parameters)} met rows inside rows_of. Expected operations that "
-            "treat all rows alike there (linear, embedding, layer norm)."
+            f"{type(operation).__name__} of {', '.join(parameters)} met rows that belong to examples by a list (inside "
+            "rows_of, or taken by an index). Expected operations that treat all rows alike there (linear, embedding, "
+            "layer norm)."
         )
     routed.require_examples(examples)
-    return routed
 
 
 def routed_now() -> Routed | None:

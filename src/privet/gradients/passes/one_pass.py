@@ -48,7 +48,7 @@ class OnePass:
         capture, recorded = self._capture, Recorded(examples=examples)
         try:
             with torch.enable_grad():
-                capture.begin(examples, recorded)
+                capture.begin(examples, recorded, inputs=batch)
                 found = losses(batch)
                 agree_on_doubt(capture, self._spread)
                 capture.end([found])

@@ -76,7 +76,7 @@ class TwoPass:
         capture = self._capture
         try:
             with torch.enable_grad():
-                capture.begin(examples, Recorded(examples=examples), last=False)
+                capture.begin(examples, Recorded(examples=examples), last=False, inputs=batch)
                 found = losses(batch)
                 agree_on_doubt(capture, self._spread)
                 capture.end([found])

@@ -11,6 +11,7 @@ from privet.gradients.rules import (  # noqa: F401 - a handler is registered whe
     einsum,
     embedding,
     free,
+    grouped,
     indexing,
     linear,
     normalization,

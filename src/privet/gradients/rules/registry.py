@@ -59,6 +59,8 @@ _APART: set[Any] = set()
 def handles(*functions: Any, structural: bool = False, apart: bool = False) -> Callable[[Handler], Handler]:
     """Returns a decorator that makes a handler answer for torch functions, such as `torch.nn.functional.linear`.
 
+    An operator of another library is given by its name, `"library::operator"`, so that the library is not imported.
+
     A handler gets the call as the user wrote it. It returns the result, or NotImplemented where it does not know this
     form of the call: then the vmap fallback takes it. A `structural` handler only takes the call apart, into operations
     on parameters that are then looked at by themselves; it is in use where vmap takes the place of every rule, too.
@@ -77,8 +79,9 @@ def handles(*functions: Any, structural: bool = False, apart: bool = False) -> C
 
 
 def handler_of(function: Any) -> Handler | None:
-    """Returns the handler of a torch function, or None."""
-    return _HANDLERS.get(function)
+    """Returns the handler of a torch function, or of an operator that a library has registered, or None."""
+    found = _HANDLERS.get(function)
+    return found if found is not None else _HANDLERS.get(getattr(function, "_qualified_op_name", None))
 
 
 def apart_handler_of(function: Any) -> Handler | None:

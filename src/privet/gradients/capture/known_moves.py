@@ -1,0 +1,123 @@
+"""What the checks have seen of the moves of a model: which leave every row of the batch in its place.
+
+Each move is known by its place in the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from privet.gradients.capture.moves import Move
+from privet.gradients.tracing import tracing
+
+__all__ = ["KnownMoves", "MovesMet"]
+
+
+class MovesMet:
+    """The moves of one forward of a check, in order, each with its place in the code.
+
+    Dropout draws more random numbers for more examples, and what is drawn after it (is this layer skipped?) would be
+    another number. So a forward may follow another one: after each draw it goes on with that one's random numbers.
+
+    Args:
+        follows: the moves of a forward that is over.
+    """
+
+    def __init__(self, follows: MovesMet | None = None) -> None:
+        self.moves: list[tuple[Hashable, Move]] = []
+        self._follows = follows
+        self.states = [torch.get_rng_state()]
+        self.guessed: set[Hashable] = set()
+        """The places at which rows were taken that were thought to lie by place."""
+
+    def drawn(self) -> None:
+        """Takes note of what a function has drawn, if it has; called after each."""
+        state = torch.get_rng_state()
+        if torch.equal(state, self.states[-1]):
+            return
+        if self._follows is not None and len(self.states) < len(self._follows.states):
+            state = self._follows.states[len(self.states)]
+            torch.set_rng_state(state)
+        self.states.append(state)
+
+
+@dataclass
+class _Known:
+    """What was seen of one move at one place in the code."""
+
+    grew: bool = False  # whether an axis along which it moves grows with the batch
+    axes: set[int] = field(default_factory=set)  # which of its sizes grow
+    static: set[Hashable] = field(default_factory=set)  # the moves that are the same on every batch
+    by_place: bool | None = None  # whether axis 0, along which it moves, has as many rows for each example
+
+
+@dataclass
+class KnownMoves:
+    """What the checks have seen of all moves."""
+
+    known: dict[Hashable, _Known] = field(default_factory=dict)
+
+    def copy(self) -> KnownMoves:
+        """Returns the same knowledge, which what is learned later does not change."""
+        return KnownMoves(
+            {key: _Known(k.grew, set(k.axes), set(k.static), k.by_place) for key, k in self.known.items()}
+        )
+
+    def learn(self, first: MovesMet, second: MovesMet, examples: tuple[int, int], *, whole: bool = True) -> bool:
+        """Learns from the moves of the same model with B and with B + 1 examples.
+
+        Args:
+            first: the moves with B examples.
+            second: the moves with B + 1 examples.
+            examples: B and B + 1.
+            whole: whether both forwards ran to their ends.
+
+        Returns whether it was known before where rows lie by place, wherever some were taken.
+        """
+        small, large = examples
+        before = {key: known.by_place for key, known in self.known.items()}
+        pairs: dict[Hashable, tuple[list[Move], list[Move]]] = {}
+        for which, met in enumerate((first, second)):
+            for key, move in met.moves:
+                pairs.setdefault(key, ([], []))[which].append(move)
+        for key, (fewer, more) in pairs.items():
+            known = self.known.setdefault(key, _Known())
+            if whole and len(fewer) != len(more):  # as often as there are examples, say
+                known.grew, known.axes = True, set(range(len((fewer or more)[0].sizes)))
+            for one, two in zip(fewer, more, strict=False):
+                axes = {i for i, (n, m) in enumerate(zip(one.sizes, two.sizes, strict=False)) if n != m}
+                known.axes |= axes
+                known.grew = known.grew or bool(axes) or len(one.sizes) != len(two.sizes)
+                if one.static is not None and one.static == two.static:
+                    known.static.add(one.static)
+                lies = one.rows is not None and two.rows is not None and one.rows % small == 0
+                lies = lies and one.rows // small * large == two.rows  # type: ignore[operator]
+                known.by_place = lies and known.by_place is not False
+        guessed = {key for met in (first, second) for key in met.guessed}
+        return all(key in before and before[key] is self.known[key].by_place for key in guessed)
+
+    def by_place(self, key: Hashable) -> bool | None:
+        """Returns whether the rows that are taken here lie by place, or None if it was not seen."""
+        known = self.known.get(key)
+        return None if known is None else known.by_place
+
+    def harmless(self, key: Hashable, move: Move) -> bool:
+        """Returns whether the move leaves every row of the batch in its place, or is the same on every batch."""
+        known = self.known.get(key)
+        if known is None:
+            return False
+        if not known.grew or (move.static is not None and move.static in known.static):
+            return True
+        return bool(known.axes) and all(i < len(move.by) and _in_place(move.by[i], move.sizes[i]) for i in known.axes)
+
+
+def _in_place(index: Tensor | None, size: int) -> bool:
+    """Returns whether indices are 0, 1, ..., size - 1, so that nothing moves."""
+    if index is None or index.numel() != size or tracing():
+        return False
+    flat = index.detach().reshape(-1)
+    return torch.equal(flat, torch.arange(size, dtype=flat.dtype, device=flat.device))
