@@ -95,10 +95,13 @@ class Packed(nn.Module):
         super().__init__()
         self.layer, self.out = nn.LSTM(3, 4), nn.Linear(4, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        lengths = torch.arange(len(x), 0, -1).clamp(max=x.shape[1])
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    def forward(self, packed: nn.utils.rnn.PackedSequence) -> Tensor:
         return self.out(self.layer(packed)[1][0][-1])
+
+
+def packed_by_the_loader() -> None:
+    sequences = [torch.randn(length, 3) for length in (2, 4, 1)]
+    Run(Packed()).backward(nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False))
 
 
 class OwnLinear(nn.Linear):
@@ -125,7 +128,7 @@ IDIOMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "the same again": (lambda: Run(Run().net), ProtocolError, r"made private before.*detach\(\)"),
     "a shared layer": (shared_layer, ProtocolError, r"0\.weight, 0\.bias.*one module"),
     "a script": (lambda: Run(torch.jit.script(nn.Linear(3, 2))), UnsupportedModelError, r"torch\.jit\.script"),
-    "a packed sequence": (lambda: Run(Packed()).backward(torch.randn(6, 5, 3)), UnsupportedModelError, "packed.*pad"),
+    "a packed sequence": (packed_by_the_loader, UnsupportedModelError, "packed sequence.*pack in the forward"),
     "a rule of Opacus": (with_a_rule_of_opacus, UnsupportedModelError, r"rule\(module, inputs, gradient\).*Opacus"),
     "a list of bounds": (lambda: Run(max_grad_norm=[1.0, 1.0]), ConfigurationError, "list of 2.*per_layer"),
     "ghost": (lambda: Run(grad_sample_mode="ghost"), ConfigurationError, "'auto' is ghost clipping"),

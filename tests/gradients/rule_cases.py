@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.gradients import rule_cases_mixed, rule_cases_more
 
@@ -274,6 +275,20 @@ class Sequenced(nn.Module):
         return states, *(t.transpose(0, 1) for t in (last if isinstance(last, tuple) else (last,)))
 
 
+class Packed(Sequenced):
+    """The same on sequences of as many steps as the first number of each says: outputs filled up with zeros."""
+
+    def forward(self, x: Tensor) -> Any:
+        lengths = 1 + (37 * x[:, 0, 0].detach().abs()).nan_to_num(0, 0).long() % x.shape[1]
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        first = None if self.first is None else self.first.expand(1, len(x), -1) * x[:, 0, :1]
+        if first is not None and isinstance(self.layer, nn.LSTM):
+            first = (first, first * 0.5)
+        states, last = self.layer(packed, first)
+        states, _ = pad_packed_sequence(states, batch_first=True, total_length=x.shape[1])
+        return states, *(t.transpose(0, 1) for t in (last if isinstance(last, tuple) else (last,)))
+
+
 def _recurrences() -> list[Case]:
     first = {"batch_first": True}
     both = {**first, "bidirectional": True}
@@ -290,6 +305,10 @@ def _recurrences() -> list[Case]:
         ("GRU, first state learned", lambda: Sequenced(nn.GRU(3, 4, **first), learned=True)),
         ("RNN", lambda: Sequenced(nn.RNN(3, 4, 2, **both))),
         ("RNN, ReLU", lambda: Sequenced(nn.RNN(3, 4, nonlinearity="relu", **first))),
+        ("LSTM, packed", lambda: Packed(nn.LSTM(3, 4), learned=True)),
+        ("LSTM, packed, projected", lambda: Packed(nn.LSTM(3, 4, 2, proj_size=2, **both))),
+        ("GRU, packed", lambda: Packed(nn.GRU(3, 4, 2, bidirectional=True))),
+        ("RNN, packed", lambda: Packed(nn.RNN(3, 4, **both))),
     ]
     return [Case("recurrent", name, module, reals((5, 3)), empty=False) for name, module in rows]
 

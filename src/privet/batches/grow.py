@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, int8, int16, int32, int64
 from torch.nn.utils.rnn import PackedSequence
 
 from privet.batches.graphs import is_graphs, with_tensors, zero_graph
@@ -29,6 +29,7 @@ from privet.batches.tree import mapped, paths_in
 
 __all__ = ["detached", "grown", "left_out", "one_of_zeros", "refuse_read_once"]
 
+_WHOLE = (int64, int32, int16, int8)
 _NAME = "the inputs"
 """What the whole is called in paths."""
 
@@ -44,13 +45,23 @@ def grown(inputs: Any, *, examples: int, axis: int) -> Any:
     return mapped(inputs, grow, _NAME)
 
 
-def one_of_zeros(inputs: Any, *, axis: int) -> Any:
-    """Returns the inputs of no examples with one example of zeros in its place, as models do not run on none."""
+def one_of_zeros(inputs: Any, *, axis: int, length: int = 0) -> Any:
+    """Returns the inputs of no examples with one example of zeros in its place, as models do not run on none.
+
+    Args:
+        inputs: the inputs.
+        axis: where tensors have their examples.
+        length: the number in the place of zero where an example is one whole number.
+    """
 
     def fill(leaf: Any, path: str) -> Any:
         if is_graphs(leaf):
             return leaf if leaf.num_graphs else zero_graph(leaf)
-        return zeros(leaf, 1, axis) if can_be_zero(leaf) and size_of(leaf, axis) == 0 else leaf
+        if not can_be_zero(leaf) or size_of(leaf, axis) != 0:
+            return leaf
+        one = zeros(leaf, 1, axis)
+        whole = isinstance(leaf, Tensor) and leaf.dim() == 1 and leaf.dtype in _WHOLE
+        return one + length if whole and length else one
 
     return mapped(inputs, fill, _NAME)
 

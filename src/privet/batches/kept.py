@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from privet.batches.flat import as_given, is_rearranged
 from privet.batches.leaves import shows
 from privet.batches.tree import leaves_in, mapped
 
@@ -52,10 +53,11 @@ def with_squares_kept(inputs: Any, *, examples: int, axis: int) -> Any:
 
 
 def opened(inputs: Any) -> Any:
-    """Returns the inputs with what was hidden in its place."""
-    return mapped(inputs, lambda leaf, _: leaf.tensor if isinstance(leaf, _Kept) else leaf, "the inputs")
+    """Returns the inputs with what was hidden in its place, and flat rows as the model takes them."""
+    return mapped(as_given(inputs), lambda leaf, _: leaf.tensor if isinstance(leaf, _Kept) else leaf, "the inputs")
 
 
 def opening(module: nn.Module, inputs: Any) -> nn.Module:
     """Returns a module that takes these inputs, of which some may be hidden, in place of `module`."""
-    return _Opening(module) if any(isinstance(leaf, _Kept) for leaf in leaves_in(inputs)) else module
+    hidden = is_rearranged(inputs) or any(isinstance(leaf, _Kept) for leaf in leaves_in(inputs))
+    return _Opening(module) if hidden else module

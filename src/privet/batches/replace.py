@@ -30,7 +30,13 @@ def nearest(replaced: Sequence[bool]) -> list[int]:
 
 
 def rearranged(
-    inputs: Any, sources: Sequence[int], *, examples: int, axis: int, factors: Sequence[float] | None = None
+    inputs: Any,
+    sources: Sequence[int],
+    *,
+    examples: int,
+    axis: int,
+    factors: Sequence[float] | None = None,
+    lengths_stay: bool = False,
 ) -> Any:
     """Returns the inputs with example `sources[i]` in the place of example i, in whatever is as long as the batch.
 
@@ -40,10 +46,11 @@ def rearranged(
         examples: the number of examples in the inputs.
         axis: where tensors have their examples.
         factors: what floating-point tensors are multiplied by in each place; by default they are only moved.
+        lengths_stay: whether what is one whole number for each example stays, as the lengths of sequences.
     """
 
     def move(leaf: Any, path: str) -> Any:
-        if not shows(leaf, examples, axis):
+        if not shows(leaf, examples, axis) or (lengths_stay and _is_whole(leaf)):
             return leaf
         if isinstance(leaf, Tensor):
             moved = leaf.index_select(axis, torch.tensor(sources, device=leaf.device))
@@ -58,6 +65,15 @@ def rearranged(
         return type(leaf)([values[source] for source in sources])
 
     return mapped(inputs, move, "the inputs")
+
+
+def _is_whole(leaf: Any) -> bool:
+    """Returns whether a leaf is one whole number for each example."""
+    if isinstance(leaf, Tensor):
+        return leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool)
+    if isinstance(leaf, np.ndarray):
+        return leaf.ndim == 1 and leaf.dtype.kind in "iu"
+    return isinstance(leaf, list | tuple) and all(type(value) is int for value in leaf)
 
 
 def _scaled(moved: Tensor, factors: Sequence[float], axis: int) -> Tensor:

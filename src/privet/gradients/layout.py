@@ -31,7 +31,7 @@ class Layout(Enum):
     MERGED = "axis 0 is batch and positions, batch first"
     SECOND = "axis 1 is the batch"
     SECOND_MERGED = "axis 1 is batch and positions, batch first"
-    ROUTED = "rows have owners of their own (rows_of)"
+    ROUTED = "rows have owners of their own"
 
     @property
     def axis(self) -> int:
@@ -145,10 +145,13 @@ class Told:
 
 
 def _packed(site: Site) -> str:
-    """Returns what to do if a recurrent layer met a packed sequence, whose rows lie by time."""
+    """Returns what to do if a recurrent layer met a packed sequence of which nobody saw how it was packed."""
     if getattr(site.operation, "__name__", "") not in {"lstm", "gru", "rnn_tanh", "rnn_relu"}:
         return ""
-    return ", as of a packed sequence: pad the sequences instead (batch_first=True), and mask the outputs"
+    return (
+        ", as of a packed sequence that came packed into the model, or whose rows were moved since. Give the model "
+        "padded sequences and a tensor of their lengths, and pack in the forward (pack_padded_sequence)"
+    )
 
 
 @dataclass
@@ -170,8 +173,14 @@ class Layouts:
         """Forgets what was learned since a copy was taken."""
         self.known = earlier.copy().known
 
-    def of(self, site: Site, t: Tensor, examples: int) -> Layout:
+    def of(self, site: Site, t: Tensor, examples: int, *, owned: bool = False) -> Layout:
         """Returns the layout of `t` at `site`, in a batch of `examples`.
+
+        Args:
+            site: where it is met.
+            t: the tensor.
+            examples: B.
+            owned: whether its rows were moved along the batch, and have owners that are known.
 
         Raises:
             DoubtError: if the site was never looked at, or its known layouts do not decide.
@@ -179,7 +188,9 @@ class Layouts:
         if not examples and t.dim() and not t.shape[0]:
             return Layout.ROWS  # none of them is anybody's
         known = self.known.get(site, ())
-        fits = _fitting(known, t, examples)
+        fits = [each for each in known if each is Layout.ROUTED] if owned else _fitting(known, t, examples)
+        if Layout.ROUTED in known and fits == [Layout.CONSTANT]:
+            fits = []  # it may be rows that nobody followed
         if len(fits) == 1:
             return fits[0]
         if not known:
@@ -193,7 +204,7 @@ class Layouts:
             "(privet.rows_of).",
         )
 
-    def guessed(self, site: Site, t: Tensor, examples: int, told: Told | None) -> Layout:
+    def guessed(self, site: Site, t: Tensor, examples: int, told: Told | None, *, owned: bool = False) -> Layout:
         """Returns the likely layout of `t` while layouts are learned: a wrong guess is found out and mended.
 
         Args:
@@ -201,10 +212,13 @@ class Layouts:
             t: the tensor.
             examples: B.
             told: what the attempt before has learned of a batch of this size.
+            owned: whether its rows seem to have been moved along the batch, and have owners that are known.
         """
         layout = None if told is None else told.next(site, t)
         if layout is not None:
             return layout
+        if owned:
+            return Layout.ROUTED
         fits = _fitting(self.known.get(site, ()), t, examples)
         if len(fits) == 1:
             return fits[0]
@@ -226,7 +240,10 @@ class Layouts:
         for (site, shape, decided), (other, other_shape, other_decided) in zip(first, second, strict=False):
             if site != other or len(shape) != len(other_shape):
                 return False, told, other_told
-            layout = _compared(site, shape, other_shape, small, large)
+            if decided is other_decided is Layout.ROUTED and shape[1:] == other_shape[1:] and shape != other_shape:
+                layout = Layout.ROUTED
+            else:
+                layout = _compared(site, shape, other_shape, small, large)
             self.known.setdefault(site, set()).add(layout)
             told.add(site, shape, layout)
             other_told.add(site, other_shape, layout)
@@ -258,4 +275,4 @@ def _fits(layout: Layout, t: Tensor, examples: int) -> bool:
         case Layout.SECOND_MERGED:
             return t.dim() > 1 and t.shape[1] % max(examples, 1) == 0
         case Layout.ROUTED:
-            return False  # told each time, and never learned
+            return False  # said of the tensor itself, and not of its shape

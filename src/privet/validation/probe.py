@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from privet.batches.tree import paths_in, tensors_in
 from privet.errors import ConfigurationError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.other_values import in_double, perturbed, to_double
 from privet.gradients.capture.state import State, same
-from privet.gradients.capture.undisturbed import generators, undisturbed
+from privet.gradients.capture.undisturbed import draws_by_length, evaluating, generators, undisturbed
 from privet.validation.idioms import idiom_of
 from privet.validation.separation import replacements, sources_of
 
@@ -126,6 +126,17 @@ def _confirmed(module: nn.Module, inputs: Arguments, batch: int, axis: int, tole
     found = _look(module, inputs, batch, axis, tolerance)
     if not found:
         return []
+    if draws_by_length(module) and not _look(module, inputs, batch, axis, tolerance, lengths_stay=True):
+        with evaluating(module):
+            found = _look(module, inputs, batch, axis, tolerance)
+            return found and _in_double(module, inputs, batch, axis, tolerance, found)
+    return _in_double(module, inputs, batch, axis, tolerance, found)
+
+
+def _in_double(  # noqa: PLR0917
+    module: nn.Module, inputs: Arguments, batch: int, axis: int, tolerance: float, found: list[str]
+) -> list[str]:
+    """Returns those of the findings that are no rounding."""
     try:
         with in_double(module):
             again = _look(module, to_double(inputs), batch, axis, 1e-2 * tolerance)
@@ -134,7 +145,9 @@ def _confirmed(module: nn.Module, inputs: Arguments, batch: int, axis: int, tole
     return [each for each in found if each in again]
 
 
-def _look(module: nn.Module, inputs: Arguments, batch: int, axis: int, tolerance: float) -> list[str]:
+def _look(
+    module: nn.Module, inputs: Arguments, batch: int, axis: int, tolerance: float, *, lengths_stay: bool = False
+) -> list[str]:
     state, rewind = State(module), generators(module)
     everything = list(range(batch))
     found: dict[str, None] = {}  # in order
@@ -160,11 +173,12 @@ def _look(module: nn.Module, inputs: Arguments, batch: int, axis: int, tolerance
         after_itself = run(inputs, afresh=False)
         others = []
         for number, replaced in enumerate(replacements(batch)):
-            others.append(_beside_others(run, inputs, replaced, number=number, batch=batch, axis=axis))
+            where = (run, inputs, replaced)
+            others.append(_beside_others(*where, number=number, batch=batch, axis=axis, lengths_stay=lengths_stay))
             compare(base, others[-1], [index for index, gone in enumerate(replaced) if not gone], _OTHERS)
         compare(after_itself, run(inputs, afresh=False), everything, _MEMORY)
         if not found:
-            with _evaluating(module) if drew else nullcontext():  # another size draws other masks
+            with evaluating(module) if drew else nullcontext():  # another size draws other masks
                 sizes = _of_both_sizes(run, base if not drew else None, inputs, batch, axis)
                 if sizes is not None and not rewind():
                     one, two = sizes  # a weight that is kept as an attribute may be as long as the batch by chance
@@ -191,18 +205,25 @@ def _learned(
 
 
 def _beside_others(
-    run: Callable[..., _Run], inputs: Arguments, replaced: list[bool], *, number: int, batch: int, axis: int
+    run: Callable[..., _Run],
+    inputs: Arguments,
+    replaced: list[bool],
+    *,
+    number: int,
+    batch: int,
+    axis: int,
+    lengths_stay: bool,
 ) -> _Run:
     """Runs the model with some examples replaced by others, which are also scaled where the model accepts that."""
     factor = _FACTORS[number % len(_FACTORS)]
     factors = [factor if gone else 1.0 for gone in replaced]
     sources = sources_of(replaced, seed=number)
     try:
-        return run(rearranged(inputs, sources, examples=batch, axis=axis, factors=factors))
+        return run(rearranged(inputs, sources, examples=batch, axis=axis, factors=factors, lengths_stay=lengths_stay))
     except PrivetError:
         raise
     except Exception:  # noqa: BLE001 - it may want examples in order of length, or numbers within bounds
-        return run(rearranged(inputs, nearest(replaced), examples=batch, axis=axis))
+        return run(rearranged(inputs, nearest(replaced), examples=batch, axis=axis, lengths_stay=lengths_stay))
 
 
 def _of_both_sizes(
@@ -216,18 +237,6 @@ def _of_both_sizes(
         raise
     except Exception:  # noqa: BLE001 - the check of layouts says so where it matters
         return None
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------------
@@ -268,8 +277,26 @@ def _row(leaf: Any, row: int, axis: int) -> Tensor:
     return found.detach()
 
 
+def _common(a: Tensor, b: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:  # (R, ...) each
+    """Returns what both have, if what one has more is padding: outputs may be as long as the longest of the batch."""
+    if a.dim() != b.dim() or a.shape[0] != b.shape[0]:
+        return a, b
+    for axis in range(1, a.dim()):
+        n = min(a.shape[axis], b.shape[axis])
+        for t in (a, b):
+            more = t.narrow(axis, n, t.shape[axis] - n)
+            if more.numel() and _differ_tensors(
+                more, more[(*(slice(None),) * axis, slice(-1, None))].expand_as(more), tolerance
+            ):
+                return a, b
+        a, b = a.narrow(axis, 0, n), b.narrow(axis, 0, n)
+    return a, b
+
+
 def _differ_tensors(a: Tensor, b: Tensor, tolerance: float) -> bool:  # (R, ...)
     """Returns whether a row differs by more than `tolerance` of its largest entry, or 1 % of that of the largest."""
+    if a.shape != b.shape:
+        a, b = _common(a, b, tolerance)
     if a.shape != b.shape or a.dtype != b.dtype:
         return True
     if a.numel() == 0 or torch.equal(a, b):

@@ -29,13 +29,15 @@ from privet.batches.replace import nearest, rearranged
 from privet.errors import CoverageError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.other_values import in_double, to_double
+from privet.gradients.capture.output_gradients import differentiable, fitted, weighted, within
 from privet.gradients.capture.tripwire import Tripwires
+from privet.gradients.capture.undisturbed import draws_by_length, evaluating
 from privet.gradients.derived import Derivation
 from privet.gradients.spread import HERE, Spread
 from privet.gradients.summation import weighted_sums
 from privet.gradients.use import Recorded, Use
 
-__all__ = ["Comparison", "differentiable"]
+__all__ = ["Comparison"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _REPEATS = 6
@@ -69,6 +71,16 @@ class _Look:
     coarse: bool  # whether something was computed in half precision
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    """Which parameters' gradients differ, whether all could be compared, and how it was judged."""
+
+    wrong: Mapping[str, str]
+    finite: bool
+    tolerance: _Tolerance
+    double: bool = False
+
+
 class Comparison:
     """Compares both gradients of one model.
 
@@ -100,6 +112,8 @@ class Comparison:
         self._tripwires = tripwires
         self._restore = restore
         self._axis = batch_axis
+        self._shapes: list[list[torch.Size]] | None = None  # of the outputs beside other examples, if they differ
+        self._lengths_stay = False  # whether examples are replaced by others as if these were of their length
         self.held = 0  # the most bytes that a backward has kept of an example
         self._parameters = {name: p for name, p in capture.parameters.items() if p.requires_grad}
 
@@ -110,12 +124,26 @@ class Comparison:
             CoverageError: if what was captured is not what autograd finds, with the parameters by name; also if it is,
                 and an example's gradient depends on the other examples.
         """
+        verdict = self._verdict(inputs, examples)
+        if verdict.wrong and draws_by_length(self._module):
+            self._lengths_stay, self._shapes = True, None
+            beside = self._verdict(inputs, examples)
+            self._lengths_stay, self._shapes = False, None
+            if not beside.wrong:
+                with evaluating(self._module):
+                    verdict = self._verdict(inputs, examples)
+        if verdict.wrong:
+            raise self._error(verdict, inputs, examples)
+        return verdict.finite
+
+    def _verdict(self, inputs: Any, examples: int) -> _Verdict:
+        """Returns what differs, in up to three looks."""
         look = self._look(inputs, examples)
         tolerance = _COARSE if look.coarse else _SINGLE
         self._refuse_unlike(look)
         wrong, finite = self._judged(look, tolerance)
         if not wrong:
-            return finite
+            return _Verdict(wrong, finite, tolerance)
         second = self._look_in_double(inputs, examples)
         if second is not None:
             look, tolerance = second, _DOUBLE
@@ -124,32 +152,41 @@ class Comparison:
             tolerance = _UNSURE[tolerance]
         if wrong:
             wrong, finite = self._judged(look, tolerance, self._noise(inputs, examples, double=second is not None))
-        if wrong:
-            raise self._error(wrong, inputs, examples, double=second is not None, tolerance=tolerance)
-        return finite
+        return _Verdict(wrong, finite, tolerance, double=second is not None)
 
     # -- one look ----------------------------------------------------------------------------------------------------
 
     def _look(self, inputs: Any, examples: int, *, others_replaced: bool = True) -> _Look:
         """Runs the model once under capture, and once without for each half."""
         generator = torch.Generator().manual_seed(0)  # no secret: which rows are checked against which
-        halves = _halves(examples, generator)
+        parts = _halves(examples, generator)
         factors = 0.5 + torch.rand(examples, generator=generator, dtype=torch.float64)
-        recorded, draws = self._captured(inputs, examples, generator)
-        weights = [factors * half for half in halves]
+        stay, axis = self._lengths_stay, self._axis
+        others = [
+            rearranged(inputs, nearest((half == 0).tolist()), examples=examples, axis=axis, lengths_stay=stay)
+            if others_replaced
+            else inputs
+            for half in parts
+        ]
+        recorded, draws = self._captured(inputs, examples, generator, parts)
+        weights = [factors * half for half in parts]
         device = next(iter(self._parameters.values())).device
         wide = torch.float64 if any(t.dtype == torch.float64 for t in draws) else torch.float32
         captured, sizes = weighted_sums(recorded, self._parameters, [w.to(device, wide) for w in weights])
         terms, coarse = _terms(recorded), _is_coarse(recorded)
         del recorded  # what it holds, before the next forward needs as much memory
         expected = []
-        for half, weight in zip(halves, weights, strict=True):
-            sources = nearest((half == 0).tolist())
-            other = rearranged(inputs, sources, examples=examples, axis=self._axis) if others_replaced else inputs
-            expected.append(self._own(other, [_weighted(d, weight, self._axis) for d in draws]))
+        for other, weight in zip(others, weights, strict=True):
+            found = self._own(other, [weighted(d, weight, self._axis) for d in draws])
+            if found is None:  # as long as the longest example is, say
+                self._shapes = [self._shapes_of(each) for each in others]
+                return self._look(inputs, examples, others_replaced=others_replaced)
+            expected.append(found)
         return _Look(expected, captured, sizes, terms, coarse)
 
-    def _captured(self, inputs: Any, examples: int, generator: torch.Generator) -> tuple[Recorded, list[Tensor]]:
+    def _captured(
+        self, inputs: Any, examples: int, generator: torch.Generator, parts: Sequence[Tensor]
+    ) -> tuple[Recorded, list[Tensor]]:
         """Runs forward and backward under capture. Returns what was recorded, and the outputs' gradients."""
         recorded = Recorded(examples=examples)
         self._restore()
@@ -158,23 +195,39 @@ class Comparison:
             outputs = differentiable(self._run(inputs))
             self._capture.end(outputs)
             draws = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+            if self._shapes is not None:
+                draws = [within(d, parts, shapes, self._axis) for d, *shapes in zip(draws, *self._shapes, strict=True)]
             torch.autograd.backward(outputs, draws)
         finally:
             self._capture.release()
         self.held = max(self.held, -(-recorded.held // examples))
         return recorded, draws
 
-    def _own(self, inputs: Any, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Returns autograd's own gradients."""
+    def _shapes_of(self, inputs: Any) -> list[torch.Size]:
+        self._restore()
+        with self._tripwires.quiet():
+            return [o.shape for o in differentiable(self._run(inputs))]
+
+    def _own(self, inputs: Any, gradients: Sequence[Tensor]) -> dict[str, Tensor] | None:
+        """Returns autograd's own gradients, or None if outputs are found to be longer or shorter than their gradients.
+
+        An output may be as long as the longest example. Then examples are compared as far as both outputs reach.
+        """
         self._restore()
         with self._tripwires.quiet() as arrived:
             outputs = differentiable(self._run(inputs))
-            if [o.shape for o in outputs] != [g.shape for g in gradients]:
-                raise UnsupportedModelError(
-                    "the model's outputs have other shapes when some examples of the batch are replaced by copies of "
-                    f"others: {[tuple(o.shape) for o in outputs]} where they had "
-                    f"{[tuple(g.shape) for g in gradients]}. Expected shapes that do not depend on values."
-                )
+            shapes, given = [o.shape for o in outputs], [g.shape for g in gradients]
+            if shapes != given:
+                kept = [(len(shape), *shape[: self._axis + 1][self._axis :]) for shape in (*shapes, *given)]
+                if len(shapes) != len(given) or kept[: len(shapes)] != kept[len(shapes) :]:
+                    raise UnsupportedModelError(
+                        "the model's outputs have other shapes when some examples of the batch are replaced by copies "
+                        f"of others: {list(map(tuple, shapes))} where they had {list(map(tuple, given))}. Expected "
+                        "outputs that have a row for each example whatever its values are."
+                    )
+                if self._shapes is None:
+                    return None
+                gradients = [fitted(g, shape) for g, shape in zip(gradients, shapes, strict=True)]
             torch.autograd.backward(outputs, list(gradients))
             found = arrived()
         if self._spread.parts is None:
@@ -256,13 +309,12 @@ class Comparison:
         judged = self._spread.together({**wrong, **({} if finite else {"": "not finite"})})
         return {name: kind for name, kind in judged.items() if name}, "" not in judged
 
-    def _error(
-        self, wrong: Mapping[str, str], inputs: Any, examples: int, *, double: bool, tolerance: _Tolerance
-    ) -> CoverageError:
+    def _error(self, verdict: _Verdict, inputs: Any, examples: int) -> CoverageError:
         """Returns the error for sums that differ: they may do so with the others in their place, or only without."""
-        same = self._look_in_double if double else self._look
+        wrong = verdict.wrong
+        same = self._look_in_double if verdict.double else self._look
         look = same(inputs, examples, others_replaced=False)
-        still = self._judged(look, tolerance)[0] if look is not None else wrong
+        still = self._judged(look, verdict.tolerance)[0] if look is not None else wrong
         if not still:
             return CoverageError(
                 "examples are mixed inside the model: with other examples beside them, some examples have another "
@@ -284,27 +336,11 @@ class Comparison:
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the outputs that need a gradient, and raises if none does."""
-    found = [o for o in outputs if o.requires_grad]
-    if not found:
-        raise UnsupportedModelError(
-            "no output of the model depends on its trainable parameters. Expected a tensor that needs a gradient, in "
-            "a tuple, list, dict or dataclass."
-        )
-    return found
-
-
 def _halves(examples: int, generator: torch.Generator) -> list[Tensor]:  # (B,) of zeros and ones
+    """Returns which examples are in the one half, drawn at random, and which are in the other."""
     half = torch.zeros(examples, dtype=torch.float64)
     half[torch.randperm(examples, generator=generator)[: (examples + 1) // 2]] = 1.0
     return [half, 1.0 - half] if examples > 1 else [half]
-
-
-def _weighted(draw: Tensor, weights: Tensor, axis: int) -> Tensor:
-    shape = [1] * draw.dim()
-    shape[min(axis, draw.dim() - 1)] = -1
-    return draw * weights.view(shape).to(draw)
 
 
 def _of(sums: Mapping[str, Tensor], name: str, p: nn.Parameter) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.batches.cut import first_examples
+from privet.batches.flat import Bags, rearranged_bags
 from privet.batches.grow import detached, grown, left_out, refuse_read_once
 from privet.batches.kept import opened
 from privet.batches.structure import REGISTER
@@ -32,11 +33,23 @@ from privet.gradients.rules.strategy import prefers_channels_last
 from privet.gradients.spread import HERE, Spread
 from privet.gradients.use import Recorded
 
-__all__ = ["GrowthError", "check_coverage", "learn_layouts"]
+__all__ = ["FlatError", "GrowthError", "check_coverage", "learn_layouts"]
 
 _ATTEMPTS = 8
 _EXAMPLES = 16
 """How many examples are looked at. They are enough to reach parts that see few examples, such as experts."""
+
+
+class FlatError(UnsupportedModelError):
+    """The model looks up bags of the inputs that lie in one row, which have to be rearranged before they are grown."""
+
+    def __init__(self, given: Any, bags: Sequence[Bags]) -> None:
+        super().__init__(
+            "the model looks up bags that lie in one row, cut by offsets. Expected one bag for each example. Give "
+            "embedding_bag ids (B, L), padded."
+        )
+        self.given = given
+        self.bags = bags
 
 
 class GrowthError(UnsupportedModelError):
@@ -177,6 +190,8 @@ def learn_layouts(
             finally:
                 capture.release()
                 capture.tell(None)
+            if moves[-1].bags and rearranged_bags(inputs, inputs, moves[-1].bags, examples=examples) is not None:
+                raise FlatError(inputs, moves[-1].bags)
         settled, told, told_larger = capture.layouts.learn(traces[0], traces[1], *sizes)
         placed = capture.moved.known.learn(moves[0], moves[1], sizes, whole=not failures)
         if settled and placed and not failures:

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from privet.batches.flat import rearranged_bags
+from privet.batches.grow import detached
 from privet.batches.kept import opened, with_squares_kept
 from privet.errors import CoverageError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
-from privet.gradients.capture.coverage import GrowthError, check_coverage
+from privet.gradients.capture.coverage import FlatError, GrowthError, check_coverage
 from privet.gradients.capture.schedule import Schedule
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.spread import HERE, Spread
@@ -108,19 +110,28 @@ class FirstBatch:
         self._seen = 0
         known = self._capture.knowledge()
         try:
-            try:
-                conclusive = self._checked(inputs, examples, whole=whole)
-            except GrowthError:
-                kept = with_squares_kept(inputs, examples=examples, axis=self._axis)
-                if kept is inputs:
-                    raise
-                conclusive = self._checked(kept, examples, whole=whole)
+            conclusive = self._checked_as_it_grows(inputs, examples, whole=whole)
         except BaseException:
             self._capture.forget_since(known)  # else what a refused batch taught would hold for the next
             raise
         if conclusive:
             self._seen = min(examples, _ENOUGH)
             self._repeats = self._seen == _ENOUGH
+
+    def _checked_as_it_grows(self, inputs: Any, examples: int, *, whole: bool) -> bool:
+        """Checks a batch, with what does not grow by a row for an example hidden, or rearranged."""
+        try:
+            return self._checked(inputs, examples, whole=whole)
+        except FlatError as flat:
+            by_example = rearranged_bags(detached(inputs), flat.given, flat.bags, examples=examples)
+            if by_example is None:
+                raise
+            return self._checked_as_it_grows(by_example, examples, whole=whole)
+        except GrowthError:
+            kept = with_squares_kept(inputs, examples=examples, axis=self._axis)
+            if kept is inputs:
+                raise
+            return self._checked(kept, examples, whole=whole)
 
     def _checked(self, inputs: Any, examples: int, *, whole: bool) -> bool:
         also = self._also if self._also is not None and examples > 1 else None

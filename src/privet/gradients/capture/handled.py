@@ -12,6 +12,7 @@ from privet.errors import UnsupportedModelError
 from privet.gradients.capture.call import CapturedCall, CapturedOperation, Recorder
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.moved import MovedRows
+from privet.gradients.capture.packed_rows import RECURRENT, Owned
 from privet.gradients.capture.routing import Routed, require_alike, routed_now
 from privet.gradients.capture.watched import Roots
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site
@@ -91,7 +92,7 @@ class HandledCall:
         routed = routed_now()
         if routed is not None:
             routed.require_rows(site, t)
-        else:
+        elif not self._lies_by_time(site, t):
             routed = self._owners(site, t)
         if routed is not None:
             if self._routed is not None and not self._routed.same(routed):
@@ -102,12 +103,24 @@ class HandledCall:
             self._routed = routed
             return Layout.ROUTED
         cycle, layouts = self._cycle, self._capture.layouts
+        owned = self._packed(site, t)
         if cycle.trace is not None:
             told = cycle.told[-1] if cycle.telling else None
-            layout = layouts.guessed(site, t, cycle.examples, told)
+            layout = layouts.guessed(site, t, cycle.examples, told, owned=owned is not None)
             cycle.trace.append((site, tuple(t.shape), layout))
-            return layout
-        return self._told(site, t) if cycle.told else layouts.of(site, t, cycle.examples)
+        elif cycle.told:
+            layout = self._told(site, t, owned=owned is not None)
+        else:
+            layout = layouts.of(site, t, cycle.examples, owned=owned is not None)
+        if layout is Layout.ROUTED:
+            self._share(site, owned)
+        return layout
+
+    def _lies_by_time(self, site: Site, t: Tensor) -> bool:
+        """Returns whether rows are packed, or sorted and met by a layer that asks for their order."""
+        packed = self._capture.moved.packed.of(t)
+        name = getattr(site.operation, "__name__", "")
+        return packed is not None and (packed.sizes is not None or name in RECURRENT)
 
     def _owners(self, site: Site, t: Tensor) -> Routed | None:
         """Returns the owners of the rows of `t` where they are known one by one, also in a part computed again."""
@@ -126,7 +139,35 @@ class HandledCall:
             )
         return met[0] if met else None
 
-    def _told(self, site: Site, t: Tensor) -> Layout:
+    def _packed(self, site: Site, t: Tensor) -> Owned | None:
+        """Returns the owners of the rows of `t`, if they were sorted, or packed, along the batch and are known."""
+        owned = self._capture.moved.packed.of(t)
+        name = getattr(site.operation, "__name__", "")
+        if owned is None or (owned.axis and site.argument and name in RECURRENT):
+            return None  # a recurrent layer asks for the order of its first states by itself
+        if owned.axis:
+            raise DoubtError(
+                f"{site} has shape {tuple(t.shape)}, and its examples were put in another order on axis {owned.axis}",
+                "Put them back in the order of the batch, or on axis 0.",
+            )
+        return owned
+
+    def _share(self, site: Site, owned: Owned | None) -> None:
+        """Takes note of the owners of one argument's rows, and raises unless those of all arguments are the same."""
+        if owned is None:
+            raise DoubtError(
+                f"{site} met rows of a packed sequence, or of a sorted batch, that nobody has followed to there: they "
+                "came through code that is not torch's, or are computed again by an activation checkpoint",
+                "Pack inside of the model, and leave recurrent layers out of checkpoints.",
+            )
+        if self._routed is not None and not owned.same_as(self._routed):
+            raise DoubtError(
+                f"{site} met rows with other owners than another argument has",
+                "Give an operation rows of one packed sequence, in one order.",
+            )
+        self._routed = owned
+
+    def _told(self, site: Site, t: Tensor, *, owned: bool) -> Layout:
         """Returns the layout of `t` in a cycle of which a forward was told the layouts of its batch."""
         cycle, layouts = self._cycle, self._capture.layouts
         if cycle.telling and not in_backward():
@@ -142,7 +183,29 @@ class HandledCall:
             found = set().union(*(told.all(site, t) for told in cycle.told))
             if len(found) == 1:
                 return found.pop()
-        return layouts.of(site, t, cycle.examples)
+        return layouts.of(site, t, cycle.examples, owned=owned)
+
+    def require_alike(self, name: str, data: Tensor, sizes: Tensor | None, firsts: Sequence[Tensor]) -> None:
+        """Raises unless it is known whose the rows of a recurrent layer's data are, and its first states lie alike."""
+        self._capture.moved.packed.require_alike(name, data, sizes, firsts, self._cycle.examples)
+
+    def lies_as(self, t: Tensor, like: Tensor) -> Tensor:
+        """Returns `t`, whose rows have the owners of the rows of `like`, if these were moved along the batch."""
+        owned = self._capture.moved.packed.of(like)
+        if owned is not None:
+            self._capture.moved.packed.put(t, owned)
+        return t
+
+    def by_example(self, rows: Tensor) -> Tensor | None:
+        """Returns rows of known owners by example (B, L, ...), filled up with zeros, or None of other tensors."""
+        owned = self._capture.moved.packed.of(rows)
+        return None if owned is None or owned.axis else owned.examples_first(rows, self._cycle.examples)
+
+    def as_rows(self, t: Tensor, like: Tensor) -> Tensor:
+        """Returns what is by example (B, L, ...) in the order of the rows of `like`, with their owners."""
+        owned = self._capture.moved.packed.of(like)
+        assert owned is not None
+        return self.lies_as(owned.rows_first(t), like)
 
     def again(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns `func(...)` with capture looking at it, for handlers that take an operation apart."""
@@ -172,6 +235,8 @@ class HandledCall:
         if layout is Layout.ROUTED:
             routed = self._routed
             assert routed is not None
+            if isinstance(routed, Owned):
+                self._require_rows(data)
             require_alike(operation, list(map(self.label, watched.values())), routed, cycle.examples)
         # While layouts are learned, a wrong guess may say so. It is found out and mended.
         if layout.axis and not operation.positionwise and cycle.trace is None:
@@ -196,6 +261,15 @@ class HandledCall:
         )
         plain = [self._plain(value) if role in watched else value for role, value in values.items()]
         return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
+
+    def _require_rows(self, data: Sequence[Tensor]) -> None:
+        """Raises if rows with owners meet data of another kind in one operation."""
+        others = {self.layouts.get(id(t), Layout.ROUTED) for t in data} - {Layout.ROUTED}
+        if others:
+            raise DoubtError(
+                f"an operation met rows that were moved along the batch, and data in which {others.pop().value}",
+                "Give an operation rows of one packed sequence, in one order.",
+            )
 
     def _plain(self, root: Tensor) -> Tensor:
         """Returns a root as a tensor that needs no gradient."""

@@ -27,6 +27,7 @@ from privet.gradients.capture.eager import warn_of_compiled
 from privet.gradients.capture.first_batch import FirstBatch
 from privet.gradients.capture.hook import Hook, nothing, refuse_copy
 from privet.gradients.capture.loss_watch import LossWatch
+from privet.gradients.capture.undisturbed import undisturbed
 from privet.gradients.capture.watch import Watch
 from privet.gradients.derived import Derivation
 from privet.gradients.spread import HERE, Spread, is_part
@@ -121,6 +122,7 @@ class Instrument:
         self._inputs: Arguments | None = None  # of the forward that runs
         self._again = False  # whether this forward is run anew, from inside of the hook that ends it
         self._output: Any = None  # of the forward that was run anew
+        self._length: int | None = None  # of the example that is made up for an empty batch, once it is known
         self._nested = 0  # calls of the module from inside of its own forward
         warn_of_compiled(module)
         self._first = FirstBatch(
@@ -177,7 +179,7 @@ class Instrument:
         examples, replaced = members, None
         if members == 0:
             examples = 1
-            inputs = replaced = one_of_zeros(inputs, axis=self._axis)
+            inputs = replaced = self._made_up(inputs)
         cycle = self.capture.cycle
         pending = cycle is not None and not cycle.queued
         wanted = self._first.wanted(inputs, examples, pending=pending)  # an empty batch too: where is its one example?
@@ -194,6 +196,32 @@ class Instrument:
                 self.capture.release()
                 raise
         return replaced
+
+    def _made_up(self, inputs: Arguments) -> Arguments:
+        """Returns the inputs with one example in the place of none: of zeros, or of a length that the model takes.
+
+        Torch packs no sequence of length zero. So a model that does not run on zeros is tried on whole numbers of one.
+        """
+        zeros: Arguments = one_of_zeros(inputs, axis=self._axis)
+        ones: Arguments = one_of_zeros(inputs, axis=self._axis, length=1)
+        if self._length is None:
+            alike = all(map(torch.equal, tensors_in(zeros), tensors_in(ones)))
+            # Where others would have to take part in a trial, there is none.
+            tried = not (alike or self._spread.collective)
+            self._length = int(tried and not self._runs(zeros) and self._runs(ones))
+        return ones if self._length else zeros
+
+    def _runs(self, inputs: Arguments) -> bool:
+        """Returns whether the module runs on some inputs; leaves nothing behind."""
+        self._suspended = True
+        try:
+            with undisturbed(self._module), torch.no_grad():
+                self._module(*inputs.args, **inputs.kwargs)
+        except Exception:  # noqa: BLE001 - whatever a model says of zeros; it is said again by the forward
+            return False
+        finally:
+            self._suspended = False
+        return True
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Ends the forward that `_before` began; returns another output if the batch has no examples."""

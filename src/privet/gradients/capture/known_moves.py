@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from privet.batches.flat import Bags
 from privet.gradients.capture.moves import Move
+from privet.gradients.rules.arguments import named
 from privet.gradients.tracing import tracing
 
 __all__ = ["KnownMoves", "MovesMet"]
+
+
+_OPTIONS: dict[str, Any] = {
+    "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "mode": "mean", "sparse": False,
+    "per_sample_weights": None, "include_last_offset": False, "padding_idx": None,
+}  # fmt: skip
 
 
 class MovesMet:
@@ -29,10 +39,19 @@ class MovesMet:
 
     def __init__(self, follows: MovesMet | None = None) -> None:
         self.moves: list[tuple[Hashable, Move]] = []
-        self._follows = follows
-        self.states = [torch.get_rng_state()]
+        self.bags: list[Bags] = []
         self.guessed: set[Hashable] = set()
         """The places at which rows were taken that were thought to lie by place."""
+        self._follows = follows
+        self.states = [torch.get_rng_state()]
+
+    def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes note of the arguments of a call, if it looks bags up that lie in one row."""
+        if func is not F.embedding_bag:
+            return
+        a = named(args, kwargs, input=None, weight=None, offsets=None, **_OPTIONS)
+        if a is not None and isinstance(a.offsets, Tensor):
+            self.bags.append(Bags(a.input, a.offsets, a.per_sample_weights, bool(a.include_last_offset)))
 
     def drawn(self) -> None:
         """Takes note of what a function has drawn, if it has; called after each."""
@@ -53,6 +72,7 @@ class _Known:
     axes: set[int] = field(default_factory=set)  # which of its sizes grow
     static: set[Hashable] = field(default_factory=set)  # the moves that are the same on every batch
     by_place: bool | None = None  # whether axis 0, along which it moves, has as many rows for each example
+    whole: bool = True  # whether these were B and B + 1: the axis is the batch, and not merged with another one
 
 
 @dataclass
@@ -64,7 +84,7 @@ class KnownMoves:
     def copy(self) -> KnownMoves:
         """Returns the same knowledge, which what is learned later does not change."""
         return KnownMoves(
-            {key: _Known(k.grew, set(k.axes), set(k.static), k.by_place) for key, k in self.known.items()}
+            {key: _Known(k.grew, set(k.axes), set(k.static), k.by_place, k.whole) for key, k in self.known.items()}
         )
 
     def learn(self, first: MovesMet, second: MovesMet, examples: tuple[int, int], *, whole: bool = True) -> bool:
@@ -87,10 +107,11 @@ class KnownMoves:
         for key, (fewer, more) in pairs.items():
             known = self.known.setdefault(key, _Known())
             if whole and len(fewer) != len(more):  # as often as there are examples, say
-                known.grew, known.axes = True, set(range(len((fewer or more)[0].sizes)))
+                known.grew, known.whole, known.axes = True, False, set(range(len((fewer or more)[0].sizes)))
             for one, two in zip(fewer, more, strict=False):
                 axes = {i for i, (n, m) in enumerate(zip(one.sizes, two.sizes, strict=False)) if n != m}
                 known.axes |= axes
+                known.whole &= all((one.sizes[i], two.sizes[i]) == examples for i in axes)
                 known.grew = known.grew or bool(axes) or len(one.sizes) != len(two.sizes)
                 if one.static is not None and one.static == two.static:
                     known.static.add(one.static)
@@ -104,6 +125,14 @@ class KnownMoves:
         """Returns whether the rows that are taken here lie by place, or None if it was not seen."""
         known = self.known.get(key)
         return None if known is None else known.by_place
+
+    def along_batch(self, key: Hashable, move: Move) -> int | None:
+        """Returns the axis that a move is along, if it is seen to be the batch and no other one, else None."""
+        known = self.known.get(key)
+        if known is None or not known.whole or len(known.axes) != 1:
+            return None
+        (place,) = known.axes
+        return move.axes[place] if move.axes is not None and place < len(move.axes) else None
 
     def harmless(self, key: Hashable, move: Move) -> bool:
         """Returns whether the move leaves every row of the batch in its place, or is the same on every batch."""

@@ -26,6 +26,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -49,6 +50,7 @@ from privet.gradients.capture.kept import ALIKE, base_name
 from privet.gradients.capture.known_moves import KnownMoves, MovesMet
 from privet.gradients.capture.moves import Move, masks_among, move_of, mover_of
 from privet.gradients.capture.owned import OwnedRows
+from privet.gradients.capture.packed_rows import PackedRows
 from privet.gradients.capture.routing import routed_now
 from privet.gradients.layout import DoubtError
 from privet.gradients.tracing import tracing
@@ -64,6 +66,18 @@ _TORCH = str(Path(torch.__file__).parent)
 _DISTRIBUTED = tuple(
     f"{_TORCH}/{p}" for p in ("distributed/tensor/", "distributed/_functional_collectives.py", "_utils.py")
 )
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """One call of a function."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    move: Move | None
+    key: Hashable
 
 
 class MovedRows(TorchFunctionMode):
@@ -99,6 +113,7 @@ class MovedRows(TorchFunctionMode):
         self._follows = False  # whether all functions count: there are tags, or a check lists what is met
         self._tags: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._sources: set[tuple[int, ...]] = set()  # the sizes along which rows were taken
+        self.packed = PackedRows()
 
     @property
     def thread(self) -> int:
@@ -144,6 +159,7 @@ class MovedRows(TorchFunctionMode):
             set_stance(stance)
         self._tags.clear()
         self._sources.clear()
+        self.packed.clear()
         if self._thread == threading.get_ident():  # else it stays on that thread's stack, and does nothing there
             self._thread = 0
             _put_on([mode for mode in _taken_off() if mode is not self])
@@ -167,21 +183,27 @@ class MovedRows(TorchFunctionMode):
     def _followed(
         self, cycle: Cycle, mover: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        move = None
-        if mover is not None and not any(map(self._is_root, args[:3])) and not self._is_known(_caller().f_code):
+        frame = _caller()
+        move = key = None
+        if mover is not None and not any(map(self._is_root, args[:3])) and not self._is_known(frame.f_code):
             move = move_of(mover, args, kwargs)
-        tensors = list(tensors_among((*args, *kwargs.values()))) if self._tags or self.owned else []
+            key = None if move is None else self._key(func, move, frame, keep=self._met is not None)
+        follows = self._tags or self.owned or self.packed
+        tensors = list(tensors_among((*args, *kwargs.values()))) if follows else []
+        if frame.f_code is _PADS:  # whose the rows are is a matter of what is put back, and not of the indices
+            tensors = tensors[:1]
         owned = self.owned.among(tensors)
         masks = masks_among(func, args) if self._tags and args and self._is_root(args[-1]) else ()
         tag = next((self._tags[id(t)][1] for t in tensors if self._tagged(t) and not any(t is m for m in masks)), None)
         if tag is not None and routed_now() is None and self._meets(func, tensors):
             cycle.doubt = _doubt(func, tag)
             return func(*args, **kwargs)
-        key = None if move is None else self._key(func, move, _caller(), keep=self._met is not None)
         moved = move is not None and not self.known.harmless(key, move)
         taken = moved and self._lies(key, func, args, kwargs)
-        if self._met is not None and move is not None:
-            self._met.moves.append((key, move))
+        if self._met is not None:
+            self._met.saw(func, args, kwargs)
+            if move is not None:
+                self._met.moves.append((key, move))
             if taken:
                 self._met.guessed.add(key)
         result = func(*args, **kwargs)
@@ -191,13 +213,25 @@ class MovedRows(TorchFunctionMode):
         if move is not None and moved and move.into is None:
             self._sources.add(move.sizes)
         table = self._is_table(args, move is not None and not moved)
-        if (owned or taken) and self._owns(func, args, kwargs, result, by_place=taken, table=table):
+        known = (owned or taken) and self._owns(func, args, kwargs, result, by_place=taken, table=table)
+        packed = self._packs(cycle, _Seen(func, args, kwargs, tensors, move, key), result)
+        if known or packed:
+            self._forget_in_place(args, result, owned=not known, packed=not packed)
             return result
         # What this batch is told, or what is only listed, leaves no doubt.
-        if self._met is None and not cycle.telling and (owned or tag is not None or moved):
-            place = tag or _place(func, _caller())
-            self._tag_result(args, move, result, place, tagged=owned or tag is not None)
+        lost = owned or packed is False
+        if self._met is None and not cycle.telling and (lost or tag is not None or moved):
+            self._tag_result(args, move, result, tag or _place(func, frame), tagged=lost or tag is not None)
         return result
+
+    def _forget_in_place(self, args: tuple[Any, ...], result: Any, *, owned: bool, packed: bool) -> None:
+        """Takes note that one of the two ways of following rows has lost those of what was written in place."""
+        if not args or result is not args[0] or not isinstance(result, Tensor):
+            return
+        if owned:
+            self.owned.forget(result)
+        if packed:
+            self.packed.forget(result)
 
     def _meets(self, func: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
         """Returns whether a parameter meets rows of which nobody knows the owners; one of the tensors is tagged."""
@@ -251,11 +285,28 @@ class MovedRows(TorchFunctionMode):
         if args and result is args[0]:
             self._tag(getattr(result, "_base", None), place)
 
+    def _packs(self, cycle: Cycle, call: _Seen, result: Any) -> bool | None:
+        """Takes note of rows whose owners are known, and returns whether those of a result are; see `PackedRows`."""
+        name = getattr(call.func, "__name__", "")
+        if not self.packed.concerns(name, call.tensors):
+            return None
+
+        def holds(t: Tensor, axis: int) -> bool:
+            if self._tagged(t) or call.move is None:
+                return False
+            return self._met is not None or self.known.along_batch(call.key, call.move) == axis
+
+        seen = (name, call.args, call.kwargs, result, call.move)
+        doubtful = any(map(self._tagged, call.tensors))
+        known = self.packed.follow(*seen, examples=cycle.examples, holds=holds, doubtful=doubtful)
+        self._follows = self._follows or bool(self.packed)
+        return known
+
     def doubt_of_all(self, func: Callable[..., Any]) -> DoubtError | None:
         """Returns a doubt of any operation on a parameter, if some rows of this forward have been moved."""
         moved = next((place for ref, place in self._tags.values() if ref() is not None), None)
-        if moved is None and self.owned:
-            moved = "an index"
+        if moved is None and (self.owned or self.packed):
+            moved = "an index, a sort or a packing"
         return None if moved is None or routed_now() is not None else _doubt(func, moved)
 
     def _tagged(self, t: Tensor) -> bool:
@@ -265,6 +316,7 @@ class MovedRows(TorchFunctionMode):
     def _tag(self, values: Any, place: str) -> None:
         for t in tensors_among(values if isinstance(values, tuple) else (values,)):
             self.owned.forget(t)
+            self.packed.forget(t)
             self._tags[id(t)] = (weakref.ref(t), place)
             self._follows = True
 

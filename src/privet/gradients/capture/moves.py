@@ -30,6 +30,8 @@ class Move(NamedTuple):
     """For each of the sizes, the indices that entries are taken by: if they are 0, 1, 2, ..., nothing has moved."""
     into: tuple[int, ...] | None = None
     """The lengths of the axes of another tensor along which entries are put, or None if they are taken."""
+    axes: tuple[int, ...] | None = None
+    """Along which axes of the first argument entries are taken, or of all that are joined; None if it is not told."""
     rows: int | None = None
     """The length of axis 0, where entries are taken along it, or None."""
 
@@ -51,7 +53,7 @@ def _first(args: _Arguments, kwargs: Mapping[str, Any]) -> Any:
 def _taken(t: Tensor, axes: Sequence[int], **more: Any) -> Move:
     places = [axis % t.dim() for axis in axes] if t.dim() else []
     rows = t.shape[0] if 0 in places else None
-    return Move(tuple(t.shape[axis] for axis in places), (t.dim(), *places), rows=rows, **more)
+    return Move(tuple(t.shape[axis] for axis in places), (t.dim(), *places), axes=tuple(places), rows=rows, **more)
 
 
 # -- taken along an axis -----------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def _table(place: int, *names: str) -> _Mover:
     """Returns the mover of a function that looks rows up in a table."""
 
     def mover(args: _Arguments, kwargs: Mapping[str, Any]) -> Move:
-        return _taken(_get(args, kwargs, place, *names), (0,))
+        return _taken(_get(args, kwargs, place, *names), (0,))._replace(axes=())  # what is looked up stays in place
 
     return mover
 
@@ -149,7 +151,7 @@ def _joined(default: int | None) -> _Mover:
             return Move((count,), (axis or 0,))
         axis = axis % tensors[0].dim() if tensors[0].dim() else 0
         total = sum(t.shape[axis] if t.dim() > axis else 1 for t in tensors)
-        return Move((count, total), (axis,), static=count)
+        return Move((count, total), (axis,), static=count, axes=(axis,))
 
     return mover
 

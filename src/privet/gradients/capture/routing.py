@@ -134,6 +134,10 @@ class Routed:
         ordered[self.owner, ranks] = t
         return ordered
 
+    def rows_first(self, t: Tensor) -> Tensor:  # (B, L, ...) -> (R, ...)
+        """Returns what lies by example in the order of the rows."""
+        return t[self.owner, self._ranks[0]]
+
 
 @contextmanager
 def rows_of(owner: Tensor) -> Iterator[None]:  # (R,) whole numbers
@@ -170,8 +174,8 @@ def require_alike(operation: Operation, parameters: Sequence[str], routed: Route
     if not operation.positionwise:
         raise UnsupportedModelError(
             f"{type(operation).__name__} of {', '.join(parameters)} met rows that belong to examples by a list (inside "
-            "rows_of, or taken by an index). Expected operations that treat all rows alike there (linear, embedding, "
-            "layer norm)."
+            "rows_of, of a packed sequence, or taken by an index). Expected operations that treat all rows alike there "
+            "(linear, embedding, layer norm)."
         )
     routed.require_examples(examples)
 

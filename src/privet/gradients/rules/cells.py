@@ -8,13 +8,19 @@ RNN.
 A sequence is a loop over its steps, and small tensors make most of its time the calls themselves. So every step writes
 into memory that was taken for the whole sequence, and the number of calls in a step is kept small.
 
-Axes: T steps, B examples, H hidden features, P projected features (P = H without a projection), K gates.
+In packed data the examples are sorted by length, the longest first, and each step has those that are that long. So a
+step works on the first rows of whatever has a row for each example.
+
+Axes: T steps, B examples, H hidden features, P projected features (P = H without a projection), K gates; R are the
+leading axes (T, B), or of packed data (N,).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +28,7 @@ from torch import Tensor
 
 from privet.gradients.rules.pool import scratch
 
-__all__ = ["CELLS", "Cell", "Gradients", "Run", "Weights"]
+__all__ = ["CELLS", "Cell", "Gradients", "Run", "Steps", "Weights"]
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -38,6 +44,67 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
+class Steps:
+    """The order of the steps, and how many of the examples each has."""
+
+    count: int  # T
+    examples: int  # B
+    reverse: bool
+    sizes: tuple[int, ...] | None = None  # of packed data
+
+    @property
+    def forward(self) -> range:
+        """Returns the steps in the order in which the run takes them."""
+        return range(self.count - 1, -1, -1) if self.reverse else range(self.count)
+
+    @property
+    def backward(self) -> range:
+        """Returns the steps in the order in which the backward takes them."""
+        return self.forward[::-1]
+
+    @cached_property
+    def _held(self) -> Tensor:  # (N,)
+        """Returns the places in (T, B) that packed data have."""
+        return (torch.arange(self.examples) < torch.tensor(self.sizes).unsqueeze(1)).flatten().nonzero().squeeze(1)
+
+    def of(self, rows: Tensor) -> Sequence[Tensor]:  # R... -> T of (B_t, ...)
+        """Returns the rows of each step."""
+        return rows.unbind(0) if self.sizes is None else torch.split(rows, list(self.sizes))
+
+    def among(self, states: Tensor) -> Sequence[Tensor]:  # (T, B, P) -> T of (B_t, P)
+        """Returns the states of the examples that each step has."""
+        parts = states.unbind(0)
+        return parts if self.sizes is None else [part[:n] for part, n in zip(parts, self.sizes, strict=True)]
+
+    def carried(self, state: Tensor) -> Sequence[Tensor]:  # (B, P) -> T of (B_t, P)
+        """Returns the part of what is carried from step to step that each step reads and writes."""
+        return [state] * self.count if self.sizes is None else [state[:n] for n in self.sizes]
+
+    def rows(self, states: Tensor) -> Tensor:  # (T, B, P) -> R...
+        """Returns states as the data lie."""
+        return states if self.sizes is None else states.flatten(0, 1).index_select(0, self._held.to(states.device))
+
+    def last(self, outputs: Tensor) -> Tensor:  # (T, B, P) -> (B, P)
+        """Returns the state after each example's own last step, in the order in which the run takes them."""
+        if self.reverse or self.sizes is None:
+            return outputs[0 if self.reverse else -1]
+        lengths = (torch.tensor(self.sizes).unsqueeze(1) > torch.arange(self.examples)).sum(0)
+        return outputs[lengths.to(outputs.device) - 1, torch.arange(self.examples, device=outputs.device)]
+
+    def states(self, first: Tensor) -> Tensor:  # (B, P) -> (T + 1, B, P)
+        """Returns memory for all states with the first state in it: at the start, or at the end if time runs backward.
+
+        Backward in packed data, each example has its first state behind its own last step.
+        """
+        states = scratch((self.count + 1, *first.shape), first)
+        if self.reverse and self.sizes is not None:
+            states.copy_(first)
+        else:
+            states[-1 if self.reverse else 0].copy_(first)
+        return states
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run over a sequence, and what its backward needs.
 
@@ -47,43 +114,27 @@ class Run:
 
     states: Tensor  # (T + 1, B, P), in the order of time
     kept: tuple[Tensor, ...]
-    reverse: bool
+    steps: Steps
 
     @property
     def outputs(self) -> Tensor:  # (T, B, P)
         """Returns the state after each step."""
-        return self.states[:-1] if self.reverse else self.states[1:]
+        return self.states[:-1] if self.steps.reverse else self.states[1:]
 
     @property
     def before(self) -> Tensor:  # (T, B, P)
         """Returns the state before each step."""
-        return self.states[1:] if self.reverse else self.states[:-1]
-
-    @property
-    def last(self) -> int:
-        """Returns the index of the step that comes last in time order."""
-        return 0 if self.reverse else len(self.states) - 2
+        return self.states[1:] if self.steps.reverse else self.states[:-1]
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
     """What the backward of a run gives."""
 
-    inputs: Tensor  # (T, B, K H): at the gates, as the input enters them
-    hidden: Tensor  # (T, B, K H): at the gates, as the state enters them
+    inputs: Tensor  # (R..., K H): at the gates, as the input enters them
+    hidden: Tensor  # (R..., K H): at the gates, as the state enters them
     first: tuple[Tensor, ...]  # of the first state, and of the first memory of an LSTM
-    outputs: Tensor | None = None  # (T, B, P): at the projection's output
-
-
-def _steps(count: int, *, reverse: bool) -> range:
-    return range(count - 1, -1, -1) if reverse else range(count)
-
-
-def _states(inputs: Tensor, first: Tensor, *, reverse: bool) -> Tensor:  # (T, B, K H), (B, P) -> (T + 1, B, P)
-    """Returns memory for all states with the first state in it: at the start, or at the end if time runs backward."""
-    states = scratch((inputs.shape[0] + 1, *first.shape), inputs)
-    states[-1 if reverse else 0].copy_(first)
-    return states
+    outputs: Tensor | None = None  # (R..., P): at the projection's output
 
 
 class Cell(ABC):
@@ -93,15 +144,15 @@ class Cell(ABC):
     memory: ClassVar[bool] = False
 
     @abstractmethod
-    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, *, reverse: bool) -> Run:
+    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, steps: Steps) -> Run:
         """Runs the cell, and returns the run.
 
-        The inputs (T, B, K H) already went through their own matrix and bias, for all steps at once.
+        The inputs (R..., K H) already went through their own matrix and bias, for all steps at once.
         """
 
     @abstractmethod
     def backward(self, run: Run, weights: Weights, outputs: Tensor, last: tuple[Tensor, ...]) -> Gradients:
-        """Returns the gradients for those of all states (T, B, P), and of the last state and memory."""
+        """Returns the gradients for those of all states (R..., P), and of the last state and memory."""
 
 
 class _Plain(Cell):
@@ -113,26 +164,26 @@ class _Plain(Cell):
         self._activate = activation
         self._bounded = activation is torch.tanh_  # its slope is that of tanh, else that of ReLU
 
-    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, *, reverse: bool) -> Run:
-        run = Run(_states(inputs, first[0], reverse=reverse), (), reverse)
-        sums = inputs if weights.bias is None else inputs + weights.bias
+    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, steps: Steps) -> Run:
+        run = Run(steps.states(first[0].to(inputs.dtype)), (), steps)
+        sums = steps.of(inputs if weights.bias is None else inputs + weights.bias)
         matrix = weights.hidden.t()
-        before, outputs = run.before.unbind(0), run.outputs.unbind(0)
-        for t in _steps(len(inputs), reverse=reverse):
+        before, outputs = steps.among(run.before), steps.among(run.outputs)
+        for t in steps.forward:
             self._activate(torch.addmm(sums[t], before[t], matrix, out=outputs[t]))
         return run
 
     def backward(self, run: Run, weights: Weights, outputs: Tensor, last: tuple[Tensor, ...]) -> Gradients:
-        gates = scratch(outputs.shape, outputs)
-        state = last[0]
-        for t in _steps(len(outputs), reverse=not run.reverse):
-            gradient = state + outputs[t]
-            reached = run.outputs[t]
+        steps, gates, state = run.steps, scratch(outputs.shape, outputs), last[0].clone()  # the loop writes into it
+        lists = (steps.of(gates), steps.of(outputs), steps.among(run.outputs), steps.carried(state))
+        at_gates, given, reached, carried = lists
+        for t in steps.backward:
+            gradient = carried[t] + given[t]
             if self._bounded:
-                _tanh_backward(gradient, reached, grad_input=gates[t])
+                _tanh_backward(gradient, reached[t], grad_input=at_gates[t])
             else:
-                torch.mul(gradient, reached > 0, out=gates[t])
-            state = gates[t] @ weights.hidden
+                torch.mul(gradient, reached[t] > 0, out=at_gates[t])
+            torch.mm(at_gates[t], weights.hidden, out=carried[t])
         return Gradients(gates, gates, (state,))
 
 
@@ -152,69 +203,71 @@ class _LSTM(Cell):
     gates = 4
     memory = True
 
-    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, *, reverse: bool) -> Run:
-        steps, examples, width = inputs.shape
+    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, steps: Steps) -> Run:
+        rows, width = inputs.shape[:-1], inputs.shape[-1]
         size = width // 4
         z = scratch(inputs.shape, inputs)
         if weights.bias is None:
             z.copy_(inputs)
         else:
             torch.add(inputs, weights.bias, out=z)
-        by_gate = z.view(steps, examples, 4, size)
-        by_gate[:, :, 2].mul_(2)  # a_g has two parts, one of the input and one of the state: both are doubled
+        by_gate = z.view(*rows, 4, size)
+        by_gate[..., 2, :].mul_(2)  # a_g has two parts, one of the input and one of the state: both are doubled
         matrix = weights.hidden.view(4, size, -1) * inputs.new_tensor([1, 1, 2, 1]).view(4, 1, 1)
         matrix = matrix.view(width, -1).t().contiguous()
-        memory = _states(z, first[1], reverse=reverse)
-        squashed = scratch((steps, examples, size), z)
-        run = Run(_states(z, first[0], reverse=reverse), (z, memory, squashed), reverse)
-        memories = Run(memory, (), reverse)
-        shown = run.outputs if weights.projection is None else scratch((steps, examples, size), z)
-        gates = [g.unbind(0) for g in by_gate.unbind(2)]
-        lists = (t.unbind(0) for t in (z, run.before, memories.before, memories.outputs, squashed, shown))
-        zs, states, olds, news, tanhs, results = lists
-        for t in _steps(steps, reverse=reverse):
+        memory = steps.states(first[1].to(z.dtype))
+        squashed = scratch((*rows, size), z)
+        run = Run(steps.states(first[0].to(z.dtype)), (z, memory, squashed), steps)
+        memories = Run(memory, (), steps)
+        projected = scratch((*rows, size), z) if weights.projection is not None else None
+        shown = steps.among(run.outputs) if projected is None else steps.of(projected)
+        gates = [steps.of(g) for g in by_gate.unbind(-2)]
+        states, olds, news, after = map(steps.among, (run.before, memories.before, memories.outputs, run.outputs))
+        zs, tanhs = steps.of(z), steps.of(squashed)
+        for t in steps.forward:
             zs[t].addmm_(states[t], matrix).sigmoid_()
             new = torch.mul(gates[1][t], olds[t], out=news[t])
             new.addcmul_(gates[0][t], gates[2][t], value=2).sub_(gates[0][t])  # + i (2 s - 1)
-            torch.mul(torch.tanh(new, out=tanhs[t]), gates[3][t], out=results[t])
+            torch.mul(torch.tanh(new, out=tanhs[t]), gates[3][t], out=shown[t])
             if weights.projection is not None:
-                torch.mm(results[t], weights.projection.t(), out=run.outputs[t])
-        return run if weights.projection is None else Run(run.states, (*run.kept, shown), reverse)
+                torch.mm(shown[t], weights.projection.t(), out=after[t])
+        return run if projected is None else Run(run.states, (*run.kept, projected), steps)
 
     def backward(self, run: Run, weights: Weights, outputs: Tensor, last: tuple[Tensor, ...]) -> Gradients:
         z, memory, squashed = run.kept[:3]
-        steps, examples, width = z.shape
+        steps, rows, width = run.steps, z.shape[:-1], z.shape[-1]
         size = width // 4
-        by_gate, d = z.view(steps, examples, 4, size), scratch(z.shape, z)
-        d_by_gate = d.view(steps, examples, 4, size)
+        by_gate, d = z.view(*rows, 4, size), scratch(z.shape, z)
+        d_by_gate = d.view(*rows, 4, size)
         # g = 2 s - 1, from what the forward kept.
-        signed = torch.mul(by_gate[:, :, 2], 2, out=scratch(squashed.shape, z)).sub_(1)
+        signed = torch.mul(by_gate[..., 2, :], 2, out=scratch(squashed.shape, z)).sub_(1)
         # One call of the sigmoid's backward serves all four gates. At g it gives s (1 - s) times what comes in: that
         # is a quarter of the gradient. The loop leaves it so. The matrix makes up for it where the gradient goes on
         # to the state before, and the last line does so for all steps at once.
         matrix = (weights.hidden.view(4, size, -1) * z.new_tensor([1, 1, 4, 1]).view(4, 1, 1)).view(width, -1)
-        inp, forget, _, out = (g.unbind(0) for g in by_gate.unbind(2))
-        d_inp, d_forget, d_cand, d_out = (g.unbind(0) for g in d_by_gate.unbind(2))
-        lists = (t.unbind(0) for t in (z, d, squashed, signed, Run(memory, (), run.reverse).before))
-        zs, ds, tanhs, signs, olds = lists
+        inp, forget, _, out = (steps.of(g) for g in by_gate.unbind(-2))
+        d_inp, d_forget, d_cand, d_out = (steps.of(g) for g in d_by_gate.unbind(-2))
         at_outputs = scratch(outputs.shape, z)
-        d_state, d_memory = last[0], last[1].clone()  # a clone: the loop writes into it
-        part = torch.empty_like(d_memory)
-        for t in _steps(steps, reverse=not run.reverse):
-            d_shown = torch.add(outputs[t], d_state, out=at_outputs[t])
+        zs, ds, tanhs, signs, given, reached = map(steps.of, (z, d, squashed, signed, outputs, at_outputs))
+        olds = steps.among(Run(memory, (), steps).before)
+        d_state, d_memory = last[0].clone(), last[1].clone()  # clones: the loop writes into them
+        d_states, d_memories, parts = map(steps.carried, (d_state, d_memory, torch.empty_like(d_memory)))
+        for t in steps.backward:
+            part, carried = parts[t], d_memories[t]
+            d_shown = torch.add(given[t], d_states[t], out=reached[t])
             if weights.projection is not None:
                 d_shown = d_shown @ weights.projection
             torch.mul(d_shown, out[t], out=part)
             _tanh_backward(part, tanhs[t], grad_input=part)
-            d_memory.add_(part)  # the memory reaches the output at once, and the steps after through `forget`
+            carried.add_(part)  # the memory reaches the output at once, and the steps after through `forget`
             torch.mul(d_shown, tanhs[t], out=d_out[t])
-            torch.mul(d_memory, signs[t], out=d_inp[t])
-            torch.mul(d_memory, olds[t], out=d_forget[t])
-            torch.mul(d_memory, inp[t], out=d_cand[t])
+            torch.mul(carried, signs[t], out=d_inp[t])
+            torch.mul(carried, olds[t], out=d_forget[t])
+            torch.mul(carried, inp[t], out=d_cand[t])
             _sigmoid_backward(ds[t], zs[t], grad_input=ds[t])
-            d_memory.mul_(forget[t])
-            d_state = ds[t] @ matrix
-        d_by_gate[:, :, 2].mul_(4)
+            carried.mul_(forget[t])
+            torch.mm(ds[t], matrix, out=d_states[t])
+        d_by_gate[..., 2, :].mul_(4)
         return Gradients(d, d, (d_state, d_memory), at_outputs)
 
 
@@ -229,41 +282,43 @@ class _GRU(Cell):
 
     gates = 3
 
-    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, *, reverse: bool) -> Run:
-        steps, examples, width = inputs.shape
-        size = width // 3
-        run = Run(_states(inputs, first[0], reverse=reverse), (), reverse)
+    def forward(self, inputs: Tensor, first: tuple[Tensor, ...], weights: Weights, steps: Steps) -> Run:
+        size = inputs.shape[-1] // 3
+        run = Run(steps.states(first[0].to(inputs.dtype)), (), steps)
         gates = scratch(inputs.shape, inputs).copy_(inputs)
-        candidates = scratch((steps, examples, size), inputs)
+        candidates = scratch((*inputs.shape[:-1], size), inputs)
         matrix = weights.hidden.t()
-        before, outputs = run.before.unbind(0), run.outputs.unbind(0)
-        for t in _steps(steps, reverse=reverse):
+        before, outputs = steps.among(run.before), steps.among(run.outputs)
+        by_step, kept = steps.of(gates), steps.of(candidates)
+        for t in steps.forward:
             met = before[t] @ matrix if weights.bias is None else torch.addmm(weights.bias, before[t], matrix)
-            opened = gates[t, :, : 2 * size].add_(met[:, : 2 * size]).sigmoid_()
-            candidates[t].copy_(met[:, 2 * size :])  # s_n, which the gradient of r needs
-            new = gates[t, :, 2 * size :].addcmul_(opened[:, :size], candidates[t]).tanh_()
+            opened = by_step[t][:, : 2 * size].add_(met[:, : 2 * size]).sigmoid_()
+            kept[t].copy_(met[:, 2 * size :])  # s_n, which the gradient of r needs
+            new = by_step[t][:, 2 * size :].addcmul_(opened[:, :size], kept[t]).tanh_()
             torch.lerp(new, before[t], opened[:, size:], out=outputs[t])
-        return Run(run.states, (gates, candidates), reverse)
+        return Run(run.states, (gates, candidates), steps)
 
     def backward(self, run: Run, weights: Weights, outputs: Tensor, last: tuple[Tensor, ...]) -> Gradients:
-        gates, candidates = run.kept
-        size = candidates.shape[2]
+        (gates, candidates), steps = run.kept, run.steps
+        size = candidates.shape[-1]
         d_inputs, d_hidden = scratch(gates.shape, gates), scratch(gates.shape, gates)
-        state = last[0]
-        for t in _steps(len(gates), reverse=not run.reverse):
-            gradient = state + outputs[t]
-            reset, update, new = torch.split(gates[t], size, dim=1)
-            d, h = d_inputs[t], d_hidden[t]
+        state = last[0].clone()  # the loop writes into it
+        ds, hs, by_step, kept, given = map(steps.of, (d_inputs, d_hidden, gates, candidates, outputs))
+        before, carried = steps.among(run.before), steps.carried(state)
+        for t in steps.backward:
+            gradient = carried[t] + given[t]
+            reset, update, new = torch.split(by_step[t], size, dim=1)
+            d, h = ds[t], hs[t]
             d_new = gradient * (1 - update)
             _tanh_backward(d_new, new, grad_input=d_new)
             d[:, 2 * size :] = d_new
-            torch.mul(d_new, candidates[t], out=d[:, :size])
-            torch.mul(gradient, run.before[t] - new, out=d[:, size : 2 * size])
+            torch.mul(d_new, kept[t], out=d[:, :size])
+            torch.mul(gradient, before[t] - new, out=d[:, size : 2 * size])
             opened = d[:, : 2 * size]
-            _sigmoid_backward(opened, gates[t, :, : 2 * size], grad_input=opened)
+            _sigmoid_backward(opened, by_step[t][:, : 2 * size], grad_input=opened)
             h[:, : 2 * size] = opened
             torch.mul(d_new, reset, out=h[:, 2 * size :])
-            state = torch.addmm(gradient * update, h, weights.hidden)
+            torch.addmm(gradient * update, h, weights.hidden, out=carried[t])
         return Gradients(d_inputs, d_hidden, (state,))
 
 

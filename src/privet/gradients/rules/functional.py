@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from privet.errors import UnsupportedModelError
@@ -23,6 +24,9 @@ from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.use import Operation, Rule, Uses
 
 __all__ = ["Mapped", "fallback", "mapped_call"]
+
+
+_ROW_BY_ROW = {F.linear, F.embedding, F.layer_norm, F.prelu, torch.prelu}
 
 
 class Mapped(Operation):
@@ -194,7 +198,15 @@ class _MappedRule(Rule):
 
 
 def fallback(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Returns `func(*args, **kwargs)` with its parameters captured, whatever it is; see `mapped_call`."""
+    """Returns `func(*args, **kwargs)` with its parameters captured, whatever it is; see `mapped_call`.
+
+    Rows of a packed sequence are put back by example, filled up with zeros, for functions that treat each row alike.
+    """
+    rows = args[0] if args else None
+    if func in _ROW_BY_ROW and isinstance(rows, Tensor) and call.layout(rows) is Layout.ROUTED:
+        by_example = call.by_example(rows)
+        if by_example is not None:
+            return call.as_rows(call.again(func, by_example, *args[1:], **kwargs), rows)
     return mapped_call(call, func, args, kwargs)
 
 

@@ -1,5 +1,8 @@
 """LSTM, GRU and plain recurrent layers, taken apart layer by layer and direction by direction.
 
+Packed data (N, F) stay packed: each step is run for the examples that are that long, and the rows have owners that the
+capture knows.
+
 Axes as in `cells.py`. The input's matrix is a linear operation over all steps. The state's matrix is one too, with the
 states before each step as its data; but these are known only after the run. So its use is declared first, as a *slot*:
 an operation without data whose output, all zeros, the run takes as an input and gives the gradient at the gates. When
@@ -22,7 +25,7 @@ from privet.gradients.layout import Layout
 from privet.gradients.rows import wide
 from privet.gradients.rules.adjoint import refuse_twice
 from privet.gradients.rules.arguments import named
-from privet.gradients.rules.cells import CELLS, Cell, Run, Weights
+from privet.gradients.rules.cells import CELLS, Cell, Run, Steps, Weights
 from privet.gradients.rules.linear import Linear
 from privet.gradients.rules.registry import Call, handles
 from privet.gradients.use import Operation, Rule
@@ -64,10 +67,10 @@ class _Pass:
     hidden: Slot
     projected: Slot | None
     batch_first: bool
-    reverse: bool
+    steps: Steps
 
     def time_first(self, t: Tensor) -> Tensor:
-        """Returns a view with the steps on axis 0."""
+        """Returns a view with the steps on axis 0; packed rows as they are."""
         return t.transpose(0, 1) if self.batch_first else t
 
     as_given = time_first
@@ -79,19 +82,16 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Pass, inputs: Tensor, slot: Tensor, second: Tensor | None, *first: Tensor) -> Any:
         del slot  # zeros; its gradient is what counts
-        run = job.cell.forward(
-            wide(job.time_first(inputs)), tuple(wide(f) for f in first), job.weights, reverse=job.reverse
-        )
+        run = job.cell.forward(wide(job.time_first(inputs)), tuple(wide(f) for f in first), job.weights, job.steps)
         ctx.job, ctx.run, ctx.dtype, ctx.firsts = job, run, inputs.dtype, tuple(f.dtype for f in first)
         ctx.has_second = second is not None
-        job.hidden.states = job.as_given(run.before)
+        job.hidden.states = job.as_given(job.steps.rows(run.before))
         if job.projected is not None:
             job.projected.states = job.as_given(run.kept[-1])
-        outputs = job.as_given(run.outputs).to(inputs.dtype, copy=True, memory_format=torch.contiguous_format)
-        last = [run.outputs[run.last].to(inputs.dtype, copy=True)]
-        if job.cell.memory:
-            memory = Run(run.kept[1], (), job.reverse)
-            last.append(memory.outputs[run.last].to(inputs.dtype, copy=True))
+        outputs = job.as_given(job.steps.rows(run.outputs))
+        outputs = outputs.to(inputs.dtype, copy=job.steps.sizes is None, memory_format=torch.contiguous_format)
+        ends = [run.outputs, Run(run.kept[1], (), job.steps).outputs] if job.cell.memory else [run.outputs]
+        last = [job.steps.last(end).to(inputs.dtype, copy=True) for end in ends]
         return outputs, *last
 
     @staticmethod
@@ -111,6 +111,12 @@ class _Kind:
     cell: Cell
     batch_first: bool
     layout: Layout
+    sizes: tuple[int, ...] | None  # of the steps of packed data
+
+    def steps(self, inputs: Tensor, first: Tensor, *, reverse: bool) -> Steps:  # (R..., K H), (B, P)
+        """Returns the steps of one pass."""
+        count = len(self.sizes) if self.sizes is not None else inputs.shape[1 if self.batch_first else 0]
+        return Steps(count, len(first), reverse, self.sizes)
 
 
 def _one_pass(
@@ -126,9 +132,10 @@ def _one_pass(
     slot = _declared(call, hidden, {"weight": w_hidden, "bias": b_hidden}, kind.layout)
     projected, second = None, None
     if w_projection is not None:
-        projected = Slot((*inputs.shape[:2], w_projection.shape[0]), weights.hidden)
+        projected = Slot((*inputs.shape[:-1], w_projection.shape[0]), weights.hidden)
         second = _declared(call, projected, {"weight": w_projection}, kind.layout)
-    a_pass = _Pass(kind.cell, weights, hidden, projected, kind.batch_first, reverse)
+    steps = kind.steps(inputs, first[0], reverse=reverse)
+    a_pass = _Pass(kind.cell, weights, hidden, projected, kind.batch_first, steps)
     return _Recurrence.apply(a_pass, inputs, slot, second, *first)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -140,19 +147,12 @@ def _declared(call: Call, slot: Slot, roots: Mapping[str, Tensor | None], layout
 
 @handles(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, structural=True)
 def _recurrent(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    a = named(
-        args, kwargs, input=None, hx=None, params=None, has_biases=True, num_layers=1, dropout=0.0, train=True,
-        bidirectional=False, batch_first=False,
-    )  # fmt: skip
     cell = CELLS[func.__name__]
-    if a is None or not isinstance(a.params, list | tuple) or (cell.memory and isinstance(a.hx, Tensor)):
-        raise UnsupportedModelError(
-            f"{func.__name__} met a packed sequence, in which the steps of all examples are interleaved. Expected a "
-            "padded tensor. Pass the padded sequences themselves, and choose each example's last state, or mask its "
-            "loss, by its length."
-        )
+    a = _arguments(cell, args, kwargs)
     firsts = tuple(a.hx) if cell.memory else (a.hx,)
-    kind = _Kind(cell, a.batch_first, call.layout(a.input))
+    call.require_alike(func.__name__, a.input, a.batch_sizes, firsts)
+    sizes = None if a.batch_sizes is None else tuple(a.batch_sizes.tolist())
+    kind = _Kind(cell, a.batch_first, call.layout(a.input), sizes)
     _check(call, func.__name__, a, [a.input, *firsts], kind.layout)
     directions = 2 if a.bidirectional else 1
     per_pass = len(a.params) // (a.num_layers * directions)
@@ -165,10 +165,37 @@ def _recurrent(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwar
             states, *last = _one_pass(call, kind, x, parts, [f[k] for f in firsts], reverse=direction == 1)
             outputs.append(states)
             lasts.append(last)
-        x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+        x = call.lies_as(outputs[0] if directions == 1 else torch.cat(outputs, dim=-1), a.input)
         if a.dropout and a.train and layer < a.num_layers - 1:
-            x = _dropped(x, a.dropout, batch_first=a.batch_first)
+            x = call.lies_as(_dropped(x, a.dropout, batch_first=a.batch_first), a.input)
     return x, *(torch.stack(tuple(group)) for group in zip(*lasts, strict=True))
+
+
+_REST: dict[str, Any] = {
+    "params": None,
+    "has_biases": True,
+    "num_layers": 1,
+    "dropout": 0.0,
+    "train": True,
+    "bidirectional": False,
+}
+
+
+def _arguments(cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
+    """Returns the arguments of either form of the call; `batch_sizes` is None unless the data are packed."""
+    place = 1 if cell.memory else 2  # a list of states, or of parameters, unless batch_sizes come before
+    if "batch_sizes" in kwargs or (len(args) > place and isinstance(args[place], Tensor)):
+        a = named(args, kwargs, input=None, batch_sizes=None, hx=None, **_REST)
+        shape: dict[str, Any] = {"batch_first": False}
+    else:
+        a = named(args, kwargs, input=None, hx=None, **_REST, batch_first=False)
+        shape = {"batch_sizes": None}
+    if a is None or not isinstance(a.params, list | tuple):
+        raise UnsupportedModelError(
+            "a recurrent layer was called in another form than that of torch's own modules. Expected the arguments of "
+            "torch.lstm, gru, rnn_tanh or rnn_relu, by place. Use nn.LSTM, nn.GRU or nn.RNN."
+        )
+    return SimpleNamespace(**vars(a), **shape)
 
 
 def _dropped(x: Tensor, share: float, *, batch_first: bool) -> Tensor:

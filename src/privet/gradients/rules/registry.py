@@ -45,6 +45,18 @@ class Call(Protocol):
     ) -> Any:
         """Returns the operation's output; its uses are recorded when the gradient comes back."""
 
+    def require_alike(self, name: str, data: Tensor, sizes: Tensor | None, firsts: Sequence[Tensor]) -> None:
+        """Raises unless it is known whose the rows of a recurrent layer's data are, and its first states lie alike."""
+
+    def lies_as(self, t: Tensor, like: Tensor) -> Tensor:
+        """Returns `t`, whose rows have the owners of the rows of `like`, if these were moved along the batch."""
+
+    def by_example(self, rows: Tensor) -> Tensor | None:
+        """Returns rows of known owners by example (B, L, ...), filled up with zeros, or None of other tensors."""
+
+    def as_rows(self, t: Tensor, like: Tensor) -> Tensor:
+        """Returns what is by example (B, L, ...) in the order of the rows of `like`, with their owners."""
+
     def again(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns `func(...)` with capture looking at it, for handlers that take an operation apart."""
 

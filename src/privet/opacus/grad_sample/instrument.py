@@ -32,11 +32,11 @@ class ForgivingInstrument(Instrument):
         """Returns the axis of the outputs that the examples are on."""
         return max(self._output_axes)
 
-    def _begin(self, members: int, examples: int) -> None:
+    def _begin(self, inputs: Arguments, members: int, examples: int) -> None:
         cycle = self.capture.cycle
         if cycle is not None and not cycle.queued and cycle.members != members:
             self.capture.release()
-        super()._begin(members, examples)
+        super()._begin(inputs, members, examples)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._axis = self.output_axis
