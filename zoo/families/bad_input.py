@@ -1,0 +1,5 @@
+"""None yet."""
+
+
+def cases():
+    return []

@@ -1,0 +1,99 @@
+"""The page of the documentation that shows what was found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from zoo.case import Case
+from zoo.examine import Finding
+from zoo.families import FAMILIES
+from zoo.run import Results
+
+__all__ = ["page", "verdict"]
+
+DOORS = ("paper", "explicit")
+ABOUT = """\
+Each architecture is built tiny, with random weights and its own defaults, and trained for a few private steps without
+noise at both doors. The sums that come out are compared with plain autograd, **one example at a time**, in float64,
+without dropout: with clip norms of a tenth of the least gradient norm, of the median norm, and of a million, and with
+batches of 5, 4 and 16 examples, where 16 is also the number of positions and the width, and 4 the number of heads. With
+dropout on, plain autograd starts from the same seed. Then the last example is removed, changed (numbers times 1000,
+tokens in another order), or its loss left out: the sum must move by at most the clip norm.
+
+*exact*: all sums agree with plain autograd to 1e-5 of their terms (nearly all to 1e-12; a few models compute in
+float32), and no change moved one by more than 1.00 clip norms. *refused*: an error that says why, before anything was
+released. An error of the table is the largest one of any parameter, in any of these steps. `make zoo` writes this
+page: `make zoo ZOO="llama t5"` examines some again."""
+
+
+def verdict(finding: Finding) -> str:
+    """Returns one word or two for a finding: the worse of both doors, or what became of the case instead."""
+    if "verdict" in finding:
+        return str(finding["verdict"])
+    found = [finding[door]["verdict"] for door in DOORS if door in finding]
+    return next((each for each in ("WRONG", "failed", "refused") if each in found), "exact")
+
+
+def _at(finding: Finding, door: str) -> str:
+    found = finding.get(door)
+    if found is None:
+        return "-" if "verdict" in finding else "not for it"
+    if found["verdict"] != "exact":
+        stage = " with dropout" if found.get("stage") == "dropout on" else ""
+        return f"{found['verdict']}{stage}"
+    return f"exact, {found['error']:.0e}"
+
+
+def _remark(finding: Finding) -> str:
+    words = [finding.get("note", "")]
+    messages = [finding.get("message", ""), *(finding.get(door, {}).get("message", "") for door in DOORS)]
+    message = next((m for m in messages if m), "")
+    if message:
+        short = " ".join(message.split()).split(". ")[0][:220]
+        words.insert(0, short.replace("|", "/").replace("<", "&lt;").rstrip(". "))
+    return "; ".join(w for w in words if w)
+
+
+def _table(cases: Sequence[Case], results: Results) -> list[str]:
+    lines = ["| model | paper's door | explicit door | dropout | remark |", "|---|---|---|---|---|"]
+    for case in cases:
+        finding = results.found.get(Results.key(case))
+        if finding is None:
+            continue
+        on = any(finding.get(door, {}).get("with_dropout") for door in DOORS)
+        dropout = "exact too" if on else "has none" if not finding.get("dropout") else "-"
+        lines.append(
+            f"| {case.name} | {_at(finding, 'paper')} | {_at(finding, 'explicit')} | {dropout} | {_remark(finding)} |"
+        )
+    return lines
+
+
+def page(results: Results, cases: Sequence[Case]) -> str:
+    """Returns the page: what was done, the counts, and a table for each family."""
+    found = [(case, results.found[Results.key(case)]) for case in cases if Results.key(case) in results.found]
+    models = [finding for case, finding in found if not case.short]
+    counts = Counter(verdict(finding) for finding in models)
+    titles = dict.fromkeys(title for title, _ in FAMILIES.values())
+    versions = ", ".join(f"{name} {version}" for name, version in results.about.get("versions", {}).items())
+    lines = [
+        "# Models that were tried",
+        "",
+        ABOUT,
+        "",
+        f"**{len(models)} models: {', '.join(f'{n} {word}' for word, n in counts.most_common())}.**",
+        "",
+        f"{results.about.get('date', '')}; {versions}; Python {results.about.get('python', '')}, CPU, one thread.",
+        "",
+        "| family | models | exact | refused | else |",
+        "|---|---|---|---|---|",
+    ]
+    for title in titles:
+        of = Counter(verdict(finding) for case, finding in found if case.family == title)
+        if of:
+            rest = sum(of.values()) - of["exact"] - of["refused"]
+            lines.append(f"| {title} | {sum(of.values())} | {of['exact']} | {of['refused']} | {rest} |")
+    for title in titles:
+        if any(case.family == title for case, _ in found):
+            lines += ["", f"## {title}", "", *_table([case for case in cases if case.family == title], results)]
+    return "\n".join(lines) + "\n"
