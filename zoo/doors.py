@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
 from zoo.case import Batch, Case
+from zoo.plain import seeded
 
 __all__ = ["DOORS", "Asked", "moved_by", "sums"]
 
@@ -68,7 +69,7 @@ def sums(door: str, case: Case, model: nn.Module, steps: Sequence[Asked], bound:
     for each in steps:
         floating = next((p.dtype for p in parameters if p.is_floating_point()), torch.float64)
         weights = torch.ones(len(each.batch[0]), dtype=floating) if each.weights is None else each.weights
-        torch.manual_seed(each.seed)
+        seeded(each.seed)
         if step is not None:
             step((each.batch, weights))
             continue

@@ -6,17 +6,26 @@ It shares no code with the library, on purpose.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoo.case import Batch, Case
 
-__all__ = ["Expected", "alone", "clipped", "norms", "together"]
+__all__ = ["Expected", "alone", "clipped", "norms", "seeded", "together"]
 
 Gradients = list[dict[str, Tensor]]
 """The gradient of each example, by parameter."""
+
+
+def seeded(seed: int) -> None:
+    """Seeds every generator that a forward may draw from: masks of spectra come from NumPy's."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the one that models draw from
+    torch.manual_seed(seed)
 
 
 def _gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter], *, keep: bool = False) -> dict[str, Tensor]:
@@ -35,10 +44,23 @@ def alone(case: Case, model: nn.Module, batch: Batch) -> Gradients:
     return [_gradient(case.loss(model, row).sum(), _trainable(model)) for row in rows]
 
 
-def together(case: Case, model: nn.Module, batch: Batch, seed: int) -> Gradients:
-    """Returns the gradient of each example's loss in one forward of all: the same dropout as a private step draws."""
+def together(case: Case, model: nn.Module, batch: Batch, seed: int, *, anew: bool = False) -> Gradients:
+    """Returns the gradient of each example's loss in one forward of all: the same dropout as a private step draws.
+
+    Args:
+        case: what is examined.
+        model: the model, which is copied.
+        batch: all examples.
+        seed: what the generators begin with.
+        anew: whether one forward came before, after which torch's generator was set back, and Python's and NumPy's were
+            not: so a private forward draws that is run once more because its rows were moved.
+    """
     model = copy.deepcopy(model)
-    torch.manual_seed(seed)
+    seeded(seed)
+    if anew:
+        with torch.no_grad():
+            case.loss(model, batch)
+        torch.manual_seed(seed)
     losses = case.loss(model, batch)
     return [_gradient(loss, _trainable(model), keep=True) for loss in losses]
 

@@ -78,7 +78,7 @@ def _serve(connection: Connection) -> None:
     declare()
     known = {(family, case.name): case for family in FAMILIES for case in of_all(family)}
     while (asked := connection.recv()) is not None:
-        connection.send(examine(known[asked]))
+        connection.send(examine(known[asked[:2]], short=asked[2]))
 
 
 class _Worker:
@@ -88,7 +88,7 @@ class _Worker:
         self._process: Any = None
         self._connection: Any = None
 
-    def examine(self, family: str, case: Case, seconds: float) -> Finding:
+    def examine(self, family: str, case: Case, seconds: float, *, short: bool) -> Finding:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
@@ -96,7 +96,7 @@ class _Worker:
             self._process.start()
         lost: Finding = {"name": case.name, "family": case.family, "verdict": "not finished"}
         try:
-            self._connection.send((family, case.name))
+            self._connection.send((family, case.name, short))
             if self._connection.poll(seconds):
                 found: Finding = self._connection.recv()
                 return found
@@ -119,6 +119,7 @@ def run(
     results: Results,
     *,
     seconds: float,
+    short: bool,
     jobs: int,
     done: Callable[[Case, Finding], None],
 ) -> None:
@@ -142,7 +143,7 @@ def run(
                         "message": words,
                     }
                 else:
-                    finding = worker.examine(family, case, seconds)
+                    finding = worker.examine(family, case, seconds, short=short)
                 results.add(case, finding)
                 done(case, finding)
         except Empty:

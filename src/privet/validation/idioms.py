@@ -49,6 +49,8 @@ def idiom_of(module: nn.Module, found: Sequence[str], *, batch_axis: int) -> str
     if any("other examples" in each for each in found):
         advice.append(
             "Take statistics, thresholds and orders over each example, not over the batch, and let no example attend "
-            "to another one."
+            "to another one. If it is a contrastive loss, over pairs of examples inside a batch (CLIP, SimCLR, "
+            "in-batch negatives), no clipping bounds it: make a pair or a group one row of the dataset, with negatives "
+            "of its own."
         )
     return " ".join(advice)

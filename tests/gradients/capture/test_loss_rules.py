@@ -51,6 +51,8 @@ HONEST: dict[str, Loss] = {
     "masked": lambda o, y, t: ((o - t) ** 2 * (t > 0)).sum() / B,
     "a Gram matrix for each example": lambda o, y, t: torch.bmm(o[:, :, None], o[:, None]).square().mean(),
     "chosen by labels": lambda o, y, t: -(o.log_softmax(1)[range(B), y]).mean() + o[:, 0].exp().mean(),
+    "views of one example": lambda o, y, t: torch.stack([o, o * t], 1).matmul(torch.stack([o, t], 2)).softmax(2).mean(),
+    "views, then a head": lambda o, y, t: F.cross_entropy(torch.stack([o, o * t]).flatten(0, 1), y.repeat(2)),
     "cut and put together": lambda o, y, t: F.cross_entropy(torch.cat([o[:3], o[3:]]), y),
     "in another order": lambda o, y, t: F.mse_loss(o.flip(0), t.flip(0)),
 }
@@ -64,6 +66,9 @@ DISHONEST: dict[str, tuple[Loss, str]] = {
     "a norm of the batch": (lambda o, y, t: (o - t).norm(), "over the batch"),
     "contrastive": (lambda o, y, t: F.cross_entropy(o @ o.T, torch.arange(B)), "contrastive"),
     "contrastive by einsum": (lambda o, y, t: torch.einsum("bd,cd->bc", o, o).exp().mean(), "contrastive"),
+    "two views of each, side by side": (lambda o, y, t: views(torch.stack([o, o * t], 1)), "contrastive"),
+    "two views of each, stacked": (lambda o, y, t: views(torch.stack([o, o * t])), "contrastive"),
+    "two views of each, joined": (lambda o, y, t: views(torch.cat([o, o * t])), "contrastive"),
     "covariance": (lambda o, y, t: (o.T @ o).square().mean(), "contrastive"),
     "all distances": (lambda o, y, t: torch.pdist(o).mean(), "contrastive"),
     "cdist": (lambda o, y, t: torch.cdist(o, o + 1).mean(), "contrastive"),
@@ -84,6 +89,12 @@ DISHONEST: dict[str, tuple[Loss, str]] = {
     "a sum": (lambda o, y, t: F.cross_entropy(o, y, reduction="sum"), "loss_reduction='sum'"),
     "a sum of what is not reduced": (lambda o, y, t: none(o, y).sum(), "loss_reduction='sum'"),
 }
+
+
+def views(o: Tensor) -> Tensor:
+    """Returns a loss over all pairs of views, as SimCLR has it."""
+    o = F.normalize(o.flatten(0, -2), dim=-1)
+    return F.cross_entropy(o @ o.T, torch.arange(len(o)) ^ 1)
 
 
 def faults(loss: Loss, *, mean: bool = True) -> list[str]:

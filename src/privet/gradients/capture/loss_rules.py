@@ -236,7 +236,7 @@ def _axis_after(each: Operation, axes: Mapping[Operation, int | None], examples:
         case "Transpose" | "T":
             first, second = (_signed(each.option(f"dim{i}", i)) % rank for i in (0, 1))
             return {first: second, second: first}.get(axis, axis)
-        case "Unsqueeze":
+        case "Unsqueeze" | "Stack":
             return axis + (_signed(each.option("dim")) % (rank + 1) <= axis)
         case "Mm" | "Addmm" | "Bmm":
             axis = axis if each.shape[axis : axis + 1] == below.shape[axis : axis + 1] else rank
@@ -258,12 +258,16 @@ def _axis_after(each: Operation, axes: Mapping[Operation, int | None], examples:
 
 
 def _axis_of_view(before: tuple[int, ...], axis: int, after: tuple[int, ...], examples: int) -> int | None:
-    """Returns the axis of a view that begins where the batch axis did, and may have other axes merged into it."""
+    """Returns the axis of a view that begins where the batch axis did, or holds it, with other axes merged into it."""
     outside = math.prod(before[:axis])
-    fitting = (
-        each for each, size in enumerate(after) if math.prod(after[:each]) == outside and size and size % examples == 0
-    )
-    return next(fitting, None)
+    for each, size in enumerate(after):
+        if size and size % examples == 0 and math.prod(after[:each]) == outside:
+            return each
+    # Axes in front were merged with it, as for two views of each example that were stacked.
+    for each, size in enumerate(after):
+        if math.prod(after[:each]) * size == outside * before[axis] and size and size % examples == 0:
+            return each
+    return None
 
 
 # -- mean or sum -------------------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from privet.errors import CoverageError
@@ -34,6 +37,16 @@ def _parameters_of(module: nn.Module, seen: set[int]) -> Iterator[nn.Parameter]:
         for child in module._modules.values():  # noqa: SLF001
             if child is not None:
                 yield from _parameters_of(child, seen)
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Returns whether the backward of a part that a reentrant checkpoint has computed again runs in this thread."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Tripwires:
@@ -78,12 +91,22 @@ class Tripwires:
         for p in self._parameters:
             p.grad = None
         self._on_gradient()
+        if _in_reentrant_checkpoint():
+            raise CoverageError(
+                f"a gradient reached {name} inside of a reentrant checkpoint, which computes a part of the model again. "
+                "Its results are cut off from what made them, so a tensor made of parameters alone, such as a table of "
+                "relative positions that later layers share, takes back one gradient for all examples. It was "
+                "discarded, and nothing was released. Expected checkpoints that are not reentrant: pass "
+                "use_reentrant=False (transformers: gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}))."
+            )
         raise CoverageError(
             f"a gradient reached {name} by a way that was not captured per example: a penalty on the parameter added "
             "to the loss, a use outside of the private module's forward or in eval mode, or a custom autograd "
             "Function. It was discarded, and nothing was released. Use weight_decay in the optimizer for a penalty; "
             "run the parameter's layer inside the private module's forward; freeze it (requires_grad_(False)) before "
-            "make_private; or register a rule (privet.register_rule)."
+            "make_private; or register a rule for the module that calls the Function (privet.register_rule; docs/models.md "
+            "has it in full)."
         )
 
     @contextmanager

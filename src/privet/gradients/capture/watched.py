@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -254,8 +254,7 @@ class Roots:
 
     def derive(self, func: Callable[..., Any], args: Any, kwargs: Any, roots: Sequence[Tensor]) -> Any:
         """Runs `func` on roots and constants alone, and returns its result: derived tensors, which are roots again."""
-        # What the way back needs of a gathered parameter is copied, before its memory is let go of.
-        with saved_tensors_hooks(Tensor.clone, _same) if self.transient else nullcontext():
+        with _kept(copied=self.transient):
             result = fixed_lookup(func, roots[0], args, kwargs) if len(roots) == 1 else None
             result = func(*args, **kwargs) if result is None else result
         isometric = len(roots) == 1 and _isometric(roots[0]) and is_isometry(func, roots[0], args, kwargs, result)
@@ -299,6 +298,24 @@ def _held_by_another(name: str) -> ProtocolError:
         "forward of the other; eval() or no_grad() where a network is only looked at. For one loss of both networks, "
         "put them into one module, such as a ModuleDict with a forward that runs both, and make that private."
     )
+
+
+def _kept(*, copied: bool) -> AbstractContextManager[object]:
+    """Returns a context in which what the way back of a derivation needs is kept for as long as the derivation.
+
+    Args:
+        copied: whether it is copied. The memory of a gathered parameter is let go of before.
+    """
+    if copied:
+        return saved_tensors_hooks(Tensor.clone, _same)
+    # A checkpoint would drop it, and compute it again in the backward alone. The way back is gone after that.
+    return saved_tensors_hooks(Tensor.detach, _same) if _saved_elsewhere() else nullcontext()
+
+
+def _saved_elsewhere() -> bool:
+    """Returns whether hooks, such as a checkpoint's, decide now where autograd saves tensors."""
+    top: Callable[[bool], object] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # noqa: SLF001
+    return top is not None and top(False) is not None
 
 
 def _same(t: Tensor) -> Tensor:
