@@ -124,6 +124,26 @@ def choice():
     return BertForMultipleChoice(BertConfig(**SMALL)), records(**inputs, labels=torch.randint(3, (N,)))
 
 
+def speech(reduction):
+    """Returns a model of waves of several lengths, with several numbers of letters."""
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    config = Wav2Vec2Config(
+        vocab_size=V, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(4, 4),
+        conv_kernel=(4, 3), conv_stride=(3, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        feat_proj_dropout=0.0, final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False,
+        feat_extract_norm="layer", ctc_loss_reduction=reduction,
+    )  # fmt: skip
+    mask = torch.ones(N, 120, dtype=torch.long)
+    mask[0, 90:] = 0
+    letters = torch.randint(1, V, (N, 6))
+    letters[1, 4:] = -100
+    return Wav2Vec2ForCTC(config), records(
+        input_values=torch.randn(N, 120).double() * mask, attention_mask=mask, labels=letters
+    )
+
+
 FAMILIES = {
     "classes": lambda: bert("SequenceClassification", {"labels": torch.randint(3, (N,))}, num_labels=3),
     "several labels": lambda: bert(
@@ -149,6 +169,9 @@ FAMILIES = {
     "T5": t5,
     "BART": bart,
     "images": vit,
+    "next sentences": lambda: bert("NextSentencePrediction", {"labels": torch.randint(2, (N,))}),
+    "speech": lambda: speech("mean"),
+    "speech, summed": lambda: speech("sum"),
 }
 
 

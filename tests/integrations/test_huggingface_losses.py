@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from privet import ConfigurationError, PrivacyEngine, UnsupportedModelError
 from privet.integrations.huggingface import model_inputs, per_example_loss
@@ -128,6 +129,43 @@ def test_other_losses_are_refused_with_the_address():
         model_inputs(BertForPreTraining(BertConfig(**SMALL)), {})
     with pytest.raises(UnsupportedModelError, match="does not know the loss of Linear"):
         model_inputs(torch.nn.Linear(2, 2), {})
+
+
+def test_a_loss_of_ones_own_is_registered_for_a_class():
+    from transformers import BertConfig, BertForPreTraining
+    from transformers import logging as words
+
+    from privet.integrations.huggingface import register_loss
+    from privet.integrations.huggingface.registered import _LOSSES
+
+    words.set_verbosity_error()
+
+    class Mine(BertForPreTraining):
+        pass
+
+    try:
+
+        @register_loss(Mine, labels=("labels", "next_sentence_label"))
+        def pretraining(model, outputs, batch):
+            masked = F.cross_entropy(outputs.prediction_logits.transpose(1, 2), batch["labels"], reduction="none").mean(
+                1
+            )
+            follows = outputs.seq_relationship_logits
+            return masked + F.cross_entropy(follows, batch["next_sentence_label"], reduction="none")
+
+        model = Mine(BertConfig(**SMALL)).double().eval()
+        batch = {"input_ids": tokens(N, T), "labels": tokens(N, T), "next_sentence_label": torch.arange(N) % 2}
+        inputs = model_inputs(model, batch)
+        assert set(inputs) == {"input_ids"}
+        found = per_example_loss(model, model(**inputs), batch)
+        expected = torch.stack([model(**{k: v[i : i + 1] for k, v in batch.items()}).loss for i in range(N)])
+        assert torch.allclose(found, expected)
+    finally:
+        _LOSSES.pop(Mine, None)
+    with pytest.raises(UnsupportedModelError, match=r"register_loss"):
+        model_inputs(model, batch)
+    with pytest.raises(ConfigurationError, match="takes a class of models"):
+        register_loss(model)
 
 
 def test_a_load_balancing_loss_is_refused():

@@ -5,6 +5,7 @@ It needs transformers 4.46 or newer: `pip install 'privet[huggingface]'`. The pa
 
 from privet.integrations.huggingface.arguments import PrivacyArguments
 from privet.integrations.huggingface.losses import loss_per_example, model_inputs, per_example_loss
+from privet.integrations.huggingface.registered import register_loss
 from privet.integrations.huggingface.trainer import PrivateSeq2SeqTrainer, PrivateTrainer
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "loss_per_example",
     "model_inputs",
     "per_example_loss",
+    "register_loss",
 ]

@@ -9,7 +9,8 @@ Legend: B examples, T positions, V words of the vocabulary or classes, C choices
     token classification             mean over its own labeled tokens
     sequence, image, audio, video    cross entropy; for several labels, or a number, the mean over its own
     classification
-    multiple choice                  cross entropy over its own choices
+    multiple choice, next sentence   cross entropy over its own choices
+    speech recognition by CTC        over all alignments with its own letters, as config.ctc_loss_reduction says
     question answering               mean of the losses of start and end
 
 A label of -100 is left out, as transformers does. An example that has no label at all has a loss of 0, where
@@ -38,7 +39,7 @@ IGNORED = -100
 Outputs = Callable[[str], Tensor]
 """Returns an output of the model by its name."""
 Loss = Callable[[Any, Outputs, Mapping[str, Any], float], Tensor]
-"""Returns the loss of each example, (B,), from the model's configuration, its outputs, the batch and the smoothing."""
+"""Returns the loss of each example, (B,), from the bare model, its outputs, the batch and the smoothing."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ def _mean_over_tokens(logits: Tensor, labels: Tensor, smoothing: float) -> Tenso
     return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
 
-def _aligned(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
+def _aligned(model: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
     """Returns the mean over an example's tokens, each of which has its label at its own place."""
     return _mean_over_tokens(outputs("logits"), batch["labels"], smoothing)
 
 
-def _shifted(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
+def _shifted(model: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
     """Returns the mean over an example's tokens, each of which is the label of the place before it."""
     logits = outputs("logits")
     if batch.get("shift_labels") is not None:
@@ -104,11 +105,11 @@ def _shifted(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing:
     return _mean_over_tokens(logits[:, :-1], labels[:, 1:], smoothing)
 
 
-def _classified(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
+def _classified(model: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
     logits = _wide(outputs("logits"))  # (B, V)
     labels = batch["labels"].to(logits.device)
-    kind = getattr(config, "problem_type", None)
-    if kind is None and config.num_labels == 1:
+    kind = getattr(model.config, "problem_type", None)
+    if kind is None and model.config.num_labels == 1:
         kind = "regression"
     if kind is None and labels.dtype in (torch.long, torch.int):
         kind = "single_label_classification"
@@ -124,13 +125,13 @@ def _classified(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothi
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
 
 
-def _chosen(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
+def _chosen(model: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
     logits = _wide(outputs("logits"))  # (B, C)
     labels = batch["labels"].to(logits.device).view(-1)
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
 
-def _answered(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
+def _answered(model: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
     if smoothing:
         raise _no_smoothing("question answering")
     total = None
@@ -142,6 +143,30 @@ def _answered(config: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing
         total = losses if total is None else total + losses
     assert total is not None
     return total / 2
+
+
+def _spelled(model: Any, outputs: Outputs, batch: Mapping[str, Any], smoothing: float) -> Tensor:
+    """Returns the loss over all alignments of an example with its own letters, as `config.ctc_loss_reduction` says."""
+    if smoothing:
+        raise _no_smoothing("speech recognition by CTC")
+    logits, config = outputs("logits"), model.config  # (B, T, V)
+    labels = batch["labels"].to(logits.device)
+    letters = (labels >= 0).sum(1)  # of each example
+    places = torch.full_like(letters, logits.shape[1])
+    if batch.get("attention_mask") is not None:
+        heard = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1))  # noqa: SLF001 - no public name
+        places = heard.to(letters).clamp(max=logits.shape[1])
+    scores = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).transpose(0, 1)
+    losses = F.ctc_loss(
+        scores,
+        labels.clamp(min=0),
+        places,
+        letters,
+        blank=config.pad_token_id,
+        reduction="none",
+        zero_infinity=config.ctc_zero_infinity,
+    )
+    return losses / letters.clamp(min=1) if config.ctc_loss_reduction == "mean" else losses
 
 
 def _no_smoothing(of: str) -> ConfigurationError:
@@ -161,6 +186,8 @@ FAMILIES = (
     Family("token classification", ("TOKEN_CLASSIFICATION",), ("labels",), _aligned),
     Family("question answering", ("QUESTION_ANSWERING",), ("start_positions", "end_positions"), _answered),
     Family("multiple choice", ("MULTIPLE_CHOICE",), ("labels",), _chosen),
+    Family("next sentence prediction", ("NEXT_SENTENCE_PREDICTION",), ("labels",), _chosen),
+    Family("speech recognition by CTC", ("CTC",), ("labels",), _spelled),
     Family(
         "classification",
         ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from privet.errors import ConfigurationError, UnsupportedModelError
 from privet.integrations.huggingface.families import FAMILIES, Family, bare_model
+from privet.integrations.huggingface.registered import registered_for
 
 __all__ = ["family_of", "loss_per_example", "model_inputs", "per_example_loss"]
 
@@ -22,8 +23,9 @@ _ADDRESS = "privet.integrations.huggingface.per_example_loss"
 _PAIRS = re.compile(r"CLIP|Clip|Siglip|SigLIP|Align|Clap|DualEncoder|GroupViT|Flava|ColPali|ColQwen")
 _NOT_LABELS = ("num_items_in_batch", "return_loss")
 _WAY_ON = (
-    "Write the loss of each example yourself: a function (outputs, labels, num_items_in_batch) that returns one number "
-    "for each example, as PrivateTrainer(compute_loss_func=...), or loss_per_example of PrivateStep."
+    "Write the loss of each example yourself: register it for the class "
+    "(privet.integrations.huggingface.register_loss); or pass a function (outputs, labels, num_items_in_batch) that "
+    "returns one number for each example, as PrivateTrainer(compute_loss_func=...), or loss_per_example of PrivateStep."
 )
 
 
@@ -35,6 +37,9 @@ def family_of(model: nn.Module) -> Family:
             is known here.
     """
     base = bare_model(model)
+    own = registered_for(base)
+    if own is not None:
+        return own[1]
     names = [kind.__name__ for kind in type(base).__mro__]
     family = next((each for name in names for each in FAMILIES if each.lists(name)), None)
     if family is None and (any(map(_PAIRS.search, names[:1])) or hasattr(base, "logit_scale")):
@@ -131,7 +136,10 @@ def per_example_loss(
             )
         return found
 
-    return family.loss(getattr(base, "config", None), output, batch, label_smoothing)
+    own = registered_for(base)
+    if own is not None:
+        return own[0](base, outputs, batch)
+    return family.loss(base, output, batch, label_smoothing)
 
 
 def loss_per_example(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:  # (B,)

@@ -12,6 +12,7 @@ from privet.errors import UnsupportedModelError
 from privet.integrations.huggingface.families import bare_model
 from privet.integrations.huggingface.losses import family_of, loss_per_example
 from privet.integrations.huggingface.neighbors import evaluated
+from privet.integrations.huggingface.registered import registered_for
 
 __all__ = ["refuse_other_loss"]
 
@@ -25,6 +26,8 @@ def refuse_other_loss(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     Raises:
         UnsupportedModelError: if they differ, as for a model that adds a loss of its own.
     """
+    if registered_for(bare_model(model)) is not None:  # its user says what it is
+        return True
     labels = batch.get(family_of(model).labels[0])
     if not isinstance(labels, Tensor) or labels.shape[0] == 0:
         return False
