@@ -3,19 +3,23 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs attack test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated clean
+.PHONY: help venv demo docs attack zoo test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
+ZOO_VENV := .venv-zoo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(BENCH_VENV)/.installed
+ZOO_STAMP := $(ZOO_VENV)/.installed
 # The first interpreter that is new enough; PYTHON=... on the command line overrides it.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 # One process per core, one thread per process: the quickest way through many small tensors.
 WORKERS ?= auto
 PYTEST_ARGS ?=
+# For zoo: parts of names of models, or of files of benchmarks/zoo/families; nothing for all. And options, such as --short.
+ZOO ?=
 # For test-cpus: --short, or the names of some of its choices.
 CPUS ?=
 
@@ -23,6 +27,7 @@ help:
 	@echo 'make demo        train on the digits with differential privacy, and show what it costs (about two minutes)'
 	@echo 'make test        install what the tests need and run them all'
 	@echo 'make attack      try to break the guarantee in over a hundred ways, and show what becomes of each (a minute)'
+	@echo 'make zoo         compare some three hundred models with one example at a time; writes docs/zoo.md (an hour or more; ZOO="llama t5" for some)'
 	@echo 'make test-cpus   the tests that touch numbers, as other processors run them (many minutes)'
 	@echo 'make test-kernels  the kernels for GPUs, as Triton interprets them on a CPU (installs it in .venv-kernels)'
 	@echo 'make explore     the tests again, on other random examples than the ones of every other run, and the deep ones (hours)'
@@ -62,6 +67,19 @@ test: $(STAMP)
 attack: $(STAMP)
 	@echo '==> Attacking the guarantee (python -m attacks): a table, docs/attacks.md, and status 1 if anything is BROKEN'
 	OMP_NUM_THREADS=1 $(BIN)/python -m attacks --out docs/attacks.md
+
+# Without the needs of timm and torchvision, which would bring another build of torch: benchmarks/zoo/vision_ops.py makes do.
+$(ZOO_STAMP): pyproject.toml constraints.txt benchmarks/zoo/constraints.txt
+	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer found; install one, or pass PYTHON=/path/to/python' >&2; exit 1; }
+	@echo '==> Setting up $(ZOO_VENV) with the libraries whose models are tried'
+	@test -x $(ZOO_VENV)/bin/python || "$(PYTHON)" -m venv $(ZOO_VENV)
+	$(ZOO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/zoo/constraints.txt -e '.[huggingface]' peft diffusers torch_geometric opt_einsum
+	$(ZOO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/zoo/constraints.txt --no-deps timm torchvision
+	@touch $@
+
+zoo: $(ZOO_STAMP)
+	@echo '==> Comparing models with one example at a time (python -m benchmarks.zoo): benchmarks/results/zoo.json and docs/zoo.md'
+	OMP_NUM_THREADS=1 $(ZOO_VENV)/bin/python -m benchmarks.zoo $(ZOO)
 
 test-cpus: $(STAMP)
 	@echo '==> Running the tests that touch numbers with the kernels of other processors (scripts/test_cpus.py)'
@@ -137,4 +155,4 @@ bench-accounting: $(STAMP) crosscheck
 	$(BIN)/python -m benchmarks.accounting --out benchmarks/results --peers .venv-crosscheck/bin/python
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .venv-crosscheck .venv-kernels .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output site
+	rm -rf $(VENV) $(BENCH_VENV) $(ZOO_VENV) .venv-crosscheck .venv-kernels .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output site

@@ -93,7 +93,7 @@ class Tripwires:
         self._on_gradient()
         if _in_reentrant_checkpoint():
             raise CoverageError(
-                f"a gradient reached {name} inside of a reentrant checkpoint, which computes a part of the model again. "
+                f"a gradient reached {name} inside of a reentrant checkpoint, which computes a part again. "
                 "Its results are cut off from what made them, so a tensor made of parameters alone, such as a table of "
                 "relative positions that later layers share, takes back one gradient for all examples. It was "
                 "discarded, and nothing was released. Expected checkpoints that are not reentrant: pass "
@@ -105,8 +105,8 @@ class Tripwires:
             "to the loss, a use outside of the private module's forward or in eval mode, or a custom autograd "
             "Function. It was discarded, and nothing was released. Use weight_decay in the optimizer for a penalty; "
             "run the parameter's layer inside the private module's forward; freeze it (requires_grad_(False)) before "
-            "make_private; or register a rule for the module that calls the Function (privet.register_rule; docs/models.md "
-            "has it in full)."
+            "make_private; or register a rule for the module that calls the Function (privet.register_rule; "
+            "docs/models.md has it in full)."
         )
 
     @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.case import Case
-from zoo.families.hugging import LAYERS, seq2seq
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.families.hugging import LAYERS, seq2seq
 
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
 BART = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2, **LAYERS}

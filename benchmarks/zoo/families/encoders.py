@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.case import Case
-from zoo.families.hugging import classifier, masked
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.families.hugging import classifier, masked
 
 # Settings of DeBERTa-v3 as it is published.
 V3 = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zoo.case import CLASSES, Batch, Case, Size, by_class, classified, labels, pair
+from benchmarks.zoo.case import CLASSES, Batch, Case, Size, by_class, classified, labels, pair
 
 
 class Read(nn.Module):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from zoo.case import CLASSES, Case, Size, by_class, images
-from zoo.families.vision import FIXED, NORM
+from benchmarks.zoo.case import CLASSES, Case, Size, by_class, images
+from benchmarks.zoo.families.vision import FIXED, NORM
 
 
 def _timm(kind: str, *, name: str = "", fixed: bool = False, **settings: Any) -> Case:
@@ -43,10 +43,6 @@ def cases() -> list[Case]:
         _timm("swinv2_tiny_window8_256", **SWIN),
         _timm("convnext_atto", **STAGES),
         _timm("convnextv2_atto", **STAGES),
-        _timm("mixer_s32_224", img_size=32, embed_dim=16, num_blocks=2),
-        _timm("resmlp_12_224", img_size=32, embed_dim=16, num_blocks=2),
-        _timm("gmlp_s16_224", img_size=32, embed_dim=16, num_blocks=2),
-        _timm("poolformer_s12", depths=(1, 1, 1, 1), dims=(8, 8, 8, 16)),
         _timm("xcit_nano_12_p16_224", refused=NORM, note=FIXED, **VIT),
         _timm("resnet18", refused=NORM, note=FIXED, channels=(4, 4, 8, 8)),
         _timm("resnet18", name="resnet18, fixed", fixed=True, channels=(4, 4, 8, 8)),

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from zoo.case import CLASSES, Batch, Case, Size, by_class, floats, images, labels
-from zoo.families import networks as own
+from benchmarks.zoo.case import CLASSES, Batch, Case, Size, by_class, floats, images, labels
+from benchmarks.zoo.families import networks as own
 
 
 def _sequences(n: int, s: Size) -> Batch:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.case import Case
-from zoo.families.hugging import causal
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.families.hugging import causal
 
 BATCHED = "experts_implementation='batched_mm' is exact"
 

@@ -16,10 +16,10 @@ from queue import Empty, Queue
 from threading import Lock
 from typing import Any
 
-from zoo.case import Case
-from zoo.examine import Finding, examine
-from zoo.families import FAMILIES, missing, of_all
-from zoo.vision_ops import declare
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.examine import Finding, examine
+from benchmarks.zoo.families import FAMILIES, missing, of_all
+from benchmarks.zoo.vision_ops import declare
 
 __all__ = ["Results", "run"]
 

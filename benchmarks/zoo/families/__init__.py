@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from importlib import import_module
 
-from zoo.case import Case
+from benchmarks.zoo.case import Case
 
 __all__ = ["FAMILIES", "missing", "of_all"]
 
@@ -40,5 +40,5 @@ def of_all(*families: str) -> list[Case]:
     found = []
     for name in families or FAMILIES:
         title, needs = FAMILIES[name]
-        found += [case.of(title, *needs) for case in import_module(f"zoo.families.{name}").cases()]
+        found += [case.of(title, *needs) for case in import_module(f"benchmarks.zoo.families.{name}").cases()]
     return found

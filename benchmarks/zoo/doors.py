@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.zoo.case import Batch, Case
+from benchmarks.zoo.plain import seeded
 from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
-from zoo.case import Batch, Case
-from zoo.plain import seeded
 
 __all__ = ["DOORS", "Asked", "moved_by", "sums"]
 

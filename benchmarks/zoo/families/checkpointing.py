@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from zoo.case import Case
-from zoo.families import causal, encoders, experts, seq2seq, series, sound, vision
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.families import causal, encoders, experts, seq2seq, series, sound, vision
 
 
 def _with(case: Case, *, reentrant: bool) -> Case:

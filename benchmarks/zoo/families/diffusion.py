@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.case import Batch, Case, Size, squares
+from benchmarks.zoo.case import Batch, Case, Size, squares
 
 
 def _model(kind: str, **settings: Any) -> Any:

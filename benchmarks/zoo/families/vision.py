@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.case import CLASSES, Batch, Case, Size, classified, images, labels, squares
-from zoo.families.hugging import built
+from benchmarks.zoo.case import CLASSES, Batch, Case, Size, classified, images, labels, squares
+from benchmarks.zoo.families.hugging import built
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "patch_size": 8}
 SWIN = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}

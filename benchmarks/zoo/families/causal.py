@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.case import Case
-from zoo.families.hugging import causal
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.families.hugging import causal
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
 

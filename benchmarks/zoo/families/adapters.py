@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from zoo.case import Case, Size, ids, pair, tokens
-from zoo.families import hugging
-from zoo.families.hugging import built, text
+from benchmarks.zoo.case import Case, Size, ids, pair, tokens
+from benchmarks.zoo.families import hugging
+from benchmarks.zoo.families.hugging import built, text
 
 OWN = "PEFT computes it by an autograd Function of its own; LoRA, DoRA, IA3, VeRA and the prompts are exact"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.case import CLASSES, Batch, Case, Size, by_class, labels
+from benchmarks.zoo.case import CLASSES, Batch, Case, Size, by_class, labels
 
 NODES = 6
 

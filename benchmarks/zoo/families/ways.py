@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zoo.case import Case
-from zoo.families import by_hand, causal, encoders, recurrent, seq2seq, sound, vision
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.families import by_hand, causal, encoders, recurrent, seq2seq, sound, vision
 
 TEN = ("GPT2", "Llama", "Mamba", "Bert", "T5", "Bart", "Wav2Vec2", "ViT", "Swin", "ConvNext", "LSTM", "DLRM", "TCN")
 WAYS = {"two passes": (("passes", 2),), "padded": (("padded", True), ("physical_batch_size", 8))}

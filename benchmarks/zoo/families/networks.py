@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.case import CLASSES, Batch, Size, classified
+from benchmarks.zoo.case import CLASSES, Batch, Size, classified
 
 
 class Recommender(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.case import CLASSES, Batch, Case, Size, classified, ids, pair, tokens
+from benchmarks.zoo.case import CLASSES, Batch, Case, Size, classified, ids, pair, tokens
 
 __all__ = ["LAYERS", "built", "causal", "classifier", "config_of", "of_logits", "seq2seq", "text"]
 

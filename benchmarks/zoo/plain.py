@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo.case import Batch, Case
+from benchmarks.zoo.case import Batch, Case
 
 __all__ = ["Expected", "alone", "clipped", "norms", "seeded", "together"]
 

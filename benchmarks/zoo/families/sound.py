@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.case import Batch, Case, Size, classified, ids, labels
-from zoo.families.hugging import LAYERS, built, text
+from benchmarks.zoo.case import Batch, Case, Size, classified, ids, labels
+from benchmarks.zoo.families.hugging import LAYERS, built, text
 
 # What wav2vec2 and its kin call their sizes; dropout, layer dropout and masks of the spectrum stay as they come.
 WAVES = {

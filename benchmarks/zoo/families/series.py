@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.case import Batch, Case, Size, labels, squares
-from zoo.families.hugging import LAYERS, built
+from benchmarks.zoo.case import Batch, Case, Size, labels, squares
+from benchmarks.zoo.families.hugging import LAYERS, built
 
 PAST, FUTURE = 8, 4
 

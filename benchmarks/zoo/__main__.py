@@ -1,7 +1,7 @@
 """Does privet train the models that people train?
 
 Without an argument, every case is examined that has no result yet, and the page is written. Otherwise an argument is a
-part of a name of cases (llama, t5), or the name of a file of zoo/families (vision, by_hand).
+part of a name of cases (llama, t5), or the name of a file of benchmarks/zoo/families (vision, by_hand).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from zoo.case import Case
-from zoo.examine import Finding
-from zoo.families import FAMILIES, of_all
-from zoo.page import page, verdict
-from zoo.run import Results, run
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.examine import Finding
+from benchmarks.zoo.families import FAMILIES, of_all
+from benchmarks.zoo.page import page, verdict
+from benchmarks.zoo.run import Results, run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 PAGE = ROOT / "docs" / "zoo.md"
 

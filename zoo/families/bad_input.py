@@ -1,5 +1,0 @@
-"""None yet."""
-
-
-def cases():
-    return []
