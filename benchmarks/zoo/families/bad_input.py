@@ -104,7 +104,7 @@ def cases() -> list[Case]:
             by_class,
             refused="sparse=False",
         ),
-        Case("quantization-aware training", lambda s: _quantized(), flat, by_class, refused="calibrate"),
+        Case("quantization-aware training", lambda s: _quantized(), flat, by_class, refused="calibrate", double=False),
         Case(
             "autograd Function of a parameter",
             lambda s: BinaryLinear(8, CLASSES),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSet
+from collections.abc import MutableSet, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,15 +23,20 @@ class _Watch:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._entered: list[Cycle | None] = []  # by call that has not returned: None for one that is not watched
+        # By call that has not returned: None for one that is not watched; and parameters that it keeps from autograd.
+        self._entered: list[tuple[Cycle | None, list[nn.Parameter]]] = []
 
     # A call of the module is one entry of the list, so that a module may be called from inside of itself.
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._entered.append(self._capture.enter_module(module))
+        cycle = self._capture.enter_module(module)
+        kept = [] if cycle is None else [p for p in module.parameters() if p.requires_grad]
+        _let_train(kept, False)  # an autograd Function inside, which is not seen, sends them no gradient of its own
+        self._entered.append((cycle, kept))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        cycle = self._entered.pop() if self._entered else None
+        cycle, kept = self._entered.pop() if self._entered else (None, [])
+        _let_train(kept, True)
         if cycle is None:
             return None
         rule = module_rule(module)
@@ -45,9 +51,19 @@ class _Watch:
                 "result."
             )
         roots = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not roots:  # a part of a module that is itself one operation
+            self._capture.show_module(cycle)
+            return None
         operation = ModuleUse(module, rule, args, tuple(roots))
         data = [*(a for a in args if isinstance(a, Tensor)), output]
         return self._capture.leave_module(cycle, module, operation, data, roots)
+
+
+def _let_train(parameters: Sequence[nn.Parameter], trained: bool) -> None:  # noqa: FBT001 - it says what it sets
+    """Sets whether autograd looks at these parameters, without being watched itself."""
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
+        for parameter in parameters:
+            parameter.requires_grad_(trained)
 
 
 def watch_custom_modules(
