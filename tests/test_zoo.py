@@ -57,6 +57,7 @@ def test_the_rule_on_the_page_makes_a_function_of_a_parameter_exact():
         custom._MODULES.pop(BinaryLinear)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_recomputed_activations_of_t5_are_exact_or_name_the_way_on():
     pytest.importorskip("transformers")
     cases = {case.name: case for case in of_all("checkpointing") if case.name.startswith("T5, ")}
