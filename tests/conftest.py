@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.thinned import thin
+
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, print_blob=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
@@ -28,3 +30,9 @@ def _same_seed(request):
     np.random.seed(seed)  # noqa: NPY002
     if (torch := sys.modules.get("torch")) is not None:  # not imported: the accountants are tested without it as well
         torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leaves a part of the largest products to the deep tests, before those are deselected."""
+    thin(items)

@@ -174,8 +174,8 @@ def test_options_that_contradict_each_other_are_refused(options, match):
 
 
 def test_without_a_size_it_follows_from_public_numbers():
-    net = nn.Linear(2, 1)
     for sampling, expected in ((Poisson(0.1), 120), (Partition(), 100)):
+        net = nn.Linear(2, 1)
         step = PrivateStep(
             net,
             optimizer=torch.optim.SGD(net.parameters(), lr=0.0),

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
 
+pytestmark = pytest.mark.deep  # it takes half a minute
+
 
 class Net(nn.Module):
     def __init__(self) -> None:

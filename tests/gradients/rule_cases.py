@@ -27,6 +27,11 @@ class Case:
     def __str__(self) -> str:
         return f"{self.family}: {self.name}"
 
+    @property
+    def mapped(self) -> bool:
+        """Returns whether every operation has the batch on axis 0, as the mode without rules expects."""
+        return self.name != "places along the second axis"
+
 
 def reals(*shapes: tuple[int, ...]) -> Inputs:
     """Returns normal inputs, one for each shape, which lacks the batch axis."""

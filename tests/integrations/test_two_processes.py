@@ -13,6 +13,8 @@ from tests.integrations import lightning_models, test_accelerate
 from tests.integrations.lightning_models import BATCH, DELTA, Classifier, Validated, flat, loader, seed, trainer
 from tests.parallel.ranks import start
 
+pytestmark = pytest.mark.deep  # it takes half a minute
+
 
 def as_launched(rank, world):
     """Sets what torchrun, or `accelerate launch`, tells its processes."""

@@ -13,6 +13,8 @@ from privet.gradients.passes.compiled import CompiledSum, step_graph
 from tests.parallel.models import data, digest, mechanism, net, step_on, weights
 from tests.parallel.ranks import run
 
+pytestmark = pytest.mark.deep  # it takes half a minute
+
 COMPILED = Performance(compile=True)
 SMALL = Performance(compile=True, physical_batch_size=3)
 RARE = {"what": mechanism(rate=0.03, steps=4)}  # batches of two: most of them leave a rank without an example

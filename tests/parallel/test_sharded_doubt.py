@@ -12,6 +12,8 @@ from privet import Performance
 from tests.parallel.ranks import run
 from tests.parallel.sharded_models import apart, engine_on_texts, language, loop, sharded, step_on_texts, texts, whole
 
+pytestmark = pytest.mark.deep  # it takes half a minute
+
 
 class Late(nn.Module):
     """A language model with one layer more, which takes part only while it is told to. It sees (T, B, width)."""

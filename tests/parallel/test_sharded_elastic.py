@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tests.parallel.ranks import run
 from tests.parallel.sharded_models import apart, engine_on_texts, language, loop, said, sharded, whole
 
+pytestmark = pytest.mark.deep  # it takes half a minute
+
 FOLDER, REST = "sharded", "rest.pt"
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from privet import BudgetExceededError, ConfigurationError, Flat, PrivacyEngine, ProtocolError
 from privet.clipping import ClippingPolicy, PerLayer
+from privet.errors import UnsupportedModelError
 from privet.gradients import register_rule
 from privet.gradients.reference import example_gradients
 from privet.gradients.rules import custom
@@ -94,12 +95,21 @@ def scaled_down(total: Expected, divisor: float) -> Expected:
         pytest.param(case, mode, id=f"{case}-{mode}", marks=[pytest.mark.deep] if (i + j) % 2 else [])
         for i, case in enumerate(CASES)
         for j, mode in enumerate(MODES)
+        if mode != "functorch" or case.mapped
     ],
 )
 def test_every_rule_gives_the_sum_of_the_reference(case: Case, mode):
     module, batch, policy = case.module().double(), case.inputs(3, torch.float64), PerLayer(1.0)
     found = paper_sum(module, batch, loss=case_loss, policy=policy, grad_sample_mode=mode)
     assert_exact(found, reference(module, batch, case_loss, policy))  # other policies: test_modes_by_policy.py
+
+
+def test_functorch_names_an_operation_whose_result_has_the_batch_on_another_axis():
+    (case,) = (case for case in CASES if not case.mapped)
+    with pytest.raises(UnsupportedModelError, match="batch on axis 0"):
+        paper_sum(
+            case.module(), case.inputs(4, torch.float32), loss=case_loss, policy=Flat(1.0), grad_sample_mode="functorch"
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)

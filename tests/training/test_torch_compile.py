@@ -33,6 +33,7 @@ class Backend:
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
+    torch.compiler.set_stance("default")  # a test before may have left a private forward in its middle
     torch._dynamo.reset()
     yield Backend()
     torch._dynamo.reset()

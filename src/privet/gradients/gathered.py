@@ -23,7 +23,7 @@ from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Allowance, Owner, Recorded, Use, Uses
 
-__all__ = ["Gathered", "gathered"]
+__all__ = ["Gathered", "Siblings", "gathered"]
 
 
 @dataclass(eq=False)

@@ -117,6 +117,7 @@ def pairs(odd: int) -> list[Any]:
         pytest.param(case, mode, id=f"{case}-{mode}", marks=[pytest.mark.deep] if (i + j) % 2 == odd else [])
         for i, case in enumerate(CASES)
         for j, mode in enumerate(MODES)
+        if mode != "functorch" or case.mapped
     ]
 
 

@@ -89,7 +89,8 @@ def scaled(module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return case_loss(module, batch[:-1]) * batch[-1]
 
 
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
+# A batch in doubt, as bags cut by offsets are, is refused where a gradient is not finite: see test_flat_bags.py.
+@pytest.mark.parametrize("case", [case for case in CASES if "offset" not in str(case)][::3], ids=str)
 def test_one_example_moves_the_sum_by_the_clip_norm_at_most(case: Case):
     batch, policy = case.inputs(5, torch.float32), Flat(1e-3)
     scales = (1e-15, 1.0, 1e15, math.inf, math.nan)

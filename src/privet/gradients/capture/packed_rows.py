@@ -33,7 +33,7 @@ from privet.gradients.layout import DoubtError
 from privet.gradients.rules.arguments import named
 from privet.gradients.tracing import tracing
 
-__all__ = ["RECURRENT", "Owned", "PackedRows"]
+__all__ = ["RECURRENT", "Owned", "PackedRows", "packed"]
 
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _TAKES = frozenset({"index_select", "__getitem__"})

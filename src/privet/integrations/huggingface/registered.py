@@ -44,7 +44,9 @@ def register_loss(kind: type[nn.Module], *, labels: Sequence[str] = ("labels",))
     """
     given: object = kind
     if not (isinstance(given, type) and issubclass(given, nn.Module)):
-        raise ConfigurationError(f"register_loss takes a class of models, got {given!r}. Pass the class, not an object.")
+        raise ConfigurationError(
+            f"register_loss takes a class of models, got {given!r}. Pass the class, not an object."
+        )
 
     def register(loss: _F) -> _F:
         _LOSSES[kind] = loss, Family(f"{kind.__name__}, as registered", (), tuple(labels), _not_read)

@@ -30,12 +30,12 @@ pytestmark = [
 ]
 
 
-UNEVEN = [case for case in CASES if "offset" in str(case)]  # bags whose lengths are values
+UNEVEN = [case for case in CASES if "offset" in str(case) or "packed" in str(case)]  # whose lengths are values
 
 
 @pytest.mark.parametrize("case", UNEVEN, ids=str)
-def test_bags_whose_lengths_are_values_are_no_graph(case: Case, graphs):
-    with pytest.raises(UnsupportedModelError, match=r"pad the bags|moved along the batch"):
+def test_what_has_lengths_that_are_values_is_no_graph(case: Case, graphs):
+    with pytest.raises(UnsupportedModelError, match=r"pad the bags|moved along the batch|packs sequences"):
         list(sums_of(case.module().double(), case.inputs(3, torch.float64), size=3))
 
 
