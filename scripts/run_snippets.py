@@ -71,7 +71,13 @@ def run_docstrings() -> tuple[list[str], int]:
     import privet  # late: the pages come first, and must not find anything loaded already
 
     for module in pkgutil.walk_packages(privet.__path__, "privet."):
-        result = doctest.testmod(importlib.import_module(module.name))
+        try:
+            loaded = importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":  # which tests and documentation do without
+                raise
+            continue
+        result = doctest.testmod(loaded)
         attempted += result.attempted
         if result.failed:
             failures.append(f"{module.name}: {result.failed} docstring examples failed")
