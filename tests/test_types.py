@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.deep  # it takes half a minute
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
 from typing import reveal_type
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from privet import Flat, Gaussian, Mechanism, Performance, Poisson, PrivacyEngine, PrivateStep
-
-pytestmark = pytest.mark.deep  # it takes half a minute
 
 
 class Net(nn.Module):

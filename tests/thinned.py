@@ -31,6 +31,15 @@ ONE_IN = {
     "test_doors.py::test_sampled_batches_at_the_papers_door": 2,
     "test_virtual_steps.py::test_a_step_splits_its_batch": 2,
     "test_accounting_properties.py::test_edges_give_a_number_that_falls_as_delta_grows": 3,
+    "test_accounting_calibration_search.py::test_each_number_takes_few_questions": 2,
+    "test_huggingface_trainer.py::test_a_resumed_run_has_the_epsilon_of_the_unbroken_one": 4,
+    "test_huggingface_trainer.py::test_a_step_is_the_clipped_sum_of_a_loop_by_hand": 2,
+    "test_interrupted_steps.py::test_after_an_interrupt_the_next_step_is_right": 2,
+    "test_interrupts.py::test_the_step_after_an_interrupt_anywhere_is_right": 2,
+    "test_key.py::test_a_forked_run_draws_other_noise": 2,
+    "test_mechanism.py::test_what_is_right_passes": 2,
+    "test_virtual_steps.py::test_the_largest_size_that_fits_is_found_by_halving": 2,
+    "test_virtual_steps.py::test_physical_batches_change_nothing": 2,
     "test_noise_scale.py::test_the_noise_and_its_divisor_are_as_scheduled": 2,
 }
 """Of how many cases of a test one runs ordinarily."""
