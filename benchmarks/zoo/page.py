@@ -39,7 +39,14 @@ door, 14 were refused rightly, two kinds of sums were wrong, and the rest was re
 | reentrant checkpoints of GPT-2, refused | exact |
 | reentrant checkpoints of T5, refused without the way on | refused, and the message names `use_reentrant=False` |
 | a Function of a parameter in a module with a rule of the user's: refused | exact |
-| checkpoints of T5 that are not reentrant, an error of torch | exact |"""
+| checkpoints of T5 that are not reentrant, an error of torch | exact |
+| Mixtral, Qwen-MoE, DeepSeek-V3 with the experts they come with: refused | exact |
+| RecurrentGemma, refused | exact |
+| packed sequences, refused | exact (`tests/gradients/capture/test_packed_rows.py`) |
+| flat ids with offsets (DLRM), refused at the paper's door | exact (`tests/gradients/capture/test_flat_bags.py`) |
+| graph networks, refused | exact |
+| a gradient in the loss, an error of torch | exact at the explicit door, refused by name at the paper's |
+| `cat([a, b])` inside of a model, refused | refused: give the two views as a tuple, or call the model twice |"""
 
 
 def verdict(finding: Finding) -> str:
