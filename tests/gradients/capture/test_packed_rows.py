@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from privet.clipping import PSAC, Automatic, Flat, PerLayer
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture import anew, packed_rows
+from privet.gradients.capture.moved import MovedRows
+from privet.gradients.capture.routing import Routed
 from tests.contracts.doors import DOORS, door_sum, explicit_sum, paper_sum, reference, size
 
 B, T, F = 6, 5, 3
@@ -340,3 +342,16 @@ def test_sequences_that_are_padded_by_the_loader_are_packed_in_the_forward() -> 
     packed = pack_padded_sequence(*batch, batch_first=True, enforce_sorted=False)
     assert all(map(torch.equal, unpack_sequence(packed), sequences))
     assert_exact("paper", Last().double(), batch)
+
+
+@pytest.mark.parametrize("lost", ["owned", "packed", "both"])
+def test_rows_written_in_place_are_forgotten_by_each_way_of_following_that_lost_them(lost: str) -> None:
+    moved, rows = MovedRows(lambda _: False, ()), torch.zeros(3, 2)
+    moved.owned._own(rows, Routed(torch.tensor([2, 0, 1])))
+    moved.packed.put(rows, packed_rows.Owned(torch.tensor([2, 0, 1])))
+    if lost == "both":
+        moved._tag(rows, "a function that nobody knows")
+    else:
+        moved._forget_in_place((rows,), rows, owned=lost == "owned", packed=lost == "packed")
+    assert (moved.owned.of(rows) is None) == (lost != "packed")
+    assert (moved.packed.of(rows) is None) == (lost != "owned")
