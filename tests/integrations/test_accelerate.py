@@ -198,14 +198,42 @@ def test_what_is_prepared_may_be_given_to_the_accelerator_again():
     assert run.accelerator.prepare(*given) == given
 
 
+@pytest.fixture
+def halved(monkeypatch):
+    """Makes Accelerate's fp16 run on a CPU: it gives a scaler to GPUs alone."""
+    made = Accelerator.__init__
+
+    def on_a_cpu(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+
+    monkeypatch.setattr(Accelerator, "__init__", on_a_cpu)
+
+
+@pytest.mark.filterwarnings("ignore:Seems like .optimizer.step... has been overridden:UserWarning")  # by Accelerate
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_scale_of_the_loss_cancels_before_norms_are_taken(halved, parts, monkeypatch):
+    def weights_of(**settings):
+        run = Run(settings={"gradient_accumulation_steps": parts}, batch_size=BATCH // parts, **settings)
+        run.train()
+        assert not run.optimizer.step_was_skipped
+        return run.weights(), run.engine.get_epsilon(DELTA)
+
+    scaled = weights_of()
+    monkeypatch.undo()
+    plain = weights_of()
+    torch.testing.assert_close(scaled[0], plain[0], rtol=1e-5, atol=1e-6)
+    assert scaled[1] == plain[1]
+
+
 def test_settings_of_the_accelerator(monkeypatch):
     model, optimizer = parts()
     plain = {"module": model, "optimizer": optimizer, "data_loader": data()}
     ready = accelerator()
     with pytest.raises(ConfigurationError, match="Leave accumulate= away"):
         prepare(ready, PrivacyEngine(), **plain, **options(), accumulate=2)
-    monkeypatch.setattr(ready, "scaler", torch.amp.GradScaler("cpu"))
-    with pytest.raises(ConfigurationError, match=r"GradScaler.*mixed_precision='bf16'"):
+    monkeypatch.setattr(ready, "scaler", torch.amp.GradScaler("cpu", init_scale=1000.0))
+    with pytest.raises(ConfigurationError, match="does not cancel without rounding"):
         prepare(ready, PrivacyEngine(), **plain, **options())
     monkeypatch.setattr(Accelerator, "distributed_type", "FSDP")
     with pytest.raises(ConfigurationError, match=r"set to FSDP.*fully_shard"):

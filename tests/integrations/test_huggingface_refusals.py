@@ -35,7 +35,6 @@ OPTIONS = {
     "max_grad_norm": (0.3, r"PrivacyArguments\(max_grad_norm="),
     "auto_find_batch_size": (True, "gradient_accumulation_steps for less memory"),
     "dataloader_drop_last": (True, "none is left over"),
-    "fp16": (True, "Write bf16=True"),
     "torch_compile": (True, "a compiled model hides"),
     "use_liger_kernel": (True, "fused kernels hide"),
     "neftune_noise_alpha": (5.0, "one long example sets for all others"),
@@ -143,7 +142,7 @@ def test_a_loss_of_ones_own_for_each_token_is_refused(tmp_path):
         ({"deepspeed_plugin": object()}, "deepspeed_plugin"),
         ({"fsdp_plugin": object()}, "fsdp_plugin"),
         ({"dynamo_plugin": SimpleNamespace(backend="DynamoBackend.INDUCTOR")}, "dynamo_backend"),
-        ({"mixed_precision": "fp16"}, "mixed_precision=fp16"),
+        ({"mixed_precision": "fp8"}, "mixed_precision=fp8"),
     ],
 )
 def test_what_a_launcher_configured_is_refused(state, words):

@@ -94,6 +94,16 @@ def test_accumulated_over_parts_it_is_the_same_sum(name, tmp_path):
     assert trainer.engine.ledger.steps == trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_scaled_loss_gives_the_same_sum(parts, tmp_path):
+    settings = {"per_device_train_batch_size": N // parts, "gradient_accumulation_steps": parts}
+    trainer = private(tmp_path, "classes", **settings)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # as with fp16=True on a GPU
+    expected = clipped_sum(trainer.model, trainer.train_dataset, 0.1)
+    assert_same(moved(trainer), expected, divided_by=N)
+    assert trainer.engine.ledger.steps == 1
+
+
 class Recording(PrivateTrainer):
     """Takes note of the examples of every part."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 
 from privet import Budget, PrivacyEngine
@@ -63,6 +64,45 @@ def test_without_noise_the_weights_are_those_of_the_hand_written_loop(precision)
     trainer(private(noise_multiplier=0.0), max_epochs=2, precision=precision).fit(model, loader())
     reference, _ = by_hand(2, noise_multiplier=0.0, autocast=precision == "bf16-mixed")
     torch.testing.assert_close(flat(model), reference, rtol=1e-3, atol=1e-4)
+
+
+def scaled(init_scale=2.0**12):
+    """The plugin of precision="16-mixed", on a CPU."""
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))]}
+
+
+@pytest.mark.parametrize("kind", [{}, {"manual": True}], ids=["automatic", "manual"])
+def test_in_half_precision_the_scale_of_the_loss_cancels_before_norms_are_taken(kind):
+    callback, model = private(noise_multiplier=0.0), Classifier(**kind)
+    fit = trainer(callback, max_epochs=2, **scaled())
+    fit.fit(model, loader())
+    reference, _ = by_hand(2, noise_multiplier=0.0)
+    assert fit.global_step == callback.engine.ledger.steps == 8
+    torch.testing.assert_close(flat(model), reference, rtol=3e-3, atol=3e-3)
+
+
+def test_in_half_precision_noise_and_parts_of_a_step_are_those_of_single_precision(three_epochs):
+    callback, model = private(), Classifier()
+    trainer(callback, max_epochs=3, accumulate_grad_batches=2, **scaled()).fit(model, loader(BATCH // 2))
+    torch.testing.assert_close(flat(model), three_epochs[0], rtol=3e-3, atol=1e-2)
+    assert callback.get_epsilon(DELTA) == three_epochs[1]
+
+
+def test_in_half_precision_examples_that_overflow_add_nothing_and_the_step_is_taken():
+    model = Classifier()
+    before, callback = flat(model), private(noise_multiplier=0.0)
+    fit = trainer(callback, max_epochs=1, **scaled(2.0**40))  # no gradient is finite in float16
+    fit.fit(model, loader())
+    assert fit.global_step == callback.engine.ledger.steps == 4
+    assert torch.equal(flat(model), before)
+
+
+def test_in_half_precision_a_budget_that_is_met_ends_fit():
+    engine = PrivacyEngine(budget=Budget(epsilon=by_hand(1, noise_multiplier=1.0)[1] + 1e-3, delta=DELTA))
+    callback = private(engine=engine)
+    trainer(callback, max_epochs=3, **scaled()).fit(Classifier(), loader())
+    assert callback.stopped_by_budget
+    assert engine.ledger.steps == 4
 
 
 @pytest.mark.parametrize(

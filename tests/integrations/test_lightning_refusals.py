@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import callbacks
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import WeightedRandomSampler
@@ -41,15 +40,11 @@ def refused(match, *, model=None, batches=None, also=(), settings=None, **option
         ("gradient_clip_val=1.0 would have no effect.* max_grad_norm", {"gradient_clip_val": 1.0}),
         ("overfit_batches", {"overfit_batches": 2}),
         ("reload_dataloaders", {"reload_dataloaders_every_n_epochs": 1}),
-        (
-            r"GradScaler.*precision='bf16-mixed'",
-            {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
-        ),
         ("by 'spawn'.*the ledger with them.*strategy='ddp'", {"strategy": "ddp_spawn"}),
         ("by 'fork'", {"strategy": "ddp_notebook"}),
         ("communication hook", {"strategy": DDPStrategy(ddp_comm_state=object())}),
     ],
-    ids=["gradient_clip_val", "overfit", "reload", "fp16", "spawn", "notebook", "comm hook"],
+    ids=["gradient_clip_val", "overfit", "reload", "spawn", "notebook", "comm hook"],
 )
 def test_a_setting_of_the_trainer(match, settings):
     with pytest.raises(ConfigurationError, match=match):

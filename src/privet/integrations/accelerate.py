@@ -182,6 +182,7 @@ def prepare(
         data_loader=loader_of_all(data_loader, ranks=ranks, poisson=options.get("poisson_sampling", True)),
         epochs=None,
         accumulate=accelerator.gradient_accumulation_steps,
+        grad_scaler=accelerator.scaler,
     )
     # "Evaluation" leaves DistributedDataParallel away, whose reducer would wait for gradients that never come.
     prepared, stepping = (
@@ -203,14 +204,8 @@ def _refuse_accelerator(accelerator: Accelerator) -> None:
             f"the accelerator is set to {kind}. Expected one process, or several with a replica of the model each. For "
             "sharded models use privet with fully_shard, in a loop without Accelerate (docs/distributed.md)."
         )
-    if accelerator.scaler is not None:
-        raise ConfigurationError(
-            "mixed_precision='fp16' comes with a GradScaler. It multiplies the loss, so that every gradient would be "
-            "clipped as if it were that much longer, and it skips steps by what it finds in the gradients. Expected "
-            "no scaler. Write mixed_precision='bf16', which needs none."
-        )
     if accelerator.mixed_precision == "fp8":
-        raise ConfigurationError("mixed_precision='fp8' was never tried here. Expected 'no' or 'bf16'.")
+        raise ConfigurationError("mixed_precision='fp8' was never tried here. Expected 'no', 'bf16' or 'fp16'.")
     if accelerator.gradient_accumulation_steps > 1 and not accelerator.gradient_state.sync_with_dataloader:
         raise ConfigurationError(
             "the GradientAccumulationPlugin has sync_with_dataloader=False. Every pass begins with a new logical batch "

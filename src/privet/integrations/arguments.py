@@ -100,6 +100,7 @@ class PrivateArguments:
         data_loader: DataLoader[Any],
         epochs: int | None,
         accumulate: int = 1,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> PrivateLoader:
         """Makes the module and the optimizer private, in place, and returns the private loader.
 
@@ -110,6 +111,7 @@ class PrivateArguments:
             data_loader: of the user.
             epochs: the passes that the framework is about to take, if it says so.
             accumulate: how many batches make one step.
+            grad_scaler: what the framework scales losses with, if it does.
 
         Raises:
             ConfigurationError, ProtocolError, UnsupportedModelError: as `make_private` says.
@@ -117,6 +119,8 @@ class PrivateArguments:
         options = {**self.options, "module": module, "optimizer": optimizer, "data_loader": data_loader}
         if accumulate > 1:
             options["accumulate"] = accumulate
+        if grad_scaler is not None:
+            options["grad_scaler"] = grad_scaler
         if self.noise_multiplier is not None:
             made: tuple[Any, Any, PrivateLoader] = engine.make_private(
                 **options, noise_multiplier=self.noise_multiplier

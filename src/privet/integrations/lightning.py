@@ -13,7 +13,7 @@ Lightning saves and restores; where the loader is, it saves with this callback a
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from torch import nn
@@ -32,6 +32,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden  # noqa: E40
 
 from privet.integrations.lightning_trainer import (  # noqa: E402
     feed,
+    grad_scaler,
     planned_epochs,
     refuse_cut_step,
     refuse_trainer,
@@ -144,6 +145,7 @@ class PrivateTraining(Callback):
                 data_loader=loader_of_all(loader, ranks=ranks, poisson=poisson),
                 epochs=planned_epochs(trainer, loader, together=ranks * self._arguments.accumulated(accumulate)),
                 accumulate=accumulate,
+                grad_scaler=grad_scaler(trainer),
             )
         except ProtocolError as error:
             error.add_note(
@@ -186,19 +188,44 @@ class PrivateTraining(Callback):
 
     def _stop_instead_of_raising(self, trainer: Trainer, optimizer: Any) -> None:
         """Makes the step that would exceed the budget end `fit`; it is not taken."""
-        step = optimizer.step
 
-        @functools.wraps(step)
-        def stopping(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return step(*args, **kwargs)
-            except BudgetExceededError as error:
-                if not self.stopped_by_budget:
-                    rank_zero_info(f"PrivateTraining ends this fit, and keeps the weights: {error}")
-                self.stopped_by_budget = trainer.should_stop = True
+        def stopping(call: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(call)
+            def stopped(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    return call(*args, **kwargs)
+                except BudgetExceededError as error:
+                    if not self.stopped_by_budget:
+                        rank_zero_info(f"PrivateTraining ends this fit, and keeps the weights: {error}")
+                    self.stopped_by_budget = trainer.should_stop = True
+                    return None
+
+            return stopped
+
+        optimizer.step = stopping(optimizer.step)
+        scaler: Any = grad_scaler(trainer)
+        if scaler is not None:
+            self._stop_scaler(scaler, stopping)
+
+    def _stop_scaler(self, scaler: Any, stopping: Callable[..., Any]) -> None:
+        """Makes a step that is refused where it is unscaled end `fit`: its gradient is released and billed there."""
+        unscale, step = scaler.unscale_, scaler.step
+        refused = False
+
+        def unscaled(optimizer: Any) -> None:
+            nonlocal refused
+            refused = True  # until it was done
+            unscale(optimizer)
+            refused = False
+
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal refused
+            if refused:
+                refused = False
                 return None
+            return step(*args, **kwargs)
 
-        optimizer.step = stopping
+        scaler.unscale_, scaler.step = stopping(unscaled), stopping(stepped)
 
     # -- what is shown -----------------------------------------------------------------------------------------------
 

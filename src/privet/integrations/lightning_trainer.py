@@ -3,9 +3,8 @@
 setting of the Trainer                          here
 automatic and manual optimization               both, with one optimizer
 strategy                                        one device, or DDP: its wrapper is taken off, for its reducer would wait
-precision                                       32, 64, bf16-mixed, bf16-true, 16-mixed without a scaler
+precision                                       32, 64, bf16-mixed, bf16-true, 16-mixed
 accumulate_grad_batches                         virtual steps: so many physical batches are one logical batch
-16-mixed with its GradScaler                    refused: it multiplies the loss, so that clip norms would be other ones
 gradient_clip_val                               refused: gradients are clipped example by example, before they are added
 ddp_spawn, ddp_notebook                         refused: the ledger would end with the processes that fit starts
 overfit_batches, reloading of loaders, ...      refused: their batches would not be those that are accounted
@@ -17,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, final
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -25,7 +25,16 @@ from torch.utils.data import DataLoader
 from privet.errors import ConfigurationError
 from privet.sampling import PrivateLoader
 
-__all__ = ["Feed", "feed", "planned_epochs", "refuse_cut_step", "refuse_trainer", "training_loader", "unwrap"]
+__all__ = [
+    "Feed",
+    "feed",
+    "grad_scaler",
+    "planned_epochs",
+    "refuse_cut_step",
+    "refuse_trainer",
+    "training_loader",
+    "unwrap",
+]
 
 _REFUSED_CALLBACKS = {
     BatchSizeFinder: "it trains in order to find a batch size, and the batch size is part of the privacy accounting",
@@ -90,13 +99,6 @@ def refuse_trainer(trainer: Any) -> None:
             "the strategy has a communication hook, through which no gradient would go: clipped sums are added up "
             "before the noise. Leave ddp_comm_hook= and ddp_comm_state= away."
         )
-    scaler = getattr(settings.precision_plugin, "scaler", None)
-    if scaler is not None and scaler.is_enabled():
-        raise ConfigurationError(
-            "precision='16-mixed' comes with a GradScaler. It multiplies the loss, so that every gradient would be "
-            "clipped as if it were that much longer, and it skips steps by what it finds in the gradients. Expected "
-            "no scaler. Write precision='bf16-mixed', which needs none."
-        )
     if settings.gradient_clip_val is not None:
         raise ConfigurationError(
             f"gradient_clip_val={settings.gradient_clip_val} would have no effect: each example's gradient is clipped, "
@@ -109,6 +111,13 @@ def refuse_trainer(trainer: Any) -> None:
             "reload_dataloaders_every_n_epochs= would replace the private loader in the middle of training. Leave it "
             "away."
         )
+
+
+def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """Returns what precision="16-mixed" scales losses with, and None for other precisions."""
+    plugin: Any = trainer.precision_plugin
+    found: torch.amp.GradScaler | None = getattr(plugin, "scaler", None)
+    return found
 
 
 def unwrap(trainer: Trainer, module: LightningModule) -> None:

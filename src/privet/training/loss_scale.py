@@ -44,6 +44,7 @@ class LossScale:
         self._now: float | None = None  # the scale of the loss whose backward is to come
         self._unscaled = False  # whether the step's gradient was released already
         self._enabled = scaler.is_enabled()
+        self._own_unscale: Callable[[torch.optim.Optimizer], None] = scaler.unscale_
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -117,7 +118,7 @@ class LossScale:
         if self._update.unfinished:
             return optimizer.step(*args, **kwargs)
         if not self._unscaled:
-            self._scaler.unscale_(optimizer)
+            self._unscale(self._own_unscale, optimizer)
         self._unscaled = False
         return optimizer.step(*args, **kwargs)  # not by the scaler, which skips steps by what it finds
 

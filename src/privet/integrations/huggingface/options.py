@@ -5,7 +5,6 @@ train_sampling_strategy, group_by_length, sortish_sampler          batches are n
 max_grad_norm                                                      it clips the batch's gradient, after the noise
 auto_find_batch_size                                               the sampling rate would change in mid-run
 dataloader_drop_last                                               no batch is left over
-fp16                                                               its loss scaling multiplies what is clipped
 torch_compile, use_liger_kernel                                    gradients of each example cannot be captured
 neftune_noise_alpha                                                its scale is set by the longest example of a batch
 include_num_input_tokens_seen                                      it logs the secret size of each batch
@@ -91,14 +90,6 @@ _RULES: tuple[tuple[str, Callable[[Any, PrivacyArguments], bool], str], ...] = (
         "each batch is drawn anew from all examples, so that none is left over to drop. Leave it away.",
     ),
     (
-        "fp16",
-        _set("fp16", default=False),
-        (
-            "its loss scaling multiplies every gradient before it is clipped, and leaves steps out by what it finds in "
-            "the data. Write bf16=True."
-        ),
-    ),
-    (
         "torch_compile",
         _set("torch_compile", default=False),
         "a compiled model hides the operations from which each example's gradient is taken. Leave it away.",
@@ -167,13 +158,13 @@ def refuse_launcher(accelerator: Any) -> None:
     backend = str(getattr(getattr(state, "dynamo_plugin", None), "backend", "NO"))
     if not backend.upper().endswith("NO"):
         found.append(f"dynamo_backend={backend}")
-    if str(getattr(state, "mixed_precision", "no")) not in {"no", "bf16"}:
+    if str(getattr(state, "mixed_precision", "no")) not in {"no", "bf16", "fp16"}:
         found.append(f"mixed_precision={state.mixed_precision}")
     if found:
         raise ConfigurationError(
             f"accelerate was configured with {', '.join(found)}, with which PrivateTrainer cannot clip the gradient of "
-            "each example. Expected one process, without compilation, in single precision or bf16. Start the script "
-            "with python, or change the configuration of accelerate launch."
+            "each example. Expected one process, without compilation, in single precision, bf16 or fp16. Start the "
+            "script with python, or change the configuration of accelerate launch."
         )
 
 

@@ -135,6 +135,7 @@ class PrivateTrainer(Trainer):
             max_grad_norm=privacy.max_grad_norm,
             clipping=clipping,
             accumulate=self._accumulate,
+            grad_scaler=self.accelerator.scaler,
         )
         if privacy.target_epsilon is not None:
             self.engine.set_budget(epsilon=privacy.target_epsilon, delta=privacy.target_delta)
@@ -241,7 +242,8 @@ class PrivateTrainer(Trainer):
         self._examples = ticket.size
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        loss.backward()
+        scaler = self.accelerator.scaler  # of fp16
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return self._logged(loss.detach(), ticket)
 
     def _logged(self, loss: Tensor, ticket: BatchTicket) -> Tensor:
