@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from privet.accounting.event import Event
 from privet.errors import ConfigurationError
 from privet.noise.keystream import Keystream
 from privet.sampling.recognition import Leaves
 
-__all__ = ["BatchTicket", "Sampling", "refuse_change"]
+__all__ = ["BatchTicket", "Planned", "Sampling", "SpentOnce", "refuse_change"]
 
 
 class Sampling(ABC):
@@ -79,6 +79,33 @@ class Sampling(ABC):
 
         Raises:
             ConfigurationError: if there is no such sampling.
+        """
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A sampling that says how many passes may begin."""
+
+    def refuse_pass(self, number: int) -> None:
+        """Raises ProtocolError if pass `number`, counted from 1, is more than was planned."""
+
+
+@runtime_checkable
+class SpentOnce(Protocol):
+    """A sampling whose draws were made before the run, so that each may be trained on once, by whatever run."""
+
+    def position(self, steps: int) -> tuple[int, int]:
+        """Returns the passes that were begun, and the batches spent of the last: 0 if it is done.
+
+        Args:
+            steps: the batches of a pass of the loader.
+        """
+
+    def spend(self, number: int, index: int) -> None:
+        """Marks batch `index` of pass `number` as spent, for good. Call it before the batch is handed over.
+
+        Raises:
+            ProtocolError: if it, or one after it, is spent already.
         """
 
 

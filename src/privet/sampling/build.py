@@ -9,7 +9,8 @@ batch_size                              the expected size under Poisson sampling
 drop_last                               kept in a partition; under Poisson sampling no batch is left over to drop
 shuffle                                 implied by Poisson sampling; kept in a partition, drawn from the key
 sampler, batch_sampler of one's own     refused: their batches have no known law, so no honest epsilon
-batch_size=None, IterableDataset        refused: examples cannot be drawn at random from a stream
+IterableDataset                         read in order under sampling=Stream(...); refused under any other
+batch_size=None                         refused: there is no batch to sample
 in_order=False                          refused: batches would overtake the tickets that announce them
 """
 
@@ -35,9 +36,11 @@ from privet.sampling.base import Sampling
 from privet.sampling.loader import PrivateLoader
 from privet.sampling.partition import Partition
 from privet.sampling.poisson import Poisson
+from privet.sampling.reading import in_order
 from privet.sampling.sampler import LogicalBatches
 from privet.sampling.shards import share_of
 from privet.sampling.share import WHOLE, Share
+from privet.sampling.stream import Stream
 
 __all__ = ["loader_for", "privatize_loader"]
 
@@ -71,10 +74,11 @@ def privatize_loader(
         raise ConfigurationError("This loader is private already: pass the loader that it was made from.")
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(f"data_loader must be a torch DataLoader, got {type(loader).__name__}.")
-    shuffled = _order(loader, poisson=poisson)
+    shuffled = _order(loader, poisson=poisson, stream=isinstance(sampling, Stream))
     if not getattr(loader, "in_order", True):  # torch 2.6 has no other order
         raise ConfigurationError("in_order=False lets batches overtake each other: use in_order=True, torch's default.")
-    size = _length(loader.dataset)
+    dataset = in_order(loader.dataset, sampling, workers=loader.num_workers, share=share)
+    size = _length(dataset)
     if sampling is not None and not poisson:
         raise ConfigurationError("sampling= and poisson_sampling=False both say how batches are formed: give one.")
     if dataset_size is not None and not (poisson if sampling is None else sampling.random_size):
@@ -119,11 +123,11 @@ def privatize_loader(
         key=key or NoiseKey.fresh(),
         size=size,
         steps=steps,
-        share=share_of(loader.dataset, share),
+        share=share_of(dataset, share),
         parts=accumulate,
     )
     return PrivateLoader(
-        loader.dataset,
+        dataset,
         batches=batches,
         expected_batch_size=expected,
         dataset_size=declared,
@@ -160,6 +164,7 @@ def loader_for(
     Raises:
         ConfigurationError: for options that contradict the sampling.
     """
+    dataset = in_order(dataset, sampling, workers=num_workers, share=share)
     size = _length(dataset)
     if isinstance(sampling, Partition) and (batch_size is not None or drop_last):
         if sampling.batch_size not in (None, batch_size):
@@ -193,8 +198,9 @@ def _length(dataset: Any) -> int:
     if isinstance(dataset, IterableDataset):
         raise ConfigurationError(
             f"{type(dataset).__name__} is an IterableDataset, from which no example can be drawn at random, so that "
-            "nothing is known of who is in a batch. Use a map-style dataset, with __len__ and __getitem__: for example "
-            "list(dataset), or an index over your shards."
+            "nothing is known of who is in a batch. Read it in order, with sampling=Stream(batch_size=..., "
+            "records=...), or use a map-style dataset, with __len__ and __getitem__: for example list(dataset), or an "
+            "index over your shards."
         )
     try:
         size = len(dataset)
@@ -207,9 +213,10 @@ def _length(dataset: Any) -> int:
     return size
 
 
-def _order(loader: DataLoader[Any], *, poisson: bool) -> bool:
+def _order(loader: DataLoader[Any], *, poisson: bool, stream: bool) -> bool:
     """Returns whether the user's loader shuffles, and refuses one whose batches have no known law."""
-    if isinstance(loader.dataset, IterableDataset):
+    iterable = isinstance(loader.dataset, IterableDataset)
+    if iterable and not stream:
         _length(loader.dataset)
     if type(loader).__module__.startswith("accelerate."):
         raise ConfigurationError(
@@ -233,8 +240,15 @@ def _order(loader: DataLoader[Any], *, poisson: bool) -> bool:
         )
     sampler: Any = loader.sampler
     dataset: Any = loader.dataset
+    if iterable:  # torch lets no sampler stand beside one
+        return False
     if type(sampler) is SequentialSampler and sampler.data_source is dataset:
         return False
+    if stream:
+        raise ConfigurationError(
+            f"the loader chooses examples by {type(sampler).__name__}, and a Stream is read in its own order. Expected "
+            "neither shuffle=True nor a sampler. Remove it; shuffle the records once, before the run, if need be."
+        )
     if type(sampler) is RandomSampler and sampler.data_source is dataset:
         if not sampler.replacement and sampler.num_samples == _length(dataset):
             return True

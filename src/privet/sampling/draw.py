@@ -15,6 +15,7 @@ __all__ = [
     "Places",
     "address",
     "chosen_indices",
+    "intervals",
     "poisson_indices",
     "random_places",
     "shuffled_indices",
@@ -83,13 +84,13 @@ def random_places(stream: Keystream, *, places: int, size: int, step: int, name:
     The place of an example is that of its word among equal intervals of all words: its probability is 1 / `places`
     to 2**-63. At most 2**32 places.
     """
-    chosen = _intervals(stream.words(size, step=step, name=name), places)
+    chosen = intervals(stream.words(size, step=step, name=name), places)
     starts = np.zeros(places + 1, dtype=np.int64)
     np.cumsum(np.bincount(chosen, minlength=places), out=starts[1:])
     return Places(np.argsort(chosen, kind="stable").astype(np.int64), starts)
 
 
-def _intervals(words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
+def intervals(words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
     """Returns floor(word count / 2**64): which of `count` equal intervals of all words each is in. At most 2**32."""
     # In two halves: neither product leaves 64 bits.
     number, half = np.uint64(count), np.uint64(32)
@@ -109,7 +110,7 @@ def chosen_indices(
         return np.sort(order[:count])
     wanted = count + count // 2 + 16
     while True:
-        drawn = _intervals(stream.words(wanted, step=step, name=name), size)
+        drawn = intervals(stream.words(wanted, step=step, name=name), size)
         different, first_met = np.unique(drawn, return_index=True)
         if len(different) >= count:
             return np.sort(different[np.argsort(first_met)[:count]])

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from privet._checks import check_count
 from privet.errors import ProtocolError
-from privet.sampling.base import BatchTicket, Sampling, refuse_change
+from privet.sampling.base import BatchTicket, Sampling, SpentOnce, refuse_change
 from privet.sampling.empty import EmptyBatch
 from privet.sampling.recognition import Leaves
 from privet.sampling.sampler import Drawn, LogicalBatches
@@ -166,6 +166,8 @@ class PrivateLoader(DataLoader[Any]):
 
     def announce(self, ticket: BatchTicket, batch: Any) -> None:
         """Tells the listeners of a batch that is handed over now, and counts it if it ends a logical batch."""
+        if ticket.first and self._batches.share.rank == 0 and isinstance(ticket.sampling, SpentOnce):
+            ticket.sampling.spend(ticket.passes, ticket.index)
         ticket = replace(ticket, leaves=Leaves(batch))
         if ticket.last:
             self._steps_done = max(self._steps_done, ticket.step + 1)

@@ -12,7 +12,7 @@ from privet._checks import check_count
 from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import Keystream
-from privet.sampling.base import Sampling
+from privet.sampling.base import Planned, Sampling, SpentOnce
 from privet.sampling.draw import MOST_STEPS
 from privet.sampling.share import WHOLE, Share
 
@@ -112,6 +112,7 @@ class LogicalBatches(Sampler[list[int]]):
         self._pending: Pass | None = None
         self._resumed_at = 0
         self._shared: tuple[tuple[int, int], object] | None = None  # of the pass that was drawn from last
+        self._skip_spent()
 
     @property
     def predictable(self) -> bool:
@@ -122,6 +123,8 @@ class LogicalBatches(Sampler[list[int]]):
         """Returns the next pass, which the next iteration draws from."""
         first, self._resumed_at = self._resumed_at, 0
         if first == 0:
+            if isinstance(self.sampling, Planned):
+                self.sampling.refuse_pass(self.passes + 1)
             self.passes += 1
         self._pending = Pass(self, number=self.passes, first=first)
         return self._pending
@@ -183,3 +186,9 @@ class LogicalBatches(Sampler[list[int]]):
         order_lost = not self.sampling.resumable and not self._key.predictable
         self._resumed_at = 0 if order_lost or handed_over >= self.steps else handed_over
         self._pending = None
+        self._skip_spent()
+
+    def _skip_spent(self) -> None:
+        """Goes to the first batch that no run has trained on, where batches were drawn before the run."""
+        if isinstance(self.sampling, SpentOnce):
+            self.passes, self._resumed_at = self.sampling.position(self.steps)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from privet._checks import check_count
 from privet.errors import ConfigurationError
+from privet.sampling.reading import ShardedStream
 from privet.sampling.share import Share
 
 __all__ = ["ShardShare", "ShardedDataset", "share_of"]
@@ -97,6 +98,8 @@ class ShardShare(Share):
 
 def share_of(dataset: object, share: Share) -> Share:
     """Returns a rank's share of the batches of a dataset: by shard where it is in shards."""
+    if isinstance(dataset, ShardedStream):
+        return dataset.share(share)
     if not isinstance(dataset, ShardedDataset):
         return share
     return ShardShare(rank=share.rank, ranks=share.ranks, together=share.together, starts=dataset.starts)

@@ -9,6 +9,7 @@
     batches are read ahead                                   each is due once: with its step, or before it where it
                                                              cannot be told from the batch of an earlier step
     a pass that is left early, or that no step is taken in   nothing
+    a pass over a stream beyond those that were declared     an error, before anything is written
 
 Every loader counts its passes from 1, so a pass is known by its loader and its number, never by the number alone.
 """
@@ -20,7 +21,7 @@ import warnings
 from privet.accounting.event import DrawnOnce, Event
 from privet.accounting.role import LedgerLike
 from privet.mechanism import Mechanism
-from privet.sampling.base import BatchTicket
+from privet.sampling.base import BatchTicket, Planned
 from privet.training.handed_over import HandedOver, Match, Waiting
 
 __all__ = ["Billing"]
@@ -40,6 +41,7 @@ class Billing:
         self.ledger = ledger
         self.handed_over = HandedOver()
         self._paid: dict[tuple[int, int], Event] = {}  # the passes that were written lately, and their events
+        self._begun = 0  # passes of all loaders that were written, since the beginning or the last resume
         self._warned: set[str] = set()
         self._written: list[Event] = []  # of the step at hand
 
@@ -75,9 +77,25 @@ class Billing:
         self.handed_over.take(match.ticket)
         return self._written
 
+    def announce(self, ticket: BatchTicket) -> None:
+        """Takes note of a batch that is about to be handed over.
+
+        Raises:
+            ProtocolError: if it begins a pass beyond those that its sampling declares. It is not handed over then.
+        """
+        if ticket.pass_key not in self._paid:
+            self._refuse_pass(ticket)
+        self.handed_over.announce(ticket)
+
     def resumed(self) -> None:
         """Forgets which pass was paid for: a pass that goes on after a resume is billed again."""
         self._paid.clear()
+        self._begun = 0  # a loader that was resumed knows itself how many passes have begun
+
+    def _refuse_pass(self, ticket: BatchTicket) -> None:
+        """Raises ProtocolError if the pass of a batch is one more than were declared, whatever loader it is of."""
+        if isinstance(ticket.sampling, Planned):
+            ticket.sampling.refuse_pass(self._begun + 1)
 
     def _begin_left_out(self, mechanism: Mechanism, key: tuple[int, int] | None, *, before: BatchTicket | None) -> None:
         """Bills batches that were left out in the middle of a pass as if they had been trained on, and says so."""
@@ -113,6 +131,9 @@ class Billing:
         event, key = drawn.event(1), waiting.ticket.pass_key
         if drawn.sampling.billed_per == "pass":
             paid = self._paid.get(key)
+            if paid is None:
+                self._refuse_pass(waiting.ticket)
+                self._begun += 1
             if paid != event:
                 # Noise or sensitivity has changed within the pass, whose draw the steps before have told of.
                 self._write(event.rest_of_pass() if paid is not None and isinstance(event, DrawnOnce) else event)

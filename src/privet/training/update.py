@@ -189,7 +189,7 @@ class PrivateUpdate:
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch that the private loader is about to hand over."""
         self._sum.announce(ticket)
-        self.billing.handed_over.announce(ticket)
+        self.billing.announce(ticket)
 
     def recognize(self, tensors: Iterable[Tensor], *, anew: bool) -> None:
         """Takes note of what the model was given, by which the batch of the next backward may be known.
