@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from privet.noise import BLT, BandMF, Gaussian, LambdaCGD, Noise
     from privet.sampling import (
         CyclicPoisson,
+        DrawnSchedule,
         FixedSize,
         Partition,
         Poisson,
         RandomAllocation,
         Sampling,
+        Stream,
         TruncatedPoisson,
     )
     from privet.schedules import Exponential, Listed, Plan, Schedule, Stepwise
@@ -65,6 +67,7 @@ __all__ = [
     "ConfigurationError",
     "CoverageError",
     "CyclicPoisson",
+    "DrawnSchedule",
     "Exponential",
     "FileLedger",
     "FixedSize",
@@ -93,6 +96,7 @@ __all__ = [
     "Schedule",
     "StepStatistics",
     "Stepwise",
+    "Stream",
     "TensorBoardLogger",
     "TruncatedPoisson",
     "Unit",
@@ -120,6 +124,7 @@ _HOMES = {
     "ChainedOptimizer": "privet.training.chained",
     "ClippingPolicy": "privet.clipping",
     "CyclicPoisson": "privet.sampling",
+    "DrawnSchedule": "privet.sampling",
     "Exponential": "privet.schedules",
     "FileLedger": "privet.accounting",
     "FixedSize": "privet.sampling",
@@ -144,6 +149,7 @@ _HOMES = {
     "Schedule": "privet.schedules",
     "StepStatistics": "privet.training.statistics",
     "Stepwise": "privet.schedules",
+    "Stream": "privet.sampling",
     "TensorBoardLogger": "privet.training.loggers",
     "TruncatedPoisson": "privet.sampling",
     "Unit": "privet.accounting",

@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "accounting.md"
 COMMANDS = [line.strip() for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("    privet ")]
 
 # Commands with pages and tests of their own.
-ELSEWHERE = {"audit", "check", "completion", "ledger", "plan", "report"}
+ELSEWHERE = {"audit", "check", "completion", "ledger", "plan", "report", "schedule"}
 
 
 def test_every_command_is_on_the_page():

@@ -32,6 +32,7 @@ from privet.cli.plan import plan
 from privet.cli.plot import check_plot, plot_curve
 from privet.cli.report import report
 from privet.cli.sampler import Sampler
+from privet.cli.schedule import schedule
 from privet.errors import PrivetError
 
 __all__ = ["cli", "main"]
@@ -280,7 +281,7 @@ def curve(
             print(f"Drawn into {plot}")
 
 
-for command in (audit, check, completion, ledger, plan, report):
+for command in (audit, check, completion, ledger, plan, report, schedule):
     cli.add_command(command)
 
 

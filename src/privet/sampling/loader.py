@@ -64,6 +64,7 @@ class PrivateLoader(DataLoader[Any]):
         self.expected_batch_size = expected_batch_size
         self.dataset_size = dataset_size
         self._source = next(_SOURCES)
+        self._spent: tuple[int, int] | None = None  # the batch that was marked last
         if batches.sampling.random_size or batches.parts > 1:
             self._empty.make()  # fails here rather than at a rare batch
         super().__init__(dataset, batch_sampler=batches, collate_fn=_Counted(collate_fn), **options)
@@ -166,8 +167,7 @@ class PrivateLoader(DataLoader[Any]):
 
     def announce(self, ticket: BatchTicket, batch: Any) -> None:
         """Tells the listeners of a batch that is handed over now, and counts it if it ends a logical batch."""
-        if ticket.first and self._batches.share.rank == 0 and isinstance(ticket.sampling, SpentOnce):
-            ticket.sampling.spend(ticket.passes, ticket.index)
+        self._spend(ticket)
         ticket = replace(ticket, leaves=Leaves(batch))
         if ticket.last:
             self._steps_done = max(self._steps_done, ticket.step + 1)
@@ -177,6 +177,14 @@ class PrivateLoader(DataLoader[Any]):
                 self._handed_over = ticket.index + 1
         for listener in tuple(self._listeners):
             listener(ticket)
+
+    def _spend(self, ticket: BatchTicket) -> None:
+        """Marks a batch that was drawn before the run as spent, when its first part is handed over."""
+        place, sampling = (ticket.passes, ticket.index), self._batches.sampling
+        # A part for which memory ran out comes again, and is in no sum: then the batch is marked already.
+        if ticket.first and place != self._spent and self._batches.share.rank == 0 and isinstance(sampling, SpentOnce):
+            sampling.spend(*place)
+            self._spent = place
 
     def structures(self) -> tuple[Any, Any]:
         """Returns what a batch of one example looks like, and one of two, without their contents."""

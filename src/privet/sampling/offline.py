@@ -4,7 +4,7 @@ Membership is a function of (key, pass, record): record r is in block r // `BLOC
 so that any machine that holds the key finds the steps of its records by reading them in order (`memberships`).
 
     Poisson              the cells (record, step) of a block are one row, through which geometric gaps are drawn
-    truncated Poisson    the same; of a batch of more than the cap, a random choice is kept when batches are put together
+    truncated Poisson    the same; of a batch above the cap, a random choice is kept when batches are put together
     random allocation    the interval of a record's word among as many equal intervals as there are steps
 
 Memory holds one chunk of a pass, whatever the size of the data: memberships go to a file for each chunk first, and each
@@ -43,6 +43,7 @@ __all__ = [
     "Memberships",
     "chunk_name",
     "draw_schedule",
+    "fresh_key",
     "law_of",
     "memberships",
 ]
@@ -79,8 +80,8 @@ def draw_schedule(
         law: how batches are formed.
         dataset_size: the number of records.
         passes: how many passes are drawn. A pass of Poisson sampling has ceil(1 / rate) batches.
-        key: 32 secret bytes, where other machines are to find the steps of their own records (`memberships`). By default
-            they are drawn and forgotten. One key is for one schedule: a second one under it would draw the same again.
+        key: 32 secret bytes, where other machines are to find the steps of their own records (`memberships`). By
+            default they are drawn and forgotten. One key is for one schedule: a second one would draw the same again.
         progress: called with the part that is done, from 0 to 1.
 
     Raises:
@@ -91,7 +92,7 @@ def draw_schedule(
         raise ConfigurationError(f"{target} exists. Expected a new folder: a schedule is drawn once, and used once.")
     steps = _checked(law, check_count("dataset_size", dataset_size, 1))
     check_count("passes", passes, 1)
-    stream = _stream(os.urandom(KEY_BYTES) if key is None else key)
+    stream = _stream(fresh_key() if key is None else key)
     drawing = target.with_name(f"{target.name}.{os.getpid()}.drawing")
     drawing.mkdir(mode=0o700, parents=True)
     try:
@@ -99,7 +100,7 @@ def draw_schedule(
         for number in range(1, passes + 1):
             done = (number - 1) / passes
             report = None if progress is None else (lambda part, done=done: progress(done + part / passes))
-            chunks += _Pass(drawing, law, dataset_size, steps, stream, number).draw(report)
+            chunks += _Pass(drawing, law, dataset_size, stream=stream, number=number).draw(report)
         header: dict[str, Any] = {
             "format": _FORMAT,
             "law": {"name": type(law).__name__, **vars(law)},
@@ -129,8 +130,13 @@ def memberships(key: bytes, law: Laws, *, dataset_size: int, number: int, block:
 
     They are those of `draw_schedule` under the same key, but for what a cap cuts afterwards. SECRET.
     """
-    steps = _checked(law, dataset_size)
-    return _memberships(_stream(key), law, dataset_size, steps, number, block)
+    _checked(law, dataset_size)
+    return _memberships(_stream(key), law, dataset_size, number=number, block=block)
+
+
+def fresh_key() -> bytes:
+    """Returns a key for one schedule, which the operating system has just drawn."""
+    return os.urandom(KEY_BYTES)
 
 
 def law_of(described: dict[str, Any]) -> Laws:
@@ -159,7 +165,8 @@ def _stream(key: bytes) -> Keystream:
     return Keystream(NoiseKey.from_secret(key), purpose="schedule")
 
 
-def _memberships(stream: Keystream, law: Laws, size: int, steps: int, number: int, block: int) -> Memberships:
+def _memberships(stream: Keystream, law: Laws, size: int, *, number: int, block: int) -> Memberships:
+    steps = law.steps_per_pass(size)
     first = block * BLOCK
     held, step = min(BLOCK, size - first), address(number, block)
     if isinstance(law, RandomAllocation):
@@ -174,7 +181,8 @@ def _memberships(stream: Keystream, law: Laws, size: int, steps: int, number: in
 class _Pass:
     """The drawing of one pass into chunks of consecutive steps."""
 
-    def __init__(self, folder: Path, law: Laws, size: int, steps: int, stream: Keystream, number: int) -> None:
+    def __init__(self, folder: Path, law: Laws, size: int, *, stream: Keystream, number: int) -> None:
+        steps = law.steps_per_pass(size)
         self._folder, self._law, self._size, self._steps = folder, law, size, steps
         self._stream, self._number = stream, number
         expected = max(1.0, law.expected_batch_size(size))
@@ -202,7 +210,7 @@ class _Pass:
 
     def _deal(self, parts: list[Path], block: int) -> None:
         """Appends the memberships of a block to the files of their chunks."""
-        drawn = _memberships(self._stream, self._law, self._size, self._steps, self._number, block)
+        drawn = _memberships(self._stream, self._law, self._size, number=self._number, block=block)
         chunks = drawn.steps // self._chunk
         order = np.argsort(chunks.astype(np.uint16), kind="stable")  # a radix sort
         pairs = np.empty(len(order), dtype=_PAIR)
@@ -239,10 +247,11 @@ class _Pass:
         """Returns the batches of a chunk, of each of which at most `cap` records are kept, chosen at random."""
         kept = []
         for index, batch in enumerate(np.split(records, np.cumsum(counts)[:-1])):
-            step = address(self._number, first + index)
-            if len(batch) > cap:
-                batch = batch[chosen_indices(self._stream, count=cap, size=len(batch), step=step, name="truncation")]
             kept.append(batch)
+            if len(batch) > cap:
+                step = address(self._number, first + index)
+                chosen = chosen_indices(self._stream, count=cap, size=len(batch), step=step, name="truncation")
+                kept[-1] = batch[chosen]
         return np.concatenate(kept), np.minimum(counts, cap)
 
 

@@ -1,12 +1,12 @@
 """Reading of streams in order: as a dataset whose record `i` is the one that comes at place i of a pass.
 
-    what the loader asks for                      what is done
-    the next record                               it is read
-    the first record again                        another pass begins: the stream is opened again
-    a record further on, right after the opening  the records before it are read and thrown away (a resumed run)
-    anything else, in a stream of the user's own  refused: it is read at two places at once
-    a record that does not come                   refused: the stream is shorter than declared
-    the last record, and one more comes           refused before that record is handed over: it is longer
+what the loader asks for                      what is done
+the next record                               it is read
+the first record again                        another pass begins: the stream is opened again
+a record further on, right after the opening  the records before it are read and thrown away (a resumed run)
+anything else, in a stream of the user's own  refused: it is read at two places at once
+a record that does not come                   refused: the stream is shorter than declared
+the last record, and one more comes           refused before that record is handed over: it is longer
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class _Reader:
             read = self._next
             self._close()
             raise ProtocolError(
-                f"{self._name} ended after {read} records, and {self._size} are declared. Expected all of them in every "
-                "pass, in one process: a stream that deals its records to workers or ranks (get_worker_info) gives a "
-                "part here, and a generator gives nothing when it is read again. The batch was not handed over. "
+                f"{self._name} ended after {read} records, and {self._size} are declared. Expected all of them in "
+                "every pass, in one process: a stream that deals records to workers (get_worker_info) "
+                "gives a part here, and a generator gives nothing when it is read again. The batch is not given. "
                 "Declare the number of records that come, and give a stream that can be read from its start."
             )
         self._next += 1
@@ -263,8 +263,8 @@ def in_order(dataset: Any, sampling: Sampling | None, *, workers: int, share: Sh
     if workers > 1:
         raise ConfigurationError(
             f"num_workers={workers} with a stream of one part: each worker would read all of {name}, and a record "
-            "could be in a batch of each. Expected at most one worker. Take num_workers=1, or cut the data into shards: "
-            "ShardedStream, which any number of workers may read."
+            "could be in a batch of each. Expected at most one worker. Take num_workers=1, or cut the data into "
+            "shards: ShardedStream, which any number of workers may read."
         )
     if share.ranks > 1:
         raise ConfigurationError(

@@ -121,6 +121,7 @@ class LogicalBatches(Sampler[list[int]]):
 
     def begin(self) -> Pass:
         """Returns the next pass, which the next iteration draws from."""
+        self._skip_spent()
         first, self._resumed_at = self._resumed_at, 0
         if first == 0:
             if isinstance(self.sampling, Planned):
@@ -186,9 +187,21 @@ class LogicalBatches(Sampler[list[int]]):
         order_lost = not self.sampling.resumable and not self._key.predictable
         self._resumed_at = 0 if order_lost or handed_over >= self.steps else handed_over
         self._pending = None
-        self._skip_spent()
+        self._skip_spent(handed_over=max(0, self.passes - 1) * self.steps + handed_over)
 
-    def _skip_spent(self) -> None:
-        """Goes to the first batch that no run has trained on, where batches were drawn before the run."""
-        if isinstance(self.sampling, SpentOnce):
-            self.passes, self._resumed_at = self.sampling.position(self.steps)
+    def _skip_spent(self, *, handed_over: int = 0) -> None:
+        """Goes to the first batch that no run was given, where batches were drawn before the run.
+
+        Args:
+            handed_over: how many batches a run was given, as far as is known otherwise.
+        """
+        if not isinstance(self.sampling, SpentOnce):
+            return
+        self.passes, self._resumed_at = self.sampling.position(self.steps)
+        spent = self.passes * self.steps if self._resumed_at == 0 else (self.passes - 1) * self.steps + self._resumed_at
+        if spent < handed_over:
+            raise ConfigurationError(
+                f"{handed_over} batches of the schedule were handed over when the state was saved, and its folder says "
+                f"{spent}. Expected the folder itself, not an older copy: its batches would be used twice. Resume with "
+                "the folder that the run used, or draw a new schedule."
+            )

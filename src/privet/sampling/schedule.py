@@ -1,13 +1,13 @@
 """Following a schedule that was drawn before the run: its batches one after the other, each once, for good.
 
-    what happens                                       what privet does
-    another run, or a resumed one, opens the schedule  it goes on after the last batch that was handed over
-    two runs follow it at once                         the second is refused at its first batch
-    a batch that was handed over before is wanted      refused: its coins were told of once
-    a file was changed, or is of another schedule      refused where it is read
-    others than the owner may read a file              refused
-    another law, rate, size or number of steps         refused when the loader is made
-    the folder was copied, and both are used           not seen: never do it
+what happens                                       what privet does
+another run, or a resumed one, opens the schedule  it goes on after the last batch that was handed over
+two runs follow it at once                         the second is refused at its first batch
+a batch that was handed over before is wanted      refused: its coins were told of once
+a file was changed, or is of another schedule      refused where it is read
+others than the owner may read a file              refused
+another law, rate, size or number of steps         refused when the loader is made
+the folder was copied, and both are used           not seen: never do it
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -96,8 +96,8 @@ class DrawnSchedule(Sampling):
         most = self.steps if self.billed_per == "step" else self.passes
         if count > most:
             raise ConfigurationError(
-                f"{count} {self.billed_per}(s) are planned, and the schedule has {most}. Expected no more. Draw a longer "
-                "schedule before the run, or plan for this one."
+                f"{count} {self.billed_per}(s) are planned, and the schedule has {most}. Expected no more. Draw a "
+                "longer schedule before the run, or plan for this one."
             )
         return self.law.event_for(base_event, count)
 
@@ -113,8 +113,8 @@ class DrawnSchedule(Sampling):
         self.steps_per_pass(size)
         if (place := self._place(number, index)) >= self.steps:
             raise ProtocolError(
-                f"the schedule has {self.steps} batches, and all were handed over. Expected no further one: a batch that "
-                "comes again tells of the same coins. Nothing was released. Draw a new schedule, with a new key."
+                f"the schedule has {self.steps} batches, and all were handed over. Expected no further one: a batch "
+                "that comes again tells of the same coins. Nothing was released. Draw a new schedule, with a new key."
             )
         return self.files.batch(place).tolist()  # type: ignore[no-any-return]
 
@@ -126,8 +126,8 @@ class DrawnSchedule(Sampling):
         """
         if size != self.dataset_size:
             raise ConfigurationError(
-                f"the schedule was drawn for {self.dataset_size} records, and the data set has {size}. Expected as many. "
-                "Draw a schedule for this data set."
+                f"the schedule was drawn for {self.dataset_size} records, and the data set has {size}. Expected as "
+                "many. Draw a schedule for this data set."
             )
         return self.steps_of_a_pass
 
@@ -222,6 +222,7 @@ class _Files:
         """Marks a batch, and all before it, as handed over."""
         if self._mark is None:
             self._mark = _locked(self.folder / USED)
+            finalize(self, self._mark.close)
         used = int.from_bytes(os.pread(self._mark.fileno(), 8, 0), "little")
         if place < used:
             raise ProtocolError(

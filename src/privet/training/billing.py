@@ -94,8 +94,9 @@ class Billing:
 
     def _refuse_pass(self, ticket: BatchTicket) -> None:
         """Raises ProtocolError if the pass of a batch is one more than were declared, whatever loader it is of."""
-        if isinstance(ticket.sampling, Planned):
-            ticket.sampling.refuse_pass(self._begun + 1)
+        sampling: object = ticket.sampling
+        if isinstance(sampling, Planned):
+            sampling.refuse_pass(self._begun + 1)
 
     def _begin_left_out(self, mechanism: Mechanism, key: tuple[int, int] | None, *, before: BatchTicket | None) -> None:
         """Bills batches that were left out in the middle of a pass as if they had been trained on, and says so."""
