@@ -101,8 +101,13 @@ class SpentOnce(Protocol):
             steps: the batches of a pass of the loader.
         """
 
-    def spend(self, number: int, index: int) -> None:
-        """Marks batch `index` of pass `number` as spent, for good. Call it before the batch is handed over.
+    def spend(self, number: int, index: int, *, record: bool) -> None:
+        """Marks batch `index` of pass `number` as spent. Call it before the batch is handed over.
+
+        Args:
+            number: of the pass, from 1.
+            index: of the batch in the pass.
+            record: whether it is marked for good, which one of several ranks does.
 
         Raises:
             ProtocolError: if it, or one after it, is spent already.

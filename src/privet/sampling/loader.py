@@ -182,8 +182,8 @@ class PrivateLoader(DataLoader[Any]):
         """Marks a batch that was drawn before the run as spent, when its first part is handed over."""
         place, sampling = (ticket.passes, ticket.index), self._batches.sampling
         # A part for which memory ran out comes again, and is in no sum: then the batch is marked already.
-        if ticket.first and place != self._spent and self._batches.share.rank == 0 and isinstance(sampling, SpentOnce):
-            sampling.spend(*place)
+        if ticket.first and place != self._spent and isinstance(sampling, SpentOnce):
+            sampling.spend(*place, record=self._batches.share.rank == 0)
             self._spent = place
 
     def structures(self) -> tuple[Any, Any]:

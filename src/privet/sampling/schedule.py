@@ -166,13 +166,13 @@ class DrawnSchedule(Sampling):
         begun, rest = divmod(self.used, steps)
         return begun + (rest > 0), rest
 
-    def spend(self, number: int, index: int) -> None:
-        """Marks a batch and all before it as handed over, on disk.
+    def spend(self, number: int, index: int, *, record: bool = True) -> None:
+        """Marks a batch and all before it as handed over, on disk where `record` says so.
 
         Raises:
             ProtocolError: if it was, or another process follows the schedule.
         """
-        self.files.spend(self._place(number, index))
+        self.files.spend(self._place(number, index), record=record)
 
     def _place(self, number: int, index: int) -> int:
         # Where all of it is one pass of the loader, number is 1 and index goes on.
@@ -203,6 +203,7 @@ class _Files:
         self.digest = sha256(content).hexdigest()[:32]  # the header has the digests of the chunks
         self._firsts = np.asarray([chunk["first"] for chunk in self.header["chunks"]])
         self._kept: tuple[int, npt.NDArray[np.int64], npt.NDArray[Any]] | None = None
+        self._used: int | None = None
         self._mark: BinaryIO | None = None  # the file of the mark, which this process holds locked
 
     def batch(self, place: int) -> npt.NDArray[Any]:
@@ -215,23 +216,35 @@ class _Files:
         return np.sort(records[ends[index - 1] if index else 0 : ends[index]])
 
     def used(self) -> int:
-        """Returns the first batch that was not handed over."""
-        return int.from_bytes((self.folder / USED).read_bytes(), "little")
+        """Returns the first batch that was not handed over, as this process knows it."""
+        # Read once: of several ranks one writes the mark, while the others begin.
+        if self._used is None:
+            self._used = int.from_bytes((self.folder / USED).read_bytes(), "little")
+        return self._used
 
-    def spend(self, place: int) -> None:
-        """Marks a batch, and all before it, as handed over."""
+    def look_again(self) -> None:
+        """Forgets how far the schedule was used, unless it is this process that uses it."""
         if self._mark is None:
+            self._used = None
+
+    def spend(self, place: int, *, record: bool) -> None:
+        """Marks a batch, and all before it, as handed over."""
+        used = self.used()
+        if record and self._mark is None:
             self._mark = _locked(self.folder / USED)
             finalize(self, self._mark.close)
-        used = int.from_bytes(os.pread(self._mark.fileno(), 8, 0), "little")
+            found = int.from_bytes(os.pread(self._mark.fileno(), 8, 0), "little")
+            used = self._used = max(used, found)
         if place < used:
             raise ProtocolError(
                 f"batch {place} of the schedule was handed over before, and {used} were. Expected the next one: who is "
                 "in a batch is drawn once, and the accounting does not cover a second use. Make a new loader, which "
                 "goes on after the last batch, or draw a new schedule."
             )
-        os.pwrite(self._mark.fileno(), (place + 1).to_bytes(8, "little"), 0)
-        os.fsync(self._mark.fileno())
+        if self._mark is not None:
+            os.pwrite(self._mark.fileno(), (place + 1).to_bytes(8, "little"), 0)
+            os.fsync(self._mark.fileno())
+        self._used = place + 1
 
     def _chunk(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """Returns where each batch of a chunk ends, and their records."""
@@ -259,7 +272,9 @@ _OPENED: WeakValueDictionary[tuple[Path, str], _Files] = WeakValueDictionary()
 def _opened(folder: Path) -> _Files:
     """Returns the files of a schedule: in this process the same object each time, with the one lock on the mark."""
     files = _Files(folder)
-    return _OPENED.setdefault((files.folder, files.digest), files)
+    known = _OPENED.setdefault((files.folder, files.digest), files)
+    known.look_again()
+    return known
 
 
 def _locked(path: Path) -> BinaryIO:
