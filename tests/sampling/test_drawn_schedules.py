@@ -43,6 +43,7 @@ def _small_files(monkeypatch):
     """Several blocks and chunks, though there are few records."""
     monkeypatch.setattr(offline, "BLOCK", 64)
     monkeypatch.setattr(offline, "_MEMBERSHIPS", 50)
+    monkeypatch.setattr(offline, "_BLOCKS_AT_ONCE", 2)
 
 
 def drawn(tmp_path, law=None, *, size=N, name="schedule", **options):
@@ -269,6 +270,8 @@ def test_a_schedule_is_used_once(tmp_path):
         with pytest.raises(ProtocolError, match="all were handed over"):
             next(iter(each))
     assert step.ledger.event() == before
+    shutil.copytree(tmp_path / "schedule", tmp_path / "copy")
+    assert DrawnSchedule.open(tmp_path / "copy").used == schedule.steps  # the mark is on disk
 
 
 def test_two_runs_at_once_do_not_share_a_batch(tmp_path):

@@ -53,8 +53,9 @@ BLOCK = 2**18
 HEADER, USED = "schedule.json", "used"
 SALT_BYTES = 32
 _FORMAT = 1
+_BLOCKS_AT_ONCE = 8
 _MEMBERSHIPS = 2**22  # in a chunk, about
-_MOST_FILES = 256  # open at once
+_MOST_FILES = 256  # of a pass, unless it has more than 2**24 steps
 _MOST_STEPS_OF_A_CHUNK = 2**16
 _PAIR = np.dtype([("step", "<u2"), ("record", "<u8")])
 
@@ -196,10 +197,11 @@ class _Pass:
         parts = [self._folder / f"part-{each}" for each in range(self._count)]
         for path in parts:
             _write(path, b"")
-        for block in range(blocks):
-            self._deal(parts, block)
+        for first in range(0, blocks, _BLOCKS_AT_ONCE):
+            last = min(first + _BLOCKS_AT_ONCE, blocks)
+            self._deal(parts, range(first, last))
             if report is not None:
-                report(0.6 * (block + 1) / blocks)
+                report(0.6 * last / blocks)
         found = []
         for each, path in enumerate(parts):
             found.append(self._grouped(path, each))
@@ -208,9 +210,10 @@ class _Pass:
                 report(0.6 + 0.4 * (each + 1) / self._count)
         return found
 
-    def _deal(self, parts: list[Path], block: int) -> None:
-        """Appends the memberships of a block to the files of their chunks."""
-        drawn = _memberships(self._stream, self._law, self._size, number=self._number, block=block)
+    def _deal(self, parts: list[Path], blocks: range) -> None:
+        """Appends the memberships of some blocks to the files of their chunks."""
+        each = [_memberships(self._stream, self._law, self._size, number=self._number, block=block) for block in blocks]
+        drawn = Memberships(*(np.concatenate(arrays) for arrays in zip(*each, strict=True)))
         chunks = drawn.steps // self._chunk
         order = np.argsort(chunks.astype(np.uint16), kind="stable")  # a radix sort
         pairs = np.empty(len(order), dtype=_PAIR)
