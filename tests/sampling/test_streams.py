@@ -102,6 +102,8 @@ IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 def test_each_record_is_in_one_batch_of_each_pass(workers):
     loader = loader_for(Records(), sampling=Stream(B, N, passes=2), num_workers=workers)
     assert [taken(loader), taken(loader)] == [IN_ORDER, IN_ORDER]
+    with pytest.raises(ProtocolError, match="pass 3 over a stream would begin"):  # without any door, too
+        next(iter(loader))
 
 
 def test_a_generator_is_read_once_though_its_first_record_was_looked_at():
