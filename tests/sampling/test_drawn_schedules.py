@@ -30,7 +30,16 @@ from privet import (
     Stream,
     TruncatedPoisson,
 )
-from privet.accounting import GaussianEvent, PoissonEvent, RandomAllocationEvent, TruncatedPoissonEvent, repeated
+from privet.accounting import (
+    GaussianEvent,
+    Ledger,
+    PartitionEvent,
+    PoissonEvent,
+    RandomAllocationEvent,
+    Relation,
+    TruncatedPoissonEvent,
+    repeated,
+)
 from privet.sampling import draw_schedule, loader_for, memberships, offline
 
 N = 200
@@ -234,6 +243,23 @@ def test_a_resumed_run_goes_on_as_an_uninterrupted_one(tmp_path, law):
     assert torch.equal(resumed.model.weight, whole.model.weight)
     if law.billed_per == "step":
         assert resumed.ledger.event() == whole.ledger.event()
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 2.0])
+def test_the_rest_of_a_pass_of_random_allocation_is_amplified_only_with_the_same_noise(tmp_path, multiplier):
+    schedule, ledger = drawn(tmp_path, RandomAllocation(8)), Ledger(relation=Relation.ZERO_OUT)
+    whole = RandomAllocationEvent(8, GaussianEvent(1.0))
+    first = step_of(schedule, ledger=ledger)
+    for batch in itertools.islice(first.batches(DATA), 3):
+        first(batch)
+    assert ledger.event() == whole
+    second = step_of(schedule, noise=Gaussian(multiplier), ledger=ledger)
+    for batch in second.batches(DATA):
+        second(batch)
+    rest = whole if multiplier == 1.0 else PartitionEvent(1, GaussianEvent(2.0))
+    assert [(phase.event, phase.count) for phase in ledger.phases] == (
+        [(whole, 2)] if rest == whole else [(whole, 1), (rest, 1)]
+    )
 
 
 def test_batches_after_the_checkpoint_do_not_come_again(tmp_path):

@@ -4,6 +4,7 @@
     a step on a whole, fresh batch, billed by the step       the event of its sampling
     the first step in a pass, billed by the pass             the event of the pass; later steps of it are paid for
     another release within a pass, billed by the pass        the event of the pass, or what its rest costs (`DrawnOnce`)
+    a pass goes on after a resume, with the same release     the event of the pass once more
     a step on any other batch                                a release without amplification, with a warning
     a batch of the pass was left out before this step        its event too, with a warning and a mark
     batches are read ahead                                   each is due once: with its step, or before it where it
@@ -137,13 +138,19 @@ class Billing:
                 self._begun += 1
             if paid != event:
                 # Noise or sensitivity has changed within the pass, whose draw the steps before have told of.
-                self._write(event.rest_of_pass() if paid is not None and isinstance(event, DrawnOnce) else event)
+                changed = paid is not None or self._may_have_changed(event, waiting.ticket)
+                self._write(event.rest_of_pass() if changed and isinstance(event, DrawnOnce) else event)
                 self._paid[key] = event
                 for old in list(self._paid)[:-_PASSES]:
                     del self._paid[old]
         elif waiting.paid != event:
             self._write(event)  # one by one: a budget may be met in the middle
             waiting.paid = event
+
+    def _may_have_changed(self, event: Event, ticket: BatchTicket) -> bool:
+        """Returns whether a pass goes on here whose first part, before a resume, may have been another event."""
+        phases = self.ledger.phases
+        return ticket.index > 0 and (not phases or phases[-1].event != event)
 
     def _write(self, event: Event) -> None:
         self.ledger.begin(event)
