@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
     from privet.mechanism import Mechanism
-    from privet.noise import BLT, BandMF, Gaussian, LambdaCGD, Noise
+    from privet.noise import BLT, BandMF, DiscreteGaussian, Gaussian, LambdaCGD, Noise
     from privet.sampling import (
         CyclicPoisson,
         DrawnSchedule,
@@ -67,6 +67,7 @@ __all__ = [
     "ConfigurationError",
     "CoverageError",
     "CyclicPoisson",
+    "DiscreteGaussian",
     "DrawnSchedule",
     "Exponential",
     "FileLedger",
@@ -124,6 +125,7 @@ _HOMES = {
     "ChainedOptimizer": "privet.training.chained",
     "ClippingPolicy": "privet.clipping",
     "CyclicPoisson": "privet.sampling",
+    "DiscreteGaussian": "privet.noise",
     "DrawnSchedule": "privet.sampling",
     "Exponential": "privet.schedules",
     "FileLedger": "privet.accounting",

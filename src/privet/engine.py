@@ -164,7 +164,8 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             poisson_sampling: whether to draw each batch afresh at rate batch_size / n. If not, the loader's own order
                 is kept, and no amplification by sampling is claimed.
             sampling: another way of forming batches in its place, such as one of your own.
-            noise: another noise than Gaussian, such as `BandMF`; its multiplier becomes `noise_multiplier`.
+            noise: another noise than Gaussian, such as `DiscreteGaussian` or `BandMF`; its multiplier becomes
+                `noise_multiplier`.
             dataset_size: a public number to be used in place of `len(dataset)`, under Poisson sampling.
             accumulate: how many of the loader's batches make a logical batch, for a loop with `(loss / k).backward()`
                 on each, and `step()` and `zero_grad()` on every k-th. They are the k parts of one batch drawn at k

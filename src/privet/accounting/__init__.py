@@ -20,6 +20,7 @@ from privet.accounting.calibration import (
     calibrate_steps,
 )
 from privet.accounting.correlated import CorrelatedEvent, CorrelatedRelease, in_one_participation
+from privet.accounting.discrete import DiscreteGaussianEvent
 from privet.accounting.event import (
     ClipCountEvent,
     ComposedEvent,
@@ -60,6 +61,7 @@ __all__ = [
     "ComposedEvent",
     "CorrelatedEvent",
     "CorrelatedRelease",
+    "DiscreteGaussianEvent",
     "Event",
     "FileLedger",
     "FixedSizeEvent",

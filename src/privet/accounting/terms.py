@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from privet._checks import check_count
 from privet.accounting import _special as special
 from privet.accounting.correlated import CorrelatedEvent
+from privet.accounting.discrete import DiscreteGaussianEvent
 from privet.accounting.event import (
     ClipCountEvent,
     ComposedEvent,
@@ -104,7 +105,7 @@ def gaussian_multiplier(event: Event) -> float | None:
         return event.noise_multiplier
     if isinstance(event, ClipCountEvent):
         return _combined([event.noise_multiplier, 2.0 * event.count_noise])
-    if isinstance(event, CorrelatedEvent):
+    if isinstance(event, CorrelatedEvent | DiscreteGaussianEvent):
         return event.gaussian_multiplier
     if isinstance(event, NoEvent):
         return math.inf
@@ -375,4 +376,14 @@ def reduce_event(event: Event, *, relation: Relation = Relation.ADD_OR_REMOVE_ON
         raise ConfigurationError(f"relation must be one of {[str(each) for each in Relation]}, got {relation!r}.")
     reduction = _Reduction(relation, check_count("group_size", group_size, 1))
     reduction.add(event, 1)
+    if _discrete(event):  # the Gaussian that bounds it is not attained
+        reduction.tight = False
     return reduction.result()
+
+
+def _discrete(event: Event) -> bool:
+    """Returns whether noise on a grid is anywhere in an event."""
+    inside = (*getattr(event, "events", ()), *([event.event] if hasattr(event, "event") else ()))
+    return isinstance(event, DiscreteGaussianEvent) or any(
+        _discrete(each) for each in inside if isinstance(each, Event)
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from privet.accounting.accountant import Accountant, get_accountant
+from privet.accounting.discrete import DiscreteGaussianEvent
 from privet.accounting.event import (
     ComposedEvent,
     Event,
@@ -96,7 +97,7 @@ def with_noise(event: Event, louder: float) -> Event:
 
 def noise_of(event: Event) -> float | None:
     """Returns the noise multiplier of one step, 0 where it has no noise, or None where it is not a Gaussian's."""
-    if isinstance(event, GaussianEvent):
+    if isinstance(event, GaussianEvent | DiscreteGaussianEvent):
         return event.noise_multiplier
     if isinstance(event, NonPrivateEvent):
         return 0.0

@@ -6,6 +6,7 @@ from privet.noise.counter import CounterNoise
 from privet.noise.cut_tails import cut_tail_delta
 from privet.noise.description import Gaussian, Noise
 from privet.noise.device import DeviceNoise
+from privet.noise.discrete import DiscreteGaussian, DiscreteNoise
 from privet.noise.gaussian import GaussianNoise, NoiseMechanism, PrivateGradient
 from privet.noise.key import NoiseKey, noise_key
 from privet.noise.keystream import Keystream
@@ -22,6 +23,8 @@ __all__ = [
     "CorrelatedNoise",
     "CounterNoise",
     "DeviceNoise",
+    "DiscreteGaussian",
+    "DiscreteNoise",
     "Gaussian",
     "GaussianNoise",
     "Keystream",

@@ -27,7 +27,7 @@ from privet._checks import check_at_least, check_count
 from privet.errors import ConfigurationError
 from privet.noise.key import NoiseKey
 
-__all__ = ["CounterNoise", "Offsets", "Piece", "Span", "add_drawn", "span_of"]
+__all__ = ["CounterNoise", "Offsets", "Piece", "Span", "add_drawn", "parts_of", "span_of"]
 
 _ACCUMULATORS = (torch.float32, torch.float64)
 _LAST_INDEX = 2**63
@@ -158,7 +158,7 @@ class CounterNoise(ABC):
             if name in seen:
                 raise ConfigurationError(f"{name!r} is named twice: both tensors would get the same noise.")
             seen.add(name)
-            for part, offset in _parts(tensor.detach(), name, (offsets or {}).get(name, 0)):
+            for part, offset in parts_of(tensor.detach(), name, (offsets or {}).get(name, 0)):
                 check_count(f"offset of {name!r}", offset)
                 if offset + part.numel() > _LAST_INDEX:
                     raise ConfigurationError(f"{name!r} reaches beyond index 2**63; give the offset of its shard.")
@@ -185,7 +185,7 @@ def add_drawn(spans: Iterable[Span], normals: Callable[[list[Span]], Tensor], *,
             start += 2 * span.blocks
 
 
-def _parts(tensor: Tensor, name: str, where: int | Sequence[Piece]) -> Iterator[tuple[Tensor, int]]:
+def parts_of(tensor: Tensor, name: str, where: int | Sequence[Piece]) -> Iterator[tuple[Tensor, int]]:
     """Yields the parts of a shard whose elements are consecutive in the parameter, each with its first index there.
 
     Raises:

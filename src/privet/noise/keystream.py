@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import CTR, ECB
 
 from privet._checks import check_count
 from privet.errors import ConfigurationError
@@ -31,7 +31,7 @@ from privet.errors import ConfigurationError
 if TYPE_CHECKING:
     from privet.noise.key import NoiseKey
 
-__all__ = ["BLOCK_BYTES", "Keystream", "StepKey", "TagBook", "keystream_into"]
+__all__ = ["BLOCK_BYTES", "Keystream", "StepKey", "TagBook", "keystream_into", "scattered_words"]
 
 BLOCK_BYTES = 16
 LAST_STEP = 2**64 - 1
@@ -70,6 +70,7 @@ class StepKey:
         self._key = key
         self._purpose = purpose
         self._kept: tuple[tuple[int, int, int], CipherContext] | None = None
+        self._kept_blocks: tuple[tuple[int, int, int], CipherContext] | None = None
 
     def at(self, step: int) -> bytes:
         """Returns the 32-byte key of a step."""
@@ -85,8 +86,17 @@ class StepKey:
             kept = self._kept = wanted, Cipher(AES(self.at(step)), CTR(bytes(BLOCK_BYTES))).encryptor()
         return kept[1]
 
+    def blocks(self, step: int) -> CipherContext:
+        """Returns what encrypts single blocks under the key of a step: counters in any order make the same words."""
+        wanted = (self._key.generation, step, threading.get_ident())
+        kept = self._kept_blocks
+        if kept is None or kept[0] != wanted:
+            cipher = Cipher(AES(self.at(step)), ECB())  # noqa: S305  # of counters that are all different
+            kept = self._kept_blocks = wanted, cipher.encryptor()
+        return kept[1]
+
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_kept_blocks": None}
 
 
 def keystream_into(out: memoryview, *, cipher: CipherContext, tag: int, block: int, size: int) -> None:
@@ -96,6 +106,20 @@ def keystream_into(out: memoryview, *, cipher: CipherContext, tag: int, block: i
     for start in range(0, size, len(_ZEROS)):  # counter mode XORs: of zeros it leaves the keystream itself
         part = min(len(_ZEROS), size - start)
         cipher.update_into(_ZEROS[:part], out[start : start + part + BLOCK_BYTES])
+
+
+def scattered_words(
+    blocks: npt.NDArray[np.int64],  # (N,)
+    *,
+    cipher: CipherContext,  # of `StepKey.blocks`
+    tag: int,
+) -> npt.NDArray[np.int64]:  # (N, 2)
+    """Returns the two words of each of some blocks, as bit patterns: those that `keystream_into` writes for them."""
+    counters = np.empty((len(blocks), 2), dtype=">u8")
+    counters[:, 0], counters[:, 1] = tag, blocks
+    raw = bytearray(counters.nbytes + BLOCK_BYTES)
+    cipher.update_into(counters.tobytes(), raw)
+    return np.frombuffer(raw, dtype="<i8", count=2 * len(blocks)).astype(np.int64, copy=False).reshape(-1, 2)
 
 
 class Keystream:

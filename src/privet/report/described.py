@@ -9,6 +9,7 @@ from privet.accounting import (
     ComposedEvent,
     CorrelatedEvent,
     CorrelatedRelease,
+    DiscreteGaussianEvent,
     Event,
     FixedSizeEvent,
     GaussianEvent,
@@ -52,6 +53,12 @@ def described(event: Event) -> Described:
         return Described(
             "none", "no sampling: every record may be in the batch", _gaussian(event), event.noise_multiplier, 1.0
         )
+    if isinstance(event, DiscreteGaussianEvent):
+        what = (
+            "the sum of clipped gradients, rounded to a grid, with discrete Gaussian noise of "
+            f"{event.noise_multiplier:g} times its sensitivity"
+        )
+        return Described("none", "no sampling: every record may be in the batch", what, event.noise_multiplier, 1.0)
     if isinstance(event, ClipCountEvent):
         what = f"{_gaussian(event)}, and a noisy count of clipped gradients (noise {event.count_noise:g})"
         return Described("none", "no sampling: every record may be in the batch", what, event.noise_multiplier, 1.0)
