@@ -13,6 +13,7 @@ from privet.accounting import (
     Bound,
     CorrelatedEvent,
     CorrelatedRelease,
+    DiscreteGaussianEvent,
     FileLedger,
     FixedSizeEvent,
     GaussianEvent,
@@ -291,6 +292,9 @@ def test_events_are_described_with_the_numbers_that_they_have():
     shuffled = described(PartitionEvent(1, GaussianEvent(3.0)))
     assert (shuffled.name, shuffled.rate) == ("partition", 1.0)
     assert "nothing is amplified" in shuffled.sampler
+    discrete = described(PoissonEvent(0.1, DiscreteGaussianEvent(1.25, 0.001)))
+    assert (discrete.name, discrete.noise_multiplier, discrete.rate) == ("Poisson", 1.25, 0.1)
+    assert "discrete Gaussian noise of 1.25 times" in discrete.mechanism
     correlated = described(CorrelatedEvent(2, 50, CorrelatedRelease(1.5, (1.0, 0.5))))
     assert (correlated.name, correlated.noise_multiplier) == ("partition in a fixed order", 1.5)
     assert "every 50 steps" in correlated.sampler

@@ -24,7 +24,7 @@ from privet.noise.keystream import BLOCK_BYTES, StepKey, TagBook, keystream_into
 __all__ = ["CHUNK", "DiscreteDraw"]
 
 Ints = NDArray[np.int64]
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Elements worked on at once: few enough that what is in between stays in cache."""
 
 _LOW_63 = 2**63 - 1
