@@ -18,8 +18,9 @@ P(z) is proportional to e^(-z²/2s²) over the integers. s is at least `LEAST_SC
    factor nearer to 1 than 10^-530: no ε and no δ that a float64 can hold shows it. τ/s is 1 - 2^-75 at least.
 
 So the event costs what a Gaussian with noise multiplier 1 / μ costs. A record that is zeroed out counts as one that is
-not in the batch, so that the sum without it is one and the same on both sides. The discrete Gaussian also satisfies zCDP with
-ρ = μ²/2 in any dimension (Canonne, Kamath and Steinke, arXiv 2004.00010, theorem 14), which is the same Rényi bound.
+not in the batch, so that the sum without it is one and the same on both sides. The discrete Gaussian also satisfies
+zCDP with ρ = μ²/2 in any dimension (Canonne, Kamath and Steinke, arXiv 2004.00010, theorem 14), which is the same Rényi
+bound.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEAST_TAIL", "DiscreteLaw", "cells_of", "exponential"]
+__all__ = ["LEAST_TAIL", "DiscreteLaw", "Tables", "Tails", "cells_of", "exponential"]
 
 LEAST_TAIL = 2**20
 """Of 2^63: strips of a smaller tail are not in the tables for many draws at once, but found one by one."""
