@@ -49,6 +49,14 @@ def test_what_is_released_is_on_the_grid_and_has_the_deviation(std):
     assert "variance" in refutations((found - values).numpy(), 1.1 * std)
 
 
+def test_the_law_on_the_grid_is_never_narrower_than_the_deviation():
+    noise = DiscreteNoise(source())
+    for std in (1.0, 1.3, 1.0 / 3.0, 7e-9):
+        spacing, law = noise._grid(std)
+        assert std <= law.scale * spacing < std * (1.0 + 2.0**-39)
+        assert law.scale >= LEAST_SCALE
+
+
 def test_the_mechanism_uses_the_sums_own_sensitivity():
     values = {"a": torch.zeros(20_000), "b": torch.zeros(30, dtype=WIDE)}
     mechanism = DiscreteGaussian(0.7).mechanism(source())
