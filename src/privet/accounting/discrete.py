@@ -19,7 +19,7 @@ P(z) is proportional to e^(-z²/2s²) over the integers. s is at least `LEAST_SC
 
 So the event costs what a Gaussian with noise multiplier 1 / μ costs. A record that is zeroed out counts as one that is
 not in the batch, so that the sum without it is one and the same on both sides. The discrete Gaussian also satisfies
-zCDP with ρ = μ²/2 in any dimension (Canonne, Kamath and Steinke, arXiv 2004.00010, for several dimensions), which is the
+zCDP with ρ = μ²/2 in any dimension (Canonne, Kamath and Steinke, arXiv 2004.00010), which is the
 same Rényi bound.
 """
 
