@@ -205,6 +205,7 @@ def test_the_strip_of_a_number_is_the_count_of_tails_above_it():
     assert discrete_draw._strips(law, np.array([0, 2**20 - 1]))[1].all()
 
 
+@pytest.mark.usefixtures("strips")
 def test_values_depend_on_the_address_alone():
     law, draw = DiscreteLaw(2**40 + 3), draws()
     whole = draw.values(law, 500, step=3, name="a", start=10)
