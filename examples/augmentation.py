@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from privet import Flat, Gaussian, Mechanism, Poisson, PrivateStep
+from privet import Augmented, Flat, Gaussian, Mechanism, Poisson, PrivateStep, RandomCrop
 
 DELTA = 1e-5
 
@@ -44,26 +44,9 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def shifted(pictures: Tensor, views: int) -> Tensor:  # (B, 1, 8, 8) -> (B, K, 1, 8, 8)
-    """Returns each picture as it is, and K - 1 times shifted by up to a pixel. Each row is made of its own picture."""
-    padded = F.pad(pictures, (1, 1, 1, 1), value=-0.8)
-    out = [pictures]
-    for _ in range(views - 1):
-        down, right = torch.randint(3, (2,)).tolist()  # the same shift for the whole batch: it says nothing of it
-        out.append(padded[..., down : down + 8, right : right + 8])
-    return torch.stack(out, 1)
-
-
-def loss_over_views(views: int) -> object:
-    """Returns a loss per example that is the mean over K views of the example."""
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:  # (B,)
-        pictures, labels = batch
-        rows = shifted(pictures, views).flatten(0, 1)  # (B * K, 1, 8, 8), the views of one example side by side
-        losses = F.cross_entropy(model(rows), labels.repeat_interleave(views), reduction="none")
-        return losses.view(-1, views).mean(1)
-
-    return loss
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:  # (rows,)
+    """Returns the loss of each row."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def train(train_set: TensorDataset, *, views: int, mechanism: Mechanism, seed: int) -> tuple[nn.Module, float]:
@@ -74,7 +57,7 @@ def train(train_set: TensorDataset, *, views: int, mechanism: Mechanism, seed: i
         model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1.4, momentum=0.9),
         mechanism=mechanism,
-        loss_per_example=loss_over_views(views),
+        loss_per_example=Augmented(loss, views=views, transform=RandomCrop(1)) if views > 1 else loss,
     )
     for batch in step.batches(train_set):
         step(batch)

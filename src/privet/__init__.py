@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from privet.clipping import PSAC, Adaptive, Automatic, ClippingPolicy, Flat, GroupWise, PerLayer
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
+    from privet.learning import Augmented, RandomCrop
     from privet.mechanism import Mechanism
     from privet.noise import BLT, BandMF, DiscreteGaussian, Gaussian, LambdaCGD, Noise
     from privet.sampling import (
@@ -56,6 +57,7 @@ __all__ = [
     "AccountingError",
     "Accumulate",
     "Adaptive",
+    "Augmented",
     "Automatic",
     "BandMF",
     "BatchMemoryManager",
@@ -92,6 +94,7 @@ __all__ = [
     "PrivetError",
     "ProtocolError",
     "RandomAllocation",
+    "RandomCrop",
     "Relation",
     "Sampling",
     "Schedule",
@@ -117,6 +120,7 @@ _HOMES = {
     "Accountant": "privet.accounting",
     "Accumulate": "privet.training.accumulate",
     "Adaptive": "privet.clipping",
+    "Augmented": "privet.learning",
     "Automatic": "privet.clipping",
     "BandMF": "privet.noise",
     "BatchMemoryManager": "privet.training.virtual_steps",
@@ -146,6 +150,7 @@ _HOMES = {
     "PrivacyEngine": "privet.engine",
     "PrivateStep": "privet.step",
     "RandomAllocation": "privet.sampling",
+    "RandomCrop": "privet.learning",
     "Relation": "privet.accounting",
     "Sampling": "privet.sampling",
     "Schedule": "privet.schedules",

@@ -25,9 +25,10 @@ from torch import nn
 from privet.accounting.role import LedgerLike, begin_non_private
 from privet.errors import ProtocolError
 from privet.gradients.capture.hook import Hook
+from privet.parallel import bare
 from privet.training.riding_ledger import CarriedLedger
 
-__all__ = ["Making", "ended", "made_private", "refuse_private", "refuse_shared", "take_up"]
+__all__ = ["Making", "called_by_user", "ended", "made_private", "refuse_private", "refuse_shared", "take_up"]
 
 _WAY_ON = "End the first one with detach(), and make it private anew: with the same engine or ledger, which goes on."
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_post_hooks")
@@ -67,6 +68,11 @@ def made_private(module: nn.Module, optimizer: torch.optim.Optimizer, making: Ma
     """Takes note of what was made private."""
     _MADE.setdefault(module, []).append(making)
     _OPTIMIZERS.add(optimizer)
+
+
+def called_by_user(module: nn.Module) -> bool:
+    """Returns whether a module is private at the paper's door, where the user calls it: its rows are examples."""
+    return any(making.watched for making in _MADE.get(bare(module), ()))
 
 
 def refuse_private(

@@ -1,0 +1,5 @@
+"""Better learning at the same epsilon: what is averaged, corrected and measured around a private step."""
+
+from privet.learning.views import Augmented, RandomCrop
+
+__all__ = ["Augmented", "RandomCrop"]
