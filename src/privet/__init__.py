@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from privet.clipping import PSAC, Adaptive, Automatic, ClippingPolicy, Flat, GroupWise, PerLayer
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
-    from privet.learning import Augmented, RandomCrop
+    from privet.learning import AdamBC, Augmented, RandomCrop, WeightAverage
     from privet.mechanism import Mechanism
     from privet.noise import BLT, BandMF, DiscreteGaussian, Gaussian, LambdaCGD, Noise
     from privet.sampling import (
@@ -56,6 +56,7 @@ __all__ = [
     "Accountant",
     "AccountingError",
     "Accumulate",
+    "AdamBC",
     "Adaptive",
     "Augmented",
     "Automatic",
@@ -105,6 +106,7 @@ __all__ = [
     "TruncatedPoisson",
     "Unit",
     "UnsupportedModelError",
+    "WeightAverage",
     "get_compatible_module",
     "register_accountant",
     "register_rule",
@@ -119,6 +121,7 @@ _HOMES = {
     "PSAC": "privet.clipping",
     "Accountant": "privet.accounting",
     "Accumulate": "privet.training.accumulate",
+    "AdamBC": "privet.learning",
     "Adaptive": "privet.clipping",
     "Augmented": "privet.learning",
     "Automatic": "privet.clipping",
@@ -160,6 +163,7 @@ _HOMES = {
     "TensorBoardLogger": "privet.training.loggers",
     "TruncatedPoisson": "privet.sampling",
     "Unit": "privet.accounting",
+    "WeightAverage": "privet.learning",
     "get_compatible_module": "privet.validation",
     "register_accountant": "privet.accounting",
     "register_rule": "privet.gradients",

@@ -1,5 +1,7 @@
 """Better learning at the same epsilon: what is averaged, corrected and measured around a private step."""
 
+from privet.learning.adam import AdamBC
+from privet.learning.averaging import WeightAverage
 from privet.learning.views import Augmented, RandomCrop
 
-__all__ = ["Augmented", "RandomCrop"]
+__all__ = ["AdamBC", "Augmented", "RandomCrop", "WeightAverage"]

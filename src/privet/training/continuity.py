@@ -17,7 +17,7 @@ from collections.abc import Callable
 from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.correlated import Remembering
 from privet.noise.description import Noise
-from privet.noise.gaussian import NoiseMechanism
+from privet.noise.gaussian import NoiseMechanism, PrivateGradient
 from privet.sampling.base import BatchTicket, Sampling
 from privet.training.handed_over import Match
 
@@ -35,6 +35,10 @@ class Continuity:
         self._noise = noise if isinstance(noise, Remembering) else None
         self._last: BatchTicket | None = None
         self._warned = False
+
+    def deviation(self, gradient: PrivateGradient, divisor: float) -> float | None:
+        """Returns the standard deviation of the noise in a gradient over a divisor, or None if it depends on before."""
+        return gradient.std / divisor if self._noise is None else None
 
     def require(self, match: Match | None, *, otherwise: Callable[[], None]) -> None:
         """Raises unless it is certain which batch of the loader a step is on, where the noise is correlated.

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from privet.accounting.role import LedgerLike, begin_non_private
 from privet.errors import ProtocolError
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "deviation_of"]
 
 _TAG = "_privet_released"
 
@@ -71,10 +71,16 @@ class Guard:
         return optimizer in self._own
 
     @staticmethod
-    def release(parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Sets `p.grad` to a private gradient. Optimizers may step on it as often as they like."""
+    def release(parameter: nn.Parameter, gradient: Tensor, *, deviation: float | None = None) -> None:
+        """Sets `p.grad` to a private gradient. Optimizers may step on it as often as they like.
+
+        Args:
+            parameter: the parameter.
+            gradient: what was released of it.
+            deviation: the standard deviation of the noise in each of its values; None if it is not the same each time.
+        """
         # A mark on the object: a weak reference would forbid torch.utils.swap_tensors.
-        setattr(gradient, _TAG, True)
+        setattr(gradient, _TAG, deviation)
         parameter.grad = gradient
 
     def shows(self) -> None:
@@ -123,6 +129,15 @@ class Guard:
             "private with. Call that one; for training without privacy use a copy of the model made before. Nothing "
             "was changed."
         )
+
+
+def deviation_of(gradient: Tensor) -> float | None:
+    """Returns the standard deviation of the independent noise in each value of a gradient, or None if it is not known.
+
+    It is not known of a gradient that was not released, or of one whose noise depends on that of other steps.
+    """
+    found = getattr(gradient, _TAG, None)
+    return found if isinstance(found, float) else None
 
 
 _GUARDS: dict[int, weakref.WeakSet[Guard]] = {}

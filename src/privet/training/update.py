@@ -73,7 +73,7 @@ class PrivateUpdate:
         self.noise = self.ranks.noise(noise)
         self.divisor = Divisor(divisor, sampling=mechanism.sampling if follows_rate else None)
         self._expected = self.divisor if follows_rate else Divisor(batch_size, sampling=mechanism.sampling)
-        self.steps = 0
+        self.steps, self.detached = 0, False
         self.schedules: list[Scheduled] = []
         self.billing = Billing(ledger)
         self.guard = Guard(self.parameters, ledger)
@@ -86,7 +86,6 @@ class PrivateUpdate:
         self._late: LateSum | None = None
         self.watcher: Callable[[ClippedSum, Mechanism, int], None] | None = None  # of statistics, without noise
         self._riding = RidingLedger(self)
-        self.detached = False
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self.hooks = StepHooks(self.parameters, ready=self._ready, release=self.release)
 
@@ -313,14 +312,15 @@ class PrivateUpdate:
         step, self.steps = self.steps, self.steps + 1
         released, now = counted(clipped, self._mechanism), self._mechanism
         self._continuity.step(ticket, self._drawn(ticket))
-        values = self.noise.release(released, multiplier=now.noise.multiplier, step=step).values
+        gradient = self.noise.release(released, multiplier=now.noise.multiplier, step=step)
+        values, deviation = gradient.values, self._continuity.deviation(gradient, divisor)
         self._mechanism = adapted(values, now, expected=lambda: self._expected.under(self._drawn(ticket)))
         for name, value in values.items():
             parameter = self.parameters[name]
             # A parameter that was frozen since its backward must not move. Its part of the noise was drawn anyway.
             if parameter.requires_grad:
-                divided = value if divisor == 1 else value.div_(divisor)
-                self.guard.release(parameter, self.ranks.gradient(parameter, of_type(divided, parameter.dtype)))
+                divided = of_type(value if divisor == 1 else value.div_(divisor), parameter.dtype)
+                self.guard.release(parameter, self.ranks.gradient(parameter, divided), deviation=deviation)
         if self.watcher is not None:
             self.watcher(released, now, step)
 
