@@ -76,7 +76,7 @@ LAYERS = {
         ),
         ("accumulated_sum", "billing", "continuity", "criterion", "loggers", "logical_sum", "once"),
         ("collective", "update"),
-        ("checkpoint", "loss_scale", "materialised", "thawed", "virtual_steps", "way"),
+        ("checkpoint", "loss_scale", "materialised", "several", "thawed", "virtual_steps", "way"),
         ("door", "private_module"),
         ("module_door",),
         ("options",),

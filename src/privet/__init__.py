@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from privet.clipping import PSAC, Adaptive, Automatic, ClippingPolicy, Flat, GroupWise, PerLayer
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
-    from privet.learning import AdamBC, Augmented, RandomCrop, WeightAverage
+    from privet.learning import AdamBC, Augmented, RandomCrop, SharpnessAware, WeightAverage
     from privet.mechanism import Mechanism
-    from privet.noise import BLT, BandMF, DiscreteGaussian, Gaussian, LambdaCGD, Noise
+    from privet.noise import BLT, BandMF, DiscreteGaussian, Gaussian, LambdaCGD, Noise, SeveralReleases
     from privet.sampling import (
         CyclicPoisson,
         DrawnSchedule,
@@ -99,6 +99,8 @@ __all__ = [
     "Relation",
     "Sampling",
     "Schedule",
+    "SeveralReleases",
+    "SharpnessAware",
     "StepStatistics",
     "Stepwise",
     "Stream",
@@ -157,6 +159,8 @@ _HOMES = {
     "Relation": "privet.accounting",
     "Sampling": "privet.sampling",
     "Schedule": "privet.schedules",
+    "SeveralReleases": "privet.noise",
+    "SharpnessAware": "privet.learning",
     "StepStatistics": "privet.training.statistics",
     "Stepwise": "privet.schedules",
     "Stream": "privet.sampling",

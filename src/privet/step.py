@@ -29,8 +29,7 @@ from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.layout import DoubtError
 from privet.gradients.passes.two_pass import refuse_several_weights
 from privet.gradients.rules.pool import free_idle
-from privet.gradients.summation import clipped_sum
-from privet.gradients.use import Recorded
+from privet.gradients.spread import sum_of_nobody
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import NoiseKey, noise_for, noise_key
@@ -48,6 +47,7 @@ from privet.training.optimizers import refuse_optimizer
 from privet.training.parameters import private_parameters
 from privet.training.performance import Performance
 from privet.training.plausible import refuse_budget_without_noise, warn_of_mechanism
+from privet.training.several import Between, release_each
 from privet.training.start import facts_of
 from privet.training.thawed import admit
 from privet.training.update import PrivateUpdate
@@ -138,7 +138,7 @@ class PrivateStep(Door):
             parameters = private_parameters(inner, optimizer)
             making = Making(self._ledger, watched=False, shares=ranks.share.ranks == 1)
             refuse_private(inner, optimizer, parameters, making)
-            groups_of(mechanism.clipping, list(parameters))
+            groups = groups_of(mechanism.clipping, list(parameters))
             refuse_options(performance, ranks.spread)
             refuse_adaptive(mechanism.clipping, ranks.spread, compiled=performance.compile)
             if performance.passes == 2:
@@ -163,8 +163,7 @@ class PrivateStep(Door):
         )
         self._size = PhysicalSize("physical_batch_size", self._physical_size())
         self._loss = LossModule(inner, loss_per_example)
-        self._key = key
-        self._has_loader = False
+        self._key, self._has_loader = key, False
         self._watch = Watch(
             inner,
             parameters,
@@ -173,7 +172,6 @@ class PrivateStep(Door):
             admit=lambda found: admit(inner, self._update, making, found, passes=self._way.passes),
         )
         self._capture = self._watch.capture
-        groups = groups_of(mechanism.clipping, list(parameters))
         self._way = Way(performance, ranks.spread, self._loss, self._capture, groups)
         self._watch.begin()
         self._first = FirstBatch(
@@ -226,14 +224,8 @@ class PrivateStep(Door):
 
         A file at the path is replaced at once, and is complete or not there at all.
         """
-        save(
-            path,
-            module=self.model,
-            optimizer=self.optimizer,
-            ledger=self.ledger,
-            updates=self._updates(),
-            extra=extra,
-        )
+        model, optimizer = self.model, self.optimizer
+        save(path, module=model, optimizer=optimizer, ledger=self.ledger, updates=self._updates(), extra=extra)
 
     def load_checkpoint(self, path: File) -> dict[str, Any]:
         """Resumes from a path or an open file under the same settings, and returns what was saved as `extra`.
@@ -299,6 +291,29 @@ class PrivateStep(Door):
             BudgetExceededError: if the step would exceed the budget. It was not taken.
             OutOfMemoryError: if not even a single example fits, with `physical_batch_size="auto"`. It was not taken.
         """
+        return self._stepped(batch)
+
+    def several(self, batch: Any, between: Between) -> Tensor:  # (B,)
+        """Takes one step after as many releases of the batch as the noise declares (`SeveralReleases`).
+
+        Each is of the weights of then. `between(i)` is called when gradient i, from 0 on, is in `p.grad`, and may move
+        the weights; the optimizer steps by the last one. Returns the first losses, and raises what a call raises.
+        """
+        return self._stepped(batch, between)
+
+    def _stepped(self, batch: Any, between: Between | None = None) -> Tensor:  # (B,)
+        receive = functools.partial(self._received, batch)
+        losses = receive() if between is None else release_each(self._update, self.optimizer, receive, between)
+        try:
+            self.optimizer.step()
+        except BaseException:
+            self._update.discard()
+            raise
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def _received(self, batch: Any) -> Tensor:  # (B,)
+        """Forms the sum of a batch, which waits for its release, and returns the losses."""
         self._loss.begins()
         with (ranks := self._update.ranks).telling():
             examples = count_examples(batch)
@@ -312,12 +327,6 @@ class PrivateStep(Door):
         with ranks.running():
             losses, clipped = self._summed(batch, examples, parts)
             self._update.receive(clipped, examples=examples)
-        try:
-            self.optimizer.step()
-        except BaseException:
-            self._update.discard()
-            raise
-        self.optimizer.zero_grad(set_to_none=True)
         return losses
 
     def _summed(self, batch: Any, examples: int, parts: int = 1) -> tuple[Tensor, ClippedSum]:
@@ -326,7 +335,7 @@ class PrivateStep(Door):
         There are at least so many parts: where every forward needs all ranks, a rank goes along with one that has more.
         """
         if parts == 0:
-            return torch.zeros(0), self._sum_of_nobody()
+            return torch.zeros(0), sum_of_nobody(self._private(), self.mechanism.clipping, self._update.ranks.spread)
         losses: list[Tensor] = []
         total: ClippedSum | None = None
         start, taken = 0, 0
@@ -348,13 +357,6 @@ class PrivateStep(Door):
             start, taken = start + size, taken + 1
         assert total is not None
         return losses[0] if len(losses) == 1 else torch.cat(losses), total
-
-    def _sum_of_nobody(self) -> ClippedSum:
-        """Returns the sum of a batch that is empty on all ranks."""
-        private, spread = self._private(), self._update.ranks.spread
-        met = {} if spread.collective else private  # gathered parameters may never have been met
-        sink, names = spread.sink(list(private)), list(private)
-        return clipped_sum(Recorded(examples=0), met, self.mechanism.clipping, sink=sink, names=names)
 
     def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
         parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None

@@ -12,7 +12,7 @@ from privet.gradients.summation import DictSink, LocalNorms, NormReducer, SumSin
 from privet.gradients.use import Recorded
 from privet.gradients.weights import Policy
 
-__all__ = ["HERE", "Here", "LocalCalls", "Parts", "Spread", "is_part", "put_into_parts", "spread_sum"]
+__all__ = ["HERE", "Here", "LocalCalls", "Parts", "Spread", "is_part", "put_into_parts", "spread_sum", "sum_of_nobody"]
 
 _P = TypeVar("_P")
 
@@ -186,3 +186,10 @@ def spread_sum(
         sink=spread.sink(list(parameters)),
         names=list(parameters),
     )
+
+
+def sum_of_nobody(parameters: Mapping[str, nn.Parameter], policy: Policy, spread: Spread) -> ClippedSum:
+    """Returns the sum of a batch that is empty on all ranks."""
+    met = {} if spread.collective else parameters  # gathered parameters may never have been met
+    names = list(parameters)
+    return clipped_sum(Recorded(examples=0), met, policy, sink=spread.sink(names), names=names)

@@ -2,6 +2,7 @@
 
 from privet.learning.adam import AdamBC
 from privet.learning.averaging import WeightAverage
+from privet.learning.sharpness import SharpnessAware
 from privet.learning.views import Augmented, RandomCrop
 
-__all__ = ["AdamBC", "Augmented", "RandomCrop", "WeightAverage"]
+__all__ = ["AdamBC", "Augmented", "RandomCrop", "SharpnessAware", "WeightAverage"]

@@ -23,7 +23,7 @@ __all__ = ["AdamBC"]
 
 
 class AdamBC(torch.optim.Optimizer):
-    """Steps by `lr * m / sqrt(max(v - n, floor))` with Adam's corrected moments m and v, and the variance of the noise n.
+    """Steps by `lr * m / sqrt(max(v - n, floor))`: Adam's corrected moments m and v, and the variance of the noise n.
 
     The variance is that of each released gradient: `(noise multiplier * sensitivity / expected batch size)^2`, which
     the private step knows and hands over with the gradient. Where it changes over the run (schedules of the noise, the

@@ -12,6 +12,7 @@ from privet.noise.key import NoiseKey, noise_key
 from privet.noise.keystream import Keystream
 from privet.noise.optimized import Optimized, optimized_bands, optimized_decay, optimized_decays
 from privet.noise.secure import SecureNoise
+from privet.noise.several import SeveralReleases
 from privet.noise.source import NoiseSource, noise_for
 from privet.noise.workload import Participation, Workload, expected_loss
 
@@ -38,6 +39,7 @@ __all__ = [
     "PrivateGradient",
     "Remembering",
     "SecureNoise",
+    "SeveralReleases",
     "Workload",
     "best_bands",
     "cut_tail_delta",

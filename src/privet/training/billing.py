@@ -18,6 +18,8 @@ Every loader counts its passes from 1, so a pass is known by its loader and its 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from privet.accounting.event import DrawnOnce, Event
 from privet.accounting.role import LedgerLike
@@ -45,6 +47,7 @@ class Billing:
         self._begun = 0  # passes of all loaders that were written, since the beginning or the last resume
         self._warned: set[str] = set()
         self._written: list[Event] = []  # of the step at hand
+        self._is_paid = False  # whether the step at hand is covered by what was written for the one before
 
     def begin(self, mechanism: Mechanism, match: Match | None, *, parts_of: BatchTicket | None = None) -> list[Event]:
         """Writes everything that a step makes due, and returns it. Call it before the noise is drawn.
@@ -58,6 +61,8 @@ class Billing:
             BudgetExceededError: if something of it would exceed the budget. What was written before that stays.
         """
         self._written = []
+        if self._is_paid:
+            return self._written
         if match is None:
             self._warn(
                 "a step was taken on a batch that did not come, whole and fresh, from the private loader. It is billed "
@@ -87,6 +92,15 @@ class Billing:
         if ticket.pass_key not in self._paid:
             self._refuse_pass(ticket)
         self.handed_over.announce(ticket)
+
+    @contextmanager
+    def paid_already(self) -> Iterator[None]:
+        """A context for one more release of the batch of the step before, whose event covers several of them."""
+        self._is_paid = True
+        try:
+            yield
+        finally:
+            self._is_paid = False
 
     def resumed(self) -> None:
         """Forgets which pass was paid for: a pass that goes on after a resume is billed again."""

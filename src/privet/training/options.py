@@ -13,6 +13,7 @@ from privet.noise import Gaussian, Noise
 from privet.sampling import Sampling
 from privet.training.accumulate import Accumulate
 from privet.training.private_module import GradSampleMode
+from privet.training.several import refuse_several
 
 __all__ = ["Clipping", "Options", "noise_of"]
 
@@ -46,4 +47,5 @@ def noise_of(noise: Noise | None, multiplier: float) -> Noise:
         return Gaussian(multiplier)
     if not isinstance(noise, Noise):
         raise ConfigurationError(f"noise must be a description such as BandMF(1.0, (1.0, 0.5)), got {noise!r}.")
+    refuse_several(noise)
     return noise.with_multiplier(multiplier)
