@@ -37,15 +37,18 @@ from privet import (
     Poisson,
     PrivateStep,
     RandomCrop,
+    SeveralReleases,
+    SharpnessAware,
     WeightAverage,
 )
 
-DELTA, RATE, CLIP = 1e-5, 0.2, 0.3
-SGD_RATES, ADAM_RATES = (0.5, 1.0, 2.0, 4.0), (0.003, 0.01, 0.03, 0.1)
+DELTA, RATE, CLIP, RADIUS = 1e-5, 0.2, 0.3, 0.05
+SGD_RATES, ADAM_RATES = (0.25, 0.5, 1.0), (0.01, 0.03, 0.1)
 METHODS: dict[str, tuple[str, int, tuple[float, ...]]] = {
     "DP-SGD": ("sgd", 1, SGD_RATES),
     "4 views": ("sgd", 4, SGD_RATES),
     "DP-Adam": ("adam", 1, ADAM_RATES),
+    "sharpness-aware": ("sam", 1, SGD_RATES),
     "DP-AdamBC": ("adambc", 1, ADAM_RATES),
 }
 AVERAGES = ("last", "moving average", "mean of the second half")
@@ -86,6 +89,7 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "sgd": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
     "adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr),
+    "sam": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
     "adambc": lambda model, lr: AdamBC(model.parameters(), lr=lr),
 }
 
@@ -107,8 +111,9 @@ def run(
     moving = WeightAverage(model, optimizer, decay=0.95)
     tail = WeightAverage(model, optimizer, start=(mechanism.steps or 0) // 2)
     begun = time.perf_counter()
+    takes = SharpnessAware(step, radius=RADIUS) if kind == "sam" else step
     for batch in step.batches(data["train"]):
-        step(batch)
+        takes(batch)
     seconds = time.perf_counter() - begun
     models = dict(zip(AVERAGES, (model.eval(), moving.averaged_model(), tail.averaged_model()), strict=True))
     return {
@@ -120,7 +125,8 @@ def run(
 def compared(name: str, epsilon: float, *, steps: int, seeds: int, data: dict[str, TensorDataset]) -> list[Any]:
     """Returns one row for each average of a method, with its best learning rate."""
     kind, views, rates = METHODS[name]
-    mechanism = Mechanism(sampling=Poisson(RATE), clipping=Flat(CLIP), noise=Gaussian(1.0), steps=steps)
+    noise = SeveralReleases(1.0) if kind == "sam" else Gaussian(1.0)
+    mechanism = Mechanism(sampling=Poisson(RATE), clipping=Flat(CLIP), noise=noise, steps=steps)
     mechanism = mechanism.calibrated(epsilon=epsilon, delta=DELTA)
     runs = {lr: [run(data, mechanism, kind, views=views, lr=lr, seed=seed) for seed in range(seeds)] for lr in rates}
     rows = []
@@ -161,10 +167,10 @@ def main() -> None:
     """Runs all methods, or those that are named, and writes what came of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 3.0])
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[3.0, 1.0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--short", action="store_true")
     options = parser.parse_args()
     if options.short:

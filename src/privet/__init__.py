@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from privet.clipping import PSAC, Adaptive, Automatic, ClippingPolicy, Flat, GroupWise, PerLayer
     from privet.engine import PrivacyEngine
     from privet.gradients import register_rule, rows_of
-    from privet.learning import AdamBC, Augmented, RandomCrop, SharpnessAware, WeightAverage
+    from privet.learning import (
+        AdamBC,
+        Augmented,
+        RandomCrop,
+        SharpnessAware,
+        WeightAverage,
+        norm_quantile,
+        private_moments,
+        private_quantile,
+    )
     from privet.mechanism import Mechanism
     from privet.noise import BLT, BandMF, DiscreteGaussian, Gaussian, LambdaCGD, Noise, SeveralReleases
     from privet.sampling import (
@@ -110,6 +119,9 @@ __all__ = [
     "UnsupportedModelError",
     "WeightAverage",
     "get_compatible_module",
+    "norm_quantile",
+    "private_moments",
+    "private_quantile",
     "register_accountant",
     "register_rule",
     "rows_of",
@@ -169,6 +181,9 @@ _HOMES = {
     "Unit": "privet.accounting",
     "WeightAverage": "privet.learning",
     "get_compatible_module": "privet.validation",
+    "norm_quantile": "privet.learning",
+    "private_moments": "privet.learning",
+    "private_quantile": "privet.learning",
     "register_accountant": "privet.accounting",
     "register_rule": "privet.gradients",
     "rows_of": "privet.gradients",

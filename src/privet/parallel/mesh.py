@@ -27,7 +27,7 @@ from privet.parallel.reduction import backend_of
 from privet.parallel.replicated import Replicated
 from privet.parallel.role import Alone, Ranks
 
-__all__ = ["bare", "ranks_for", "refuse_late_wrapper"]
+__all__ = ["bare", "ranks_for", "refuse_late_wrapper", "refuse_ranks"]
 
 _LOG = logging.getLogger("privet")
 _ORDER = (
@@ -141,6 +141,16 @@ def _refuse_reducers(name: str, module: DistributedDataParallel) -> None:
         raise ConfigurationError(
             f"the DistributedDataParallel has {option}, which sends gradients, or casts parameters, by hooks of its "
             "own. Expected one without it: no gradient reaches its reducer here. Leave the option away."
+        )
+
+
+def refuse_ranks(what: str) -> None:
+    """Raises if this is one of several processes, of which each would release `what` with noise of its own."""
+    _refuse_lonely_ranks()
+    if dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
+        raise ConfigurationError(
+            f"{what} was asked for on {size} ranks: each would release it with noise of its own, and bill one. "
+            "Expected one process. Release it before init_process_group(), and hand the number to all ranks."
         )
 
 
