@@ -29,6 +29,7 @@ from privet.accounting.event import GaussianEvent, PoissonEvent
 from privet.learning import views as views_module
 from tests.contracts.doors import (
     assert_exact,
+    copied,
     distance,
     explicit_sum,
     paper_sum,
@@ -38,7 +39,10 @@ from tests.contracts.doors import (
     taken,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:a step was taken on a batch that did not come:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:a step was taken on a batch that did not come:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*noise_multiplier.*:UserWarning"),
+]
 B, K, C = 4, 4, 0.3  # B = K on purpose: also the length and the width of a model below are 4
 
 
@@ -269,3 +273,32 @@ def test_a_crop_shows_each_picture_shifted_by_a_number_of_its_own() -> None:
     assert min(counts) > 0
     assert torch.equal(RandomCrop(0)(picture), picture)
     assert RandomCrop(1)(picture[:0]).shape == (0, 1, 6, 6)
+
+
+def test_every_way_through_the_papers_door_takes_the_same_steps() -> None:
+    x, y = torch.randn(16, 3, 1, 4, 4).double(), torch.randint(3, (16,))
+    augmented, base, found = Augmented(loss, views=3), pictures().double(), []
+    ways: tuple[tuple[int, dict[str, Any]], ...] = (
+        (1, {}),
+        (1, {"grad_sample_mode": "hooks"}),
+        (2, {"accumulate": 2}),
+    )
+    for parts, options in ways:
+        net, optimizer, batches = PrivacyEngine(accountant="rdp").make_private(
+            module=(net := copied(base)),
+            optimizer=torch.optim.SGD(net.parameters(), lr=1.0),
+            data_loader=DataLoader(TensorDataset(x, y), batch_size=8 // parts),
+            noise_multiplier=0.0,
+            max_grad_norm=C,
+            poisson_sampling=False,
+            **options,
+        )
+        for number, batch in enumerate(batches):
+            (augmented(net, batch).mean() / parts).backward()
+            if number % parts == parts - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append([p.detach() for p in net.parameters()])
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(found[0], other, strict=True))
+    assert not torch.allclose(found[0][0], next(base.parameters()), atol=1e-3)

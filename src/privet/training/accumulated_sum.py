@@ -132,7 +132,7 @@ class AccumulatedSum:
             raise ProtocolError(
                 f"a backward ran on {examples} rows, and the next part that the private loader handed over has "
                 f"{oldest.size} examples. Expected one row for each example, and a backward on each part in turn. "
-                "For several views, run the model on each and add the losses before one backward; to leave examples "
+                "For several views use privet.Augmented (a forward for each, then one backward); to leave examples "
                 "out, give them a loss of zero. Nothing was released."
             )
         if known is None and examples:

@@ -148,7 +148,7 @@ class HandedOver:
             f"examples. Expected one row for each example: {ticket.size} rows. More rows come from several views or "
             "crops of an example (torch.cat, flatten(0, 1)), from windows cut out of a record, or from packed "
             "sequences; other numbers from sequence-first data without batch_first=False, or from a slice or a mask. "
-            "For several views, run the model on each and add the losses before one backward. To leave examples out, "
+            "For several views use privet.Augmented (a forward for each, then one backward). To leave examples out, "
             "give them a loss of zero. Or make the windows the records of the dataset, and ask the ledger for "
             "epsilon(delta, group_size=K), where a person has at most K of them. Nothing was released."
         )
