@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs attack zoo test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated clean
+.PHONY: help venv demo docs attack zoo test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated bench-better_learning clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -44,6 +44,7 @@ help:
 	@echo '     bench-choosing    what clip norm, learning rate, batch size and epochs do to accuracy (ten minutes)'
 	@echo '     bench-models      models that people train, beside the same without privacy (a quarter of an hour)'
 	@echo '     bench-correlated  a step with correlated noise beside independent noise, time and memory (two minutes)'
+	@echo '     bench-better_learning  what views, averages and the like bring at one epsilon (half an hour)'
 	@echo 'make venv        only set up $(VENV)'
 	@echo 'make clean       remove the environments and every cache'
 
@@ -114,7 +115,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt -e . opacus
 	@touch $@
 
-bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated
+bench: bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated bench-better_learning
 
 bench-spine: $(BENCH_STAMP)
 	@echo '==> Timing whole steps: every network, batch size and library (benchmarks/spine.py, a long while)'
@@ -148,6 +149,10 @@ bench-models: $(STAMP)
 bench-correlated: $(STAMP)
 	@echo '==> Timing steps with correlated noise (benchmarks/correlated.py)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.correlated --out benchmarks/results
+
+bench-better_learning: $(STAMP)
+	@echo '==> Comparing ways to learn better at one epsilon (benchmarks/better_learning.py)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.better_learning --out benchmarks/results
 
 bench-accounting: $(STAMP) crosscheck
 	@echo '==> Asking the accountants for ε beside three others, in .venv-crosscheck (benchmarks/accounting.py)'
