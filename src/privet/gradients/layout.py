@@ -173,14 +173,13 @@ class Layouts:
         """Forgets what was learned since a copy was taken."""
         self.known = earlier.copy().known
 
-    def of(self, site: Site, t: Tensor, examples: int, *, owned: bool = False) -> Layout:
+    def of(self, site: Site, t: Tensor, examples: int) -> Layout:
         """Returns the layout of `t` at `site`, in a batch of `examples`.
 
         Args:
             site: where it is met.
             t: the tensor.
             examples: B.
-            owned: whether its rows were moved along the batch, and have owners that are known.
 
         Raises:
             DoubtError: if the site was never looked at, or its known layouts do not decide.
@@ -188,7 +187,7 @@ class Layouts:
         if not examples and t.dim() and not t.shape[0]:
             return Layout.ROWS  # none of them is anybody's
         known = self.known.get(site, ())
-        fits = [each for each in known if each is Layout.ROUTED] if owned else _fitting(known, t, examples)
+        fits = _fitting(known, t, examples)
         if Layout.ROUTED in known and fits == [Layout.CONSTANT]:
             fits = []  # it may be rows that nobody followed
         if len(fits) == 1:
@@ -204,7 +203,11 @@ class Layouts:
             "(privet.rows_of).",
         )
 
-    def guessed(self, site: Site, t: Tensor, examples: int, told: Told | None, *, owned: bool = False) -> Layout:
+    def saw_owners(self, site: Site) -> None:
+        """Takes note of a site at which rows have owners of their own: others are not taken for a constant there."""
+        self.known.setdefault(site, set()).add(Layout.ROUTED)
+
+    def guessed(self, site: Site, t: Tensor, examples: int, told: Told | None) -> Layout:
         """Returns the likely layout of `t` while layouts are learned: a wrong guess is found out and mended.
 
         Args:
@@ -212,13 +215,10 @@ class Layouts:
             t: the tensor.
             examples: B.
             told: what the attempt before has learned of a batch of this size.
-            owned: whether its rows seem to have been moved along the batch, and have owners that are known.
         """
         layout = None if told is None else told.next(site, t)
         if layout is not None:
             return layout
-        if owned:
-            return Layout.ROUTED
         fits = _fitting(self.known.get(site, ()), t, examples)
         if len(fits) == 1:
             return fits[0]
@@ -240,10 +240,7 @@ class Layouts:
         for (site, shape, decided), (other, other_shape, other_decided) in zip(first, second, strict=False):
             if site != other or len(shape) != len(other_shape):
                 return False, told, other_told
-            if decided is other_decided is Layout.ROUTED and shape[1:] == other_shape[1:] and shape != other_shape:
-                layout = Layout.ROUTED
-            else:
-                layout = _compared(site, shape, other_shape, small, large)
+            layout = _compared(site, shape, other_shape, small, large)
             self.known.setdefault(site, set()).add(layout)
             told.add(site, shape, layout)
             other_told.add(site, other_shape, layout)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from privet.clipping import PSAC, Automatic, Flat, PerLayer
 from privet.errors import CoverageError, PrivetError, UnsupportedModelError
-from privet.gradients.capture import anew, packed_rows
+from privet.gradients.capture import anew, packing
 from privet.gradients.capture.moved import MovedRows
 from privet.gradients.capture.routing import Routed
 from tests.contracts.doors import DOORS, door_sum, explicit_sum, paper_sum, reference, size
@@ -249,21 +249,21 @@ def test_an_empty_batch_is_a_step_of_nothing(door: str) -> None:
 # -- found and refused -------------------------------------------------------------------------------------------------
 
 
-def _in_sorted_order(order: Tensor, sizes: tuple[int, ...]) -> packed_rows.Owned:
-    return _PACKED(torch.arange(len(order)), sizes)
+def _in_sorted_order(order: Routed, sizes: tuple[int, ...]) -> Routed:
+    return _PACKED(Routed(torch.arange(order.rows), origin=order.origin), sizes)
 
 
-_PACKED = packed_rows.packed
-PLANTED: dict[str, tuple[str, Any]] = {
-    "the sort is forgotten": ("packed", _in_sorted_order),
-    "last states are taken to be in order": ("_in_order", lambda *_: True),
+_PACKED = packing.packed
+PLANTED: dict[str, tuple[Any, str, Any]] = {
+    "the sort is forgotten": (packing, "packed", _in_sorted_order),
+    "last states are taken to be in order": (Routed, "on_axis", lambda self, axis: Routed(self.owner, by_place=True)),
 }
 
 
 @pytest.mark.parametrize("planted", PLANTED)
 @pytest.mark.parametrize("door", DOORS)
 def test_wrong_owners_are_found_by_the_check(door: str, planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_rows, *PLANTED[planted])
+    monkeypatch.setattr(*PLANTED[planted])
     with pytest.raises(PrivetError) as caught:
         door_sum(door, ByHand().double(), batch_of(), loss=loss)
     assert isinstance(caught.value, CoverageError) or "examples are mixed" in str(caught.value)
@@ -312,10 +312,16 @@ class MixingLengths(Mixing):
         return Last.forward(self, x * lengths.double().mean(), lengths)
 
 
+class MixingLengthsInTraining(Mixing):
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return Last.forward(self, x * lengths.double().mean() if self.training else x, lengths)
+
+
 REFUSED = {
     "a checkpoint": (Recomputed, "activation checkpoint.*leave recurrent layers out"),
     "mixed in training, with dropout": (Mixing, "examples are mixed"),
     "mixed by lengths, with dropout": (MixingLengths, "examples are mixed"),
+    "mixed by lengths in training, with dropout": (MixingLengthsInTraining, "examples are mixed"),
     "rows turned around": (Turned, "packed sequence.*pack in the forward"),
     "the order dropped": (Unsorted, "first states in another order.*Keep sorted_indices"),
     "sizes of another one": (OtherSizes, "batch_sizes of another one"),
@@ -344,14 +350,15 @@ def test_sequences_that_are_padded_by_the_loader_are_packed_in_the_forward() -> 
     assert_exact("paper", Last().double(), batch)
 
 
-@pytest.mark.parametrize("lost", ["owned", "packed", "both"])
-def test_rows_written_in_place_are_forgotten_by_each_way_of_following_that_lost_them(lost: str) -> None:
+@pytest.mark.parametrize("how", ["a tag", "a function that nobody follows"])
+def test_rows_that_are_written_in_place_are_forgotten(how: str) -> None:
     moved, rows = MovedRows(lambda _: False, ()), torch.zeros(3, 2)
-    moved.owned._own(rows, Routed(torch.tensor([2, 0, 1])))
-    moved.packed.put(rows, packed_rows.Owned(torch.tensor([2, 0, 1])))
-    if lost == "both":
-        moved._tag(rows, "a function that nobody knows")
+    other = rows.clone()
+    for t in (rows, other):
+        moved.owned.put(t, Routed(torch.tensor([2, 0, 1]), packing=None))
+    if how == "a tag":
+        moved._tag(rows, how)
     else:
-        moved._forget_in_place((rows,), rows, owned=lost == "owned", packed=lost == "packed")
-    assert (moved.owned.of(rows) is None) == (lost != "packed")
-    assert (moved.packed.of(rows) is None) == (lost != "owned")
+        moved.owned.forget_written([rows], [other, rows])
+    assert moved.owned.of(rows) is None
+    assert moved.owned.of(other) is not None

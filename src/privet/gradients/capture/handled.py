@@ -12,7 +12,8 @@ from privet.errors import UnsupportedModelError
 from privet.gradients.capture.call import CapturedCall, CapturedOperation, Recorder
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.moved import MovedRows
-from privet.gradients.capture.packed_rows import RECURRENT, Owned
+from privet.gradients.capture.packing import RECURRENT
+from privet.gradients.capture.packing import require_alike as require_first_states_alike
 from privet.gradients.capture.routing import Routed, require_alike, routed_now
 from privet.gradients.capture.watched import Roots
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site
@@ -92,7 +93,7 @@ class HandledCall:
         routed = routed_now()
         if routed is not None:
             routed.require_rows(site, t)
-        elif not self._lies_by_time(site, t):
+        else:
             routed = self._owners(site, t)
         if routed is not None:
             if self._routed is not None and not self._routed.same(routed):
@@ -103,32 +104,29 @@ class HandledCall:
             self._routed = routed
             return Layout.ROUTED
         cycle, layouts = self._cycle, self._capture.layouts
-        owned = self._packed(site, t)
         if cycle.trace is not None:
             told = cycle.told[-1] if cycle.telling else None
-            layout = layouts.guessed(site, t, cycle.examples, told, owned=owned is not None)
+            layout = layouts.guessed(site, t, cycle.examples, told)
             cycle.trace.append((site, tuple(t.shape), layout))
-        elif cycle.told:
-            layout = self._told(site, t, owned=owned is not None)
-        else:
-            layout = layouts.of(site, t, cycle.examples, owned=owned is not None)
-        if layout is Layout.ROUTED:
-            self._share(site, owned)
-        return layout
-
-    def _lies_by_time(self, site: Site, t: Tensor) -> bool:
-        """Returns whether rows are packed, or sorted and met by a layer that asks for their order."""
-        packed = self._capture.moved.packed.of(t)
-        name = getattr(site.operation, "__name__", "")
-        return packed is not None and (packed.sizes is not None or name in RECURRENT)
+            return layout
+        return self._told(site, t) if cycle.told else layouts.of(site, t, cycle.examples)
 
     def _owners(self, site: Site, t: Tensor) -> Routed | None:
         """Returns the owners of the rows of `t` where they are known one by one, also in a part computed again."""
         cycle = self._cycle
         if not in_backward():
             routed = self._capture.moved.owned.of(t)
+            if routed is not None and routed.axis:
+                if site.argument and getattr(site.operation, "__name__", "") in RECURRENT:
+                    return None  # a recurrent layer asks for the order of its first states by itself
+                raise DoubtError(
+                    f"{site} has shape {tuple(t.shape)}, and its rows were moved along the batch on axis {routed.axis}",
+                    "Put them back in the order of the batch, or on axis 0.",
+                )
             if routed is not None:
                 cycle.owned.setdefault((site, tuple(t.shape)), []).append(routed)
+                if cycle.trace is None:  # else it may follow from a wrong guess
+                    self._capture.layouts.saw_owners(site)
             return routed
         met = cycle.owned.get((site, tuple(t.shape)), ())
         if met and not all(map(met[0].same, met[1:])):
@@ -139,35 +137,7 @@ class HandledCall:
             )
         return met[0] if met else None
 
-    def _packed(self, site: Site, t: Tensor) -> Owned | None:
-        """Returns the owners of the rows of `t`, if they were sorted, or packed, along the batch and are known."""
-        owned = self._capture.moved.packed.of(t)
-        name = getattr(site.operation, "__name__", "")
-        if owned is None or (owned.axis and site.argument and name in RECURRENT):
-            return None  # a recurrent layer asks for the order of its first states by itself
-        if owned.axis:
-            raise DoubtError(
-                f"{site} has shape {tuple(t.shape)}, and its examples were put in another order on axis {owned.axis}",
-                "Put them back in the order of the batch, or on axis 0.",
-            )
-        return owned
-
-    def _share(self, site: Site, owned: Owned | None) -> None:
-        """Takes note of the owners of one argument's rows, and raises unless those of all arguments are the same."""
-        if owned is None:
-            raise DoubtError(
-                f"{site} met rows of a packed sequence, or of a sorted batch, that nobody has followed to there: they "
-                "came through code that is not torch's, or are computed again by an activation checkpoint",
-                "Pack inside of the model, and leave recurrent layers out of checkpoints.",
-            )
-        if self._routed is not None and not owned.same_as(self._routed):
-            raise DoubtError(
-                f"{site} met rows with other owners than another argument has",
-                "Give an operation rows of one packed sequence, in one order.",
-            )
-        self._routed = owned
-
-    def _told(self, site: Site, t: Tensor, *, owned: bool) -> Layout:
+    def _told(self, site: Site, t: Tensor) -> Layout:
         """Returns the layout of `t` in a cycle of which a forward was told the layouts of its batch."""
         cycle, layouts = self._cycle, self._capture.layouts
         if cycle.telling and not in_backward():
@@ -183,29 +153,30 @@ class HandledCall:
             found = set().union(*(told.all(site, t) for told in cycle.told))
             if len(found) == 1:
                 return found.pop()
-        return layouts.of(site, t, cycle.examples, owned=owned)
+        return layouts.of(site, t, cycle.examples)
 
     def require_alike(self, name: str, data: Tensor, sizes: Tensor | None, firsts: Sequence[Tensor]) -> None:
         """Raises unless it is known whose the rows of a recurrent layer's data are, and its first states lie alike."""
-        self._capture.moved.packed.require_alike(name, data, sizes, firsts, self._cycle.examples)
+        of, examples = self._capture.moved.owned.of, self._cycle.examples
+        require_first_states_alike(name, data, sizes, firsts, of=of, examples=examples, again=in_backward())
 
     def lies_as(self, t: Tensor, like: Tensor) -> Tensor:
-        """Returns `t`, whose rows have the owners of the rows of `like`, if these were moved along the batch."""
-        owned = self._capture.moved.packed.of(like)
-        if owned is not None:
-            self._capture.moved.packed.put(t, owned)
+        """Returns `t`, whose rows have the owners of the rows of `like`, if these have owners of their own."""
+        routed = self._capture.moved.owned.of(like)
+        if routed is not None:
+            self._capture.moved.owned.put(t, routed)
         return t
 
     def by_example(self, rows: Tensor) -> Tensor | None:
         """Returns rows of known owners by example (B, L, ...), filled up with zeros, or None of other tensors."""
-        owned = self._capture.moved.packed.of(rows)
-        return None if owned is None or owned.axis else owned.examples_first(rows, self._cycle.examples)
+        if routed_now() is not None or self._routed is None or self.layout(rows) is not Layout.ROUTED:
+            return None
+        return self._routed.examples_first(rows, self._cycle.examples)
 
     def as_rows(self, t: Tensor, like: Tensor) -> Tensor:
         """Returns what is by example (B, L, ...) in the order of the rows of `like`, with their owners."""
-        owned = self._capture.moved.packed.of(like)
-        assert owned is not None
-        return self.lies_as(owned.rows_first(t), like)
+        assert self._routed is not None
+        return self.lies_as(self._routed.rows_first(t), like)
 
     def again(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns `func(...)` with capture looking at it, for handlers that take an operation apart."""
@@ -235,8 +206,7 @@ class HandledCall:
         if layout is Layout.ROUTED:
             routed = self._routed
             assert routed is not None
-            if isinstance(routed, Owned):
-                self._require_rows(data)
+            self._require_rows(data)
             require_alike(operation, list(map(self.label, watched.values())), routed, cycle.examples)
         # While layouts are learned, a wrong guess may say so. It is found out and mended.
         if layout.axis and not operation.positionwise and cycle.trace is None:
@@ -268,7 +238,7 @@ class HandledCall:
         if others:
             raise DoubtError(
                 f"an operation met rows that were moved along the batch, and data in which {others.pop().value}",
-                "Give an operation rows of one packed sequence, in one order.",
+                "Give an operation rows that were moved alike.",
             )
 
     def _plain(self, root: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from privet.gradients.capture.call import tensors_among
 from privet.gradients.capture.routing import Routed
 
-__all__ = ["ALIKE", "FRESH", "Owners", "base_name", "kept", "named"]
+__all__ = ["ALIKE", "FRESH", "Owners", "base_name", "kept", "named", "one_of"]
 
 Owners = Callable[[object], Routed | None]
 Found = list[tuple[Tensor, Routed]]
@@ -186,11 +186,11 @@ def _has_rows_first(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return bool(t.dim() > 1) or name in {"embedding", "one_hot"}
 
 
-def _one(found: list[Routed]) -> Routed | None:
-    """Returns owners on which all agree, if they do: those that know where the rows were taken before others."""
+def one_of(found: list[Routed]) -> Routed | None:
+    """Returns owners on which all agree, if they do: those that know of a packing, or an origin, before others."""
     if not found or not all(map(found[0].same, found[1:])):
         return None
-    return next((each for each in found if each.origin is not None), found[0])
+    return max(found, key=lambda each: (each.packing is not None, each.origin is not None))
 
 
 def _alike(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, of: Owners) -> Routed | None:
@@ -199,7 +199,7 @@ def _alike(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, of: Ow
     met = [(t, mine) for t in tensors_among((*args, *kwargs.values())) if (mine := of(t)) is not None]
     if any(t.dim() != result.dim() for t, _ in met):  # broadcast: axis 0 of it is another axis of the result
         return None
-    return _one([mine for _, mine in met])
+    return one_of([mine for _, mine in met])
 
 
 def _shaped(mine: Routed | None, result: Any) -> Routed | None:
@@ -227,7 +227,7 @@ def _product(args: tuple[Any, ...], result: Any, of: Owners) -> Routed | None:
         return a if (left.dim() == 2 and right.dim() <= 2) or (left.dim() > 2 and right.dim() <= left.dim()) else None
     if right.dim() < 3 or result.dim() != right.dim():
         return None
-    return _one([a, b]) if a is not None and left.dim() == right.dim() else b if a is None else None
+    return one_of([a, b]) if a is not None and left.dim() == right.dim() else b if a is None else None
 
 
 def _leaves_first(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -276,7 +276,7 @@ def _along(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], of: Owne
     if name == "flatten":
         return found[0]
     axes = _axes(name, args, kwargs, tensors[0].dim())
-    return None if axes is None or 0 in axes else _one(found)
+    return None if axes is None or 0 in axes else one_of(found)
 
 
 def _joined(tensors: Any, of: Owners) -> Routed | None:

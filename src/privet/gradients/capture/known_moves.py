@@ -74,6 +74,11 @@ class _Known:
     by_place: bool | None = None  # whether axis 0, along which it moves, has as many rows for each example
     whole: bool = True  # whether these were B and B + 1: the axis is the batch, and not merged with another one
 
+    @property
+    def where(self) -> Hashable:
+        """Returns what was seen of where the rows lie."""
+        return self.by_place, self.whole, frozenset(self.axes)
+
 
 @dataclass
 class KnownMoves:
@@ -99,7 +104,7 @@ class KnownMoves:
         Returns whether it was known before where rows lie by place, wherever some were taken.
         """
         small, large = examples
-        before = {key: known.by_place for key, known in self.known.items()}
+        before = {key: known.where for key, known in self.known.items()}
         pairs: dict[Hashable, tuple[list[Move], list[Move]]] = {}
         for which, met in enumerate((first, second)):
             for key, move in met.moves:
@@ -119,20 +124,22 @@ class KnownMoves:
                 lies = lies and one.rows // small * large == two.rows  # type: ignore[operator]
                 known.by_place = lies and known.by_place is not False
         guessed = {key for met in (first, second) for key in met.guessed}
-        return all(key in before and before[key] is self.known[key].by_place for key in guessed)
+        return all(key in before and before[key] == self.known[key].where for key in guessed)
 
-    def by_place(self, key: Hashable) -> bool | None:
-        """Returns whether the rows that are taken here lie by place, or None if it was not seen."""
-        known = self.known.get(key)
-        return None if known is None else known.by_place
+    def lies(self, key: Hashable, move: Move, axis: int) -> bool | None:
+        """Returns whether rows that are taken along an axis lie by place, or None if it was not seen.
 
-    def along_batch(self, key: Hashable, move: Move) -> int | None:
-        """Returns the axis that a move is along, if it is seen to be the batch and no other one, else None."""
+        On axis 0 there may be several rows of each example. On another one, the examples lie alone.
+        """
         known = self.known.get(key)
-        if known is None or not known.whole or len(known.axes) != 1:
+        if known is None:
             return None
+        if axis == 0 and known.by_place:
+            return True
+        if not known.whole or len(known.axes) != 1:
+            return False
         (place,) = known.axes
-        return move.axes[place] if move.axes is not None and place < len(move.axes) else None
+        return move.axes is not None and place < len(move.axes) and move.axes[place] == axis
 
     def harmless(self, key: Hashable, move: Move) -> bool:
         """Returns whether the move leaves every row of the batch in its place, or is the same on every batch."""

@@ -9,7 +9,7 @@ that meets a parameter puts the forward in doubt.
 
     x[:, 0], x.chunk(3, dim=-1), cat([token, x], dim=1)     along other axes: harmless
     x[arange(B), length - 1]                                every row stays with its example: harmless
-    x[mask], x[order]                                       rows with owners of their own (`owned.py`)
+    x[mask], x[order], pack_padded_sequence(x)              rows with owners of their own (`owned.py`)
     x.unbind(0), cat(list(x)), x.unfold(0, 2, 1)            tagged
     out[mask] = tagged                                      back where rows were taken: `out` is not tagged
     out[tagged_mask] = parameter                            every row of `out` stays in its place
@@ -26,7 +26,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -50,7 +49,6 @@ from privet.gradients.capture.kept import ALIKE, base_name
 from privet.gradients.capture.known_moves import KnownMoves, MovesMet
 from privet.gradients.capture.moves import Move, masks_among, move_of, mover_of
 from privet.gradients.capture.owned import OwnedRows
-from privet.gradients.capture.packed_rows import PackedRows
 from privet.gradients.capture.routing import routed_now
 from privet.gradients.layout import DoubtError
 from privet.gradients.tracing import tracing
@@ -66,18 +64,6 @@ _TORCH = str(Path(torch.__file__).parent)
 _DISTRIBUTED = tuple(
     f"{_TORCH}/{p}" for p in ("distributed/tensor/", "distributed/_functional_collectives.py", "_utils.py")
 )
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """One call of a function."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tensors: list[Tensor]
-    move: Move | None
-    key: Hashable
 
 
 class MovedRows(TorchFunctionMode):
@@ -113,7 +99,6 @@ class MovedRows(TorchFunctionMode):
         self._follows = False  # whether all functions count: there are tags, or a check lists what is met
         self._tags: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._sources: set[tuple[int, ...]] = set()  # the sizes along which rows were taken
-        self.packed = PackedRows()
 
     @property
     def thread(self) -> int:
@@ -159,7 +144,6 @@ class MovedRows(TorchFunctionMode):
             set_stance(stance)
         self._tags.clear()
         self._sources.clear()
-        self.packed.clear()
         if self._thread == threading.get_ident():  # else it stays on that thread's stack, and does nothing there
             self._thread = 0
             _put_on([mode for mode in _taken_off() if mode is not self])
@@ -188,7 +172,7 @@ class MovedRows(TorchFunctionMode):
         if mover is not None and not any(map(self._is_root, args[:3])) and not self._is_known(frame.f_code):
             move = move_of(mover, args, kwargs)
             key = None if move is None else self._key(func, move, frame, keep=self._met is not None)
-        follows = self._tags or self.owned or self.packed
+        follows = self._tags or self.owned
         tensors = list(tensors_among((*args, *kwargs.values()))) if follows else []
         if frame.f_code is _PADS:  # whose the rows are is a matter of what is put back, and not of the indices
             tensors = tensors[:1]
@@ -199,12 +183,14 @@ class MovedRows(TorchFunctionMode):
             cycle.doubt = _doubt(func, tag)
             return func(*args, **kwargs)
         moved = move is not None and not self.known.harmless(key, move)
-        taken = moved and self._lies(key, func, args, kwargs)
+        # An index of a sort is followed, too, in a batch that happens to be sorted.
+        takes = move is not None and (moved or owned)
+        by_place = self._by_place(key, move, func, args, kwargs) if takes and move is not None else None
         if self._met is not None:
             self._met.saw(func, args, kwargs)
             if move is not None:
                 self._met.moves.append((key, move))
-            if taken:
+            if by_place is not None:
                 self._met.guessed.add(key)
         result = func(*args, **kwargs)
         if self._met is not None:
@@ -212,26 +198,15 @@ class MovedRows(TorchFunctionMode):
         self.owned.follow_numbers(func, args, result)
         if move is not None and moved and move.into is None:
             self._sources.add(move.sizes)
-        table = self._is_table(args, move is not None and not moved)
-        known = (owned or taken) and self._owns(func, args, kwargs, result, by_place=taken, table=table)
-        packed = self._packs(cycle, _Seen(func, args, kwargs, tensors, move, key), result)
-        if known or packed:
-            self._forget_in_place(args, result, owned=not known, packed=not packed)
-            return result
+        if owned or by_place is not None:
+            table = self._is_table(args, move is not None and not moved)
+            if self._owns(func, args, kwargs, result, by_place=by_place, table=table):
+                return result
+            self.owned.forget_written(tensors_among((result,)), tensors)
         # What this batch is told, or what is only listed, leaves no doubt.
-        lost = owned or packed is False
-        if self._met is None and not cycle.telling and (lost or tag is not None or moved):
-            self._tag_result(args, move, result, tag or _place(func, frame), tagged=lost or tag is not None)
+        if self._met is None and not cycle.telling and (owned or tag is not None or moved):
+            self._tag_result(args, move, result, tag or _place(func, frame), tagged=owned or tag is not None)
         return result
-
-    def _forget_in_place(self, args: tuple[Any, ...], result: Any, *, owned: bool, packed: bool) -> None:
-        """Takes note that one of the two ways of following rows has lost those of what was written in place."""
-        if not args or result is not args[0] or not isinstance(result, Tensor):
-            return
-        if owned:
-            self.owned.forget(result)
-        if packed:
-            self.packed.forget(result)
 
     def _meets(self, func: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
         """Returns whether a parameter meets rows of which nobody knows the owners; one of the tensors is tagged."""
@@ -243,17 +218,23 @@ class MovedRows(TorchFunctionMode):
         t = args[0] if args else None
         return self._is_root(t) or (unmoved and isinstance(t, Tensor) and not t.requires_grad)
 
-    def _lies(self, key: Hashable, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Returns whether a function takes rows that lie by place, as a check has seen; while it looks, a guess."""
-        if tracing() or routed_now() is not None or not self.owned.may_take(func, args, kwargs):
-            return False
-        if self.owned.of(args[0]) is not None or self._tagged(args[0]):
-            return False
-        seen = self.known.by_place(key)
-        return seen is True or (seen is None and self._met is not None)
+    def _by_place(
+        self, key: Hashable, move: Move, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> int | None:
+        """Returns the axis along which a function takes rows that lie by place, or None if it is not known of any.
+
+        A check has seen it of this place in the code; while it looks, it is a guess.
+        """
+        if routed_now() is not None:
+            return None
+        axis = self.owned.takes_along(func, args, kwargs, move)
+        if axis is None or tracing() or self.owned.of(args[0]) is not None or self._tagged(args[0]):
+            return None
+        lies = self.known.lies(key, move, axis)
+        return axis if lies or (lies is None and self._met is not None) else None
 
     def _owns(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, **how: bool
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, **how: Any
     ) -> bool:
         """Returns whether the owners of the rows of a result are known, and takes note of them."""
         tagged = [t for t in tensors_among((*args, *kwargs.values())) if self._tagged(t) and t.is_floating_point()]
@@ -285,27 +266,10 @@ class MovedRows(TorchFunctionMode):
         if args and result is args[0]:
             self._tag(getattr(result, "_base", None), place)
 
-    def _packs(self, cycle: Cycle, call: _Seen, result: Any) -> bool | None:
-        """Takes note of rows whose owners are known, and returns whether those of a result are; see `PackedRows`."""
-        name = getattr(call.func, "__name__", "")
-        if not self.packed.concerns(name, call.tensors):
-            return None
-
-        def holds(t: Tensor, axis: int) -> bool:
-            if self._tagged(t) or call.move is None:
-                return False
-            return self._met is not None or self.known.along_batch(call.key, call.move) == axis
-
-        seen = (name, call.args, call.kwargs, result, call.move)
-        doubtful = any(map(self._tagged, call.tensors))
-        known = self.packed.follow(*seen, examples=cycle.examples, holds=holds, doubtful=doubtful)
-        self._follows = self._follows or bool(self.packed)
-        return known
-
     def doubt_of_all(self, func: Callable[..., Any]) -> DoubtError | None:
         """Returns a doubt of any operation on a parameter, if some rows of this forward have been moved."""
         moved = next((place for ref, place in self._tags.values() if ref() is not None), None)
-        if moved is None and (self.owned or self.packed):
+        if moved is None and self.owned:
             moved = "an index, a sort or a packing"
         return None if moved is None or routed_now() is not None else _doubt(func, moved)
 
@@ -316,7 +280,6 @@ class MovedRows(TorchFunctionMode):
     def _tag(self, values: Any, place: str) -> None:
         for t in tensors_among(values if isinstance(values, tuple) else (values,)):
             self.owned.forget(t)
-            self.packed.forget(t)
             self._tags[id(t)] = (weakref.ref(t), place)
             self._follows = True
 

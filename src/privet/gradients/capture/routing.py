@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -24,10 +25,20 @@ from privet.gradients.rules.free import EXPANSIONS
 from privet.gradients.tracing import tracing
 from privet.gradients.use import Operation
 
-__all__ = ["Routed", "require_alike", "routed_now", "rows_of"]
+__all__ = ["Packing", "Routed", "require_alike", "routed_now", "rows_of"]
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _local = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How rows were packed by time: at step t lie the first `sizes[t]` of the sequences, in their sorted order."""
+
+    order: Routed
+    """The sequences that were packed, as they were sorted."""
+    sizes: tuple[int, ...]
+    """How many of them each step has."""
 
 
 class Routed:
@@ -37,9 +48,19 @@ class Routed:
         owner: (R,) whole numbers.
         origin: the rows that these were taken from, which may be put back there.
         by_place: whether the rows lie as those of any batch do: those of one example together, and equally many each.
+        axis: the axis of the tensor that the rows lie on.
+        packing: how they were packed, or None if they were not.
     """
 
-    def __init__(self, owner: object, *, origin: Routed | None = None, by_place: bool = False) -> None:
+    def __init__(
+        self,
+        owner: object,
+        *,
+        origin: Routed | None = None,
+        by_place: bool = False,
+        axis: int = 0,
+        packing: Packing | None = None,
+    ) -> None:
         if not isinstance(owner, Tensor) or owner.dim() != 1 or owner.dtype not in _WHOLE:
             found = (
                 f"{owner.dtype} of shape {tuple(owner.shape)}" if isinstance(owner, Tensor) else type(owner).__name__
@@ -55,24 +76,35 @@ class Routed:
         self.owner = owner.detach().long()
         self.origin = origin
         self.by_place = by_place
+        self.axis = axis
+        self.packing = packing
         self.by_index = False  # whether they were taken by numbers of rows, and not by a mask or a slice
         self._fits: int | None = None  # the number of examples that the owners are known to be among
 
     @staticmethod
-    def in_order(rows: int, examples: int, *, device: torch.device, batch_first: bool = True) -> Routed:
+    def in_order(rows: int, examples: int, *, device: torch.device, batch_first: bool = True, axis: int = 0) -> Routed:
         """Returns the owners of rows that lie by example, as many of each; or by position, without `batch_first`."""
         owner = torch.arange(examples, device=device)
         each = rows // max(examples, 1)
-        return Routed(owner.repeat_interleave(each) if batch_first else owner.repeat(each), by_place=True)
+        owner = owner.repeat_interleave(each) if batch_first else owner.repeat(each)
+        return Routed(owner, by_place=True, axis=axis)
 
     def same(self, other: Routed) -> bool:
-        """Returns whether both say the same of as many rows."""
-        return self is other or (self.rows == other.rows and torch.equal(self.owner, other.owner))
+        """Returns whether both say the same of as many rows, on the same axis."""
+        if self is other:
+            return True
+        return (self.axis, self.rows) == (other.axis, other.rows) and torch.equal(self.owner, other.owner)
+
+    def on_axis(self, axis: int) -> Routed:
+        """Returns the owners of the same rows on another axis."""
+        if axis == self.axis:
+            return self
+        return Routed(self.owner, origin=self.origin, by_place=self.by_place, axis=axis)
 
     def taken(self, index: Tensor | slice) -> Routed:
         """Returns the owners of rows that are taken by an index, (R',) whole numbers or (R,) bool."""
-        index = index.detach() if isinstance(index, Tensor) else index
-        found = Routed(self.owner[index], origin=self)
+        index = index.detach().to(self.owner.device) if isinstance(index, Tensor) else index
+        found = Routed(self.owner[index], origin=self, axis=self.axis)
         found.by_index = isinstance(index, Tensor) and index.dtype != torch.bool
         return found
 
@@ -114,7 +146,10 @@ class Routed:
 
     @cached_property
     def _ranks(self) -> tuple[Tensor, int]:
-        """Returns which of its example's rows each row is, and L."""
+        """Returns which of its example's rows each row is, and L: in packed rows, the step."""
+        if self.packing is not None:
+            steps = torch.tensor(self.packing.sizes, device=self.owner.device)
+            return torch.arange(len(steps), device=self.owner.device).repeat_interleave(steps), len(steps)
         order = self.owner.argsort(stable=True)
         counts = torch.bincount(self.owner)
         starts = counts.cumsum(0) - counts
