@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from privet.gradients.reference import example_gradients
 from tests.contracts.doors import DOORS, assert_exact, distance, door_sum, expected_sum
 from tests.gradients.graphs import graph
 
-pytest.importorskip("torch_geometric")
-data = pytest.importorskip("torch_geometric.data")
-layers = pytest.importorskip("torch_geometric.nn")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its import uses what torch means to give up
+    pytest.importorskip("torch_geometric")
+    data = pytest.importorskip("torch_geometric.data")
+    layers = pytest.importorskip("torch_geometric.nn")
 pytestmark = pytest.mark.filterwarnings("ignore:a step was taken on a batch that did not come:UserWarning")
 
 D = 4

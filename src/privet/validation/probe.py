@@ -28,9 +28,10 @@ from privet.batches.replace import nearest, rearranged
 from privet.batches.structure import Arguments
 from privet.batches.tree import paths_in, tensors_in
 from privet.errors import ConfigurationError, PrivetError, UnsupportedModelError
+from privet.gradients.capture.drawn import NothingDropped, packs
 from privet.gradients.capture.other_values import in_double, perturbed, to_double
 from privet.gradients.capture.state import State, same
-from privet.gradients.capture.undisturbed import draws_by_length, evaluating, generators, undisturbed
+from privet.gradients.capture.undisturbed import evaluating, generators, undisturbed
 from privet.validation.idioms import idiom_of
 from privet.validation.separation import replacements, sources_of
 
@@ -126,11 +127,16 @@ def _confirmed(module: nn.Module, inputs: Arguments, batch: int, axis: int, tole
     found = _look(module, inputs, batch, axis, tolerance)
     if not found:
         return []
-    if draws_by_length(module) and not _look(module, inputs, batch, axis, tolerance, lengths_stay=True):
-        with evaluating(module):
+    if _packs(module, inputs) and not _look(module, inputs, batch, axis, tolerance, lengths_stay=True):
+        with NothingDropped():
             found = _look(module, inputs, batch, axis, tolerance)
             return found and _in_double(module, inputs, batch, axis, tolerance, found)
     return _in_double(module, inputs, batch, axis, tolerance, found)
+
+
+def _packs(module: nn.Module, inputs: Arguments) -> bool:
+    with undisturbed(module), torch.enable_grad():
+        return packs(lambda: module(*inputs.args, **inputs.kwargs))
 
 
 def _in_double(  # noqa: PLR0917

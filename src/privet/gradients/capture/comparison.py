@@ -28,18 +28,17 @@ from privet.batches.kept import opened
 from privet.batches.replace import nearest, rearranged
 from privet.errors import CoverageError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
+from privet.gradients.capture.drawn import NothingDropped, packs
 from privet.gradients.capture.other_values import in_double, to_double
 from privet.gradients.capture.output_gradients import differentiable, fitted, weighted, within
+from privet.gradients.capture.terms import HALF, is_coarse, terms_of
 from privet.gradients.capture.tripwire import Tripwires
-from privet.gradients.capture.undisturbed import draws_by_length, evaluating
-from privet.gradients.derived import Derivation
 from privet.gradients.spread import HERE, Spread
 from privet.gradients.summation import weighted_sums
-from privet.gradients.use import Recorded, Use
+from privet.gradients.use import Recorded
 
 __all__ = ["Comparison"]
 
-_HALF = (torch.float16, torch.bfloat16)
 _REPEATS = 6
 """How often equal runs are repeated to see how much they differ."""
 
@@ -125,12 +124,12 @@ class Comparison:
                 and an example's gradient depends on the other examples.
         """
         verdict = self._verdict(inputs, examples)
-        if verdict.wrong and draws_by_length(self._module):
+        if verdict.wrong and self._packs(inputs):
             self._lengths_stay, self._shapes = True, None
             beside = self._verdict(inputs, examples)
             self._lengths_stay, self._shapes = False, None
             if not beside.wrong:
-                with evaluating(self._module):
+                with NothingDropped():
                     verdict = self._verdict(inputs, examples)
         if verdict.wrong:
             raise self._error(verdict, inputs, examples)
@@ -173,7 +172,7 @@ class Comparison:
         device = next(iter(self._parameters.values())).device
         wide = torch.float64 if any(t.dtype == torch.float64 for t in draws) else torch.float32
         captured, sizes = weighted_sums(recorded, self._parameters, [w.to(device, wide) for w in weights])
-        terms, coarse = _terms(recorded), _is_coarse(recorded)
+        terms, coarse = terms_of(recorded), is_coarse(recorded)
         del recorded  # what it holds, before the next forward needs as much memory
         expected = []
         for other, weight in zip(others, weights, strict=True):
@@ -207,6 +206,11 @@ class Comparison:
         self._restore()
         with self._tripwires.quiet():
             return [o.shape for o in differentiable(self._run(inputs))]
+
+    def _packs(self, inputs: Any) -> bool:
+        self._restore()
+        with self._tripwires.quiet():
+            return packs(lambda: self._run(inputs))
 
     def _own(self, inputs: Any, gradients: Sequence[Tensor]) -> dict[str, Tensor] | None:
         """Returns autograd's own gradients, or None if outputs are found to be longer or shorter than their gradients.
@@ -349,7 +353,7 @@ def _of(sums: Mapping[str, Tensor], name: str, p: nn.Parameter) -> Tensor:
         return torch.zeros(p.shape, device=p.device, dtype=p.dtype)
     dense = found.detach() if found.layout == torch.strided else found.detach().to_dense()
     dense = dense.reshape(p.shape)
-    return dense.float() if dense.dtype in _HALF else dense
+    return dense.float() if dense.dtype in HALF else dense
 
 
 def _norm(t: Tensor) -> float:
@@ -358,40 +362,3 @@ def _norm(t: Tensor) -> float:
 
 def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else 0.0
-
-
-def _all_uses(recorded: Recorded) -> list[Use]:
-    return [use for uses in (*recorded.direct.values(), *recorded.derived.values()) for use in uses]
-
-
-def _is_coarse(recorded: Recorded) -> bool:
-    return any(t is not None and t.dtype in _HALF for use in _all_uses(recorded) for t in (use.gradient, *use.data))
-
-
-def _terms(recorded: Recorded) -> dict[str, float]:
-    """Returns a bound of the size of what is added up in each parameter's gradient, within examples too.
-
-    The terms of a bias are the gradients of all positions; those of a weight, their products with the inputs. The
-    biases of keys in attention have a sum of zero, of terms that are not.
-    """
-    squared: dict[str, float] = {}
-    found: list[tuple[str | Derivation, list[Use]]] = [*recorded.direct.items(), *recorded.derived.items()]
-    for target, uses in found:
-        names = target.sources if isinstance(target, Derivation) else (target,)
-        for use in uses:
-            met = [_longest(t) for t in use.data if t is not None and t.is_floating_point()]
-            term = float(torch.linalg.vector_norm(use.gradient.detach(), dtype=_wide(use.gradient))) * max([1.0, *met])
-            for name in names:
-                squared[name] = squared.get(name, 0.0) + term * term  # a power overflows with an error
-    return {name: value**0.5 for name, value in squared.items()}
-
-
-def _longest(t: Tensor) -> float:
-    """Returns the largest norm of a vector on the last axis."""
-    if t.dim() == 0 or t.numel() == 0:
-        return 1.0
-    return float(torch.linalg.vector_norm(t.detach(), dim=-1, dtype=_wide(t)).max())
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)

@@ -13,7 +13,7 @@ from torch import nn
 from privet.gradients.capture.eager import eagerly
 from privet.gradients.capture.state import State
 
-__all__ = ["draws_by_length", "evaluating", "generators", "undisturbed"]
+__all__ = ["evaluating", "generators", "undisturbed"]
 
 
 @contextmanager
@@ -63,15 +63,6 @@ def generators(module: nn.Module) -> Callable[[], bool]:
         return moved
 
     return rewind
-
-
-def draws_by_length(module: nn.Module) -> bool:
-    """Returns whether a module may draw random numbers for as many entries as sequences are long: it is recurrent.
-
-    Dropout of packed rows, or of outputs as long as the longest, then draws others for an example whose neighbors have
-    other lengths. That is no mixing. What depends on other examples shows if their lengths stay, or nothing is drawn.
-    """
-    return any(isinstance(part, nn.RNNBase) for part in module.modules())
 
 
 @contextmanager
