@@ -1,10 +1,11 @@
 """Grouped products, `y_r = x_r @ W_e(r)`: rows sorted by the expert that they go to, with one matrix for each expert.
 
 Where the rows of one expert end is said by offsets. The gradient of example i is, for expert e, the sum of `x_t^T g_t`
-over those of its positions t that went to e. So its squared norm is `sum_ts [e(t) = e(s)] (x_t . x_s)(g_t . g_s)`, the
-Gram form of a linear operation (Li et al., arXiv 2110.05679) with the pairs of different experts left out.
+over those of its positions t that went to e: that of a linear operation over these positions alone. They are a *group*,
+and the squared norm is the sum of those of the groups of i. So the groups of a batch are the rows of a linear
+operation, filled up with zeros to one of a few widths, and none of them meets positions of another expert.
 
-Axes: B examples, T positions, R rows, E experts, I input features, O output features.
+Axes: B examples, T positions, R rows, E experts, G groups, P positions of a group, I input features, O output features.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from torch.nn import functional as F
 
 from privet.gradients.layout import Layout
 from privet.gradients.precision import product_errors
-from privet.gradients.rows import factor_norms, of_type, padded, row_norms, summed, wide
+from privet.gradients.rows import factor_norms, of_type, summed, wide
 from privet.gradients.rules.arguments import named
-from privet.gradients.rules.gram import never_too_small
-from privet.gradients.rules.linear import positions
+from privet.gradients.rules.linear import outer_norms, positions
 from privet.gradients.rules.registry import Call, handles
-from privet.gradients.rules.strategy import row_chunks
 from privet.gradients.use import Operation, Rule, Use, Uses
 
 __all__ = ["Grouped"]
+
+_ENTRIES = 2**23
+"""How many numbers of groups are laid next to each other at once, about 32 MiB."""
 
 
 def _parts(use: Use) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,30 +66,17 @@ class _Weight(Rule):
 
     def per_example(self, uses: Uses) -> Tensor:
         x, expert, gradient = _joined(uses)
-        rows = x.new_zeros(uses.rows, *uses.shape)
-        for number in range(uses.shape[0]):
-            mine = (expert == number).unsqueeze(2)
-            if bool(mine.any()):
-                rows[:, number] = torch.bmm(torch.where(mine, x, 0.0).mT, torch.where(mine, gradient, 0.0))
-        return rows
+        rows = x.new_zeros(uses.rows * uses.shape[0], *uses.shape[1:])
+        for group, left, right in _groups(x, expert, gradient, uses.shape[0]):
+            rows[group] = torch.bmm(left.mT, right)
+        return rows.view(uses.rows, *uses.shape)
 
     def squared_norms(self, uses: Uses) -> Tensor:
         x, expert, gradient = _joined(uses)
-        chunks = row_chunks(uses.rows, 4 * x.shape[1] ** 2 * x.element_size())
-        norms = [self._gram_norms(uses, x[c], expert[c], gradient[c], c.start) for c in chunks]
-        return torch.cat(norms) if norms else x.new_zeros(0)
-
-    @staticmethod
-    def _gram_norms(uses: Uses, x: Tensor, expert: Tensor, gradient: Tensor, start: int) -> Tensor:
-        same = expert.unsqueeze(2) == expert.unsqueeze(1)
-        gram = torch.bmm(x, x.mT).mul_(torch.bmm(gradient, gradient.mT)).mul_(same).flatten(1).sum(1)
-        lengths = torch.linalg.vector_norm(x, dim=2), torch.linalg.vector_norm(gradient, dim=2)
-        entries = (x.shape[2], gradient.shape[2])
-
-        def again(rows: Tensor) -> Tensor:
-            return _instantiated(uses.selected(rows + start))
-
-        return never_too_small(gram, lengths, entries, terms=max(entries), again=again)
+        norms = x.new_zeros(uses.rows)
+        for group, left, right in _groups(x, expert, gradient, uses.shape[0]):
+            norms.index_add_(0, group // uses.shape[0], outer_norms(left, right))
+        return norms
 
     def rounding(self, uses: Uses) -> Tensor:
         """Returns a share of `|x| |g|`, no less than `sum_t |x_t| |g_t|`."""
@@ -101,19 +90,42 @@ class _Weight(Rule):
         x, expert, gradient = x.flatten(0, 1), expert.flatten(), gradient.flatten(0, 1)
         total = x.new_zeros(uses.shape)
         for number, places in _by_expert(expert, uses.shape[0]):
-            total[number] = x[places].mT @ gradient[places]
+            torch.mm(x[places].mT, gradient[places], out=total[number])
         return total
 
 
+def _groups(
+    x: Tensor, expert: Tensor, gradient: Tensor, experts: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # (G,), (G, P, I), (G, P, O)
+    """Yields the groups of one width after another: their numbers `i E + e`, their inputs and their gradients.
+
+    A width is a power of two, which is less than twice a group's own size. So the formula that finds its norm is a
+    matter of this group alone, and there are few of them however many experts there are.
+    """
+    examples, length = expert.shape
+    if not expert.numel():
+        return
+    number = torch.arange(examples, device=expert.device).unsqueeze(1) * experts + expert
+    order = number.flatten().argsort(stable=True)
+    sizes = torch.bincount(number.flatten(), minlength=examples * experts)
+    starts = sizes.cumsum(0) - sizes
+    x, gradient = x.flatten(0, 1), gradient.flatten(0, 1)
+    by_width: dict[int, list[int]] = {}
+    for group, size in enumerate(sizes.tolist()):
+        if size:
+            by_width.setdefault(1 << (size - 1).bit_length(), []).append(group)
+    for width, of_width in by_width.items():
+        step = max(1, _ENTRIES // (width * (x.shape[1] + gradient.shape[1])))
+        places = torch.arange(width, device=expert.device)
+        for start in range(0, len(of_width), step):
+            group = torch.tensor(of_width[start : start + step], device=expert.device)
+            empty = (places >= sizes[group].unsqueeze(1)).unsqueeze(2)
+            rows = order[(starts[group].unsqueeze(1) + places).clamp(max=examples * length - 1)]
+            # What lies there is another group's, which may be infinite.
+            yield group, x[rows].masked_fill_(empty, 0.0), gradient[rows].masked_fill_(empty, 0.0)
+
+
 _WEIGHT = _Weight()
-
-
-def _instantiated(uses: Uses) -> Tensor:  # (B,)
-    """Returns the squared norms as sums of squares, of a few examples at a time."""
-    size = 2 * math.prod(uses.shape) * wide(uses[0].gradient).element_size()
-    parts = [uses.narrowed(c.start, c.stop) for c in row_chunks(uses.rows, size)]
-    norms = torch.cat([row_norms(_WEIGHT.per_example(part)) for part in parts])
-    return padded(norms, _WEIGHT.rounding(uses))  # the weighted sum will not be one of these rows
 
 
 class Grouped(Operation):

@@ -22,7 +22,7 @@ from privet.gradients.rules.registry import Call, handles
 from privet.gradients.rules.strategy import Strategy, linear_strategy, row_chunks
 from privet.gradients.use import Operation, Rule, Use, Uses
 
-__all__ = ["Linear", "linear_of", "positions"]
+__all__ = ["Linear", "linear_of", "outer_norms", "positions"]
 
 
 def _sequence(t: Tensor) -> Tensor:  # (B, ..., F) -> (B, T, F)
@@ -127,6 +127,24 @@ def _products(left: Tensor, right: Tensor) -> Tensor:  # (B, T, O), (B, T, I) ->
         return _products(right, left).mT
     shape = (left.shape[0], left.shape[2], right.shape[2])
     return torch.bmm(left.mT, right, out=scratch(shape, left))
+
+
+def outer_norms(left: Tensor, right: Tensor) -> Tensor:  # (R, T, I), (R, T, O) -> (R,)
+    """Returns the squared norms of `left_i^T right_i`, or a little more, in the way that is cheapest for their shape.
+
+    It is at least that of a sum of the same terms in any order, and its formula is the same for any number of rows.
+    """
+
+    def tiled(rows: Tensor | slice) -> Tensor:
+        a, g = left[rows], right[rows]
+        chunks = row_chunks(a.shape[0], a.shape[2] * g.shape[2] * a.element_size())
+        norms = torch.cat([row_norms(_in_memory_order(_products(a[c], g[c]))) for c in chunks])
+        terms = (g != 0.0).any(2).sum(1, dtype=a.dtype)
+        return padded(norms, factor_norms(a).sqrt() * factor_norms(g).sqrt() * product_errors(terms, a.device))
+
+    if linear_strategy(left[:1], right[:1], budget=0) is Strategy.GRAM:
+        return _gram_norms(left, right, again=tiled)
+    return tiled(slice(None))
 
 
 def _in_memory_order(rows: Tensor) -> Tensor:
