@@ -69,7 +69,8 @@ class Looped(nn.Module):
                 out = out + part
             else:
                 place, rank = torch.where(chosen == e)
-                out.index_add_(0, place, expert(tokens[place]) * weights[place, rank, None])
+                rows = tokens[None, place].reshape(-1, D) if self.put == "an axis in front" else tokens[place]
+                out.index_add_(0, place, expert(rows) * weights[place, rank, None])
         return self.last(out.view_as(x)).mean(1)
 
 
@@ -87,7 +88,7 @@ def seeded(make: Any, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("put", ["index_add", "mask"])
+@pytest.mark.parametrize("put", ["index_add", "mask", "an axis in front"])
 def test_experts_in_a_loop_need_no_word(door: str, put: str) -> None:
     net = seeded(Looped, put=put).double()
     for examples in (4, 1):  # as many as positions, features and experts

@@ -1,6 +1,7 @@
 """Functions that leave rows in their order on an axis that is not axis 0, or put them from one axis onto another.
 
-    last[-1], last.squeeze(0), x.transpose(0, 1)    views: the same rows on the axis where they are then
+    last[-1], last.squeeze(0), x.transpose(0, 1), h[None, order].reshape(-1, D)
+                                                    views: the same rows on the axis where they are then
     last + 1, last.tanh()                           functions of each element of tensors of one shape
 
 `kept.py` says what becomes of rows on axis 0 that stay there.
@@ -21,7 +22,7 @@ from privet.gradients.rules.arguments import named
 
 __all__ = ["kept_behind", "viewed"]
 
-_VIEWS = frozenset({"__getitem__", "squeeze", "transpose"})
+_VIEWS = frozenset({"__getitem__", "squeeze", "transpose", "view", "reshape"})
 
 
 def viewed(
@@ -48,6 +49,9 @@ def kept_behind(
 def _axis_after(name: str, axis: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int | None:
     """Returns the axis of a view on which entries lie that were on `axis`, or None if not all of them do."""
     t = args[0]
+    if name in {"view", "reshape"}:  # axes of one in front are left out
+        alone = all(size == 1 for size in t.shape[:axis])
+        return 0 if alone and result.dim() and result.shape[0] == t.shape[axis] else None
     if name == "squeeze":
         return axis - 1 if axis and t.shape[0] == 1 and result.shape == t.shape[1:] else None
     if name == "transpose":

@@ -99,7 +99,9 @@ class Routed:
         """Returns the owners of the same rows on another axis."""
         if axis == self.axis:
             return self
-        return Routed(self.owner, origin=self.origin, by_place=self.by_place, axis=axis)
+        found = Routed(self.owner, origin=self.origin, by_place=self.by_place, axis=axis)
+        found.by_index = self.by_index
+        return found
 
     def taken(self, index: Tensor | slice) -> Routed:
         """Returns the owners of rows that are taken by an index, (R',) whole numbers or (R,) bool."""

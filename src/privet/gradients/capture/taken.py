@@ -90,7 +90,7 @@ def taken(
     if found is None:
         return None
     tensors = [result] if isinstance(result, Tensor) else list(result)
-    fits = all(each.shape[source.axis : source.axis + 1] == (found.rows,) for each in tensors)
+    fits = all(each.shape[found.axis : found.axis + 1] == (found.rows,) for each in tensors)
     return [(each, found) for each in tensors] if fits else None
 
 
@@ -106,6 +106,9 @@ def _pieces(pieces: tuple[Tensor, ...], source: Routed, start: int) -> list[tupl
 def _indexed(index: Any, source: Routed) -> Routed | None:
     """Returns the owners of `t[index]`, if its first axis is rows that the first part of the index takes."""
     items = index if isinstance(index, tuple) else (index,)
+    if items[0] is None:  # a new axis in front: the rows lie behind it
+        found = _indexed(items[1:], source) if len(items) > 1 else None
+        return None if found is None else found.on_axis(found.axis + 1)
     first, rest = items[0], items[1:]
     if isinstance(first, slice):
         whole = first.indices(source.rows) == (0, source.rows, 1)
