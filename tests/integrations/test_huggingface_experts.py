@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privet import CoverageError, Flat, UnsupportedModelError
+from privet.validation import validate
 from tests.contracts.doors import assert_exact, distance, door_sum, explicit_sum, reference
 
 transformers = pytest.importorskip("transformers")
@@ -111,3 +112,39 @@ def test_a_checkpointed_mixture_is_exact() -> None:
     )
     found = explicit_sum(checkpointed, batch, loss=loss_of, policy=Flat(1e-2))
     assert_exact(found, reference(plain, batch, loss_of, Flat(1e-2)))
+
+
+def translator(kind: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "d_model": 8, "num_experts": 4}
+    if kind == "SwitchTransformers":
+        sizes |= {"d_kv": 4, "d_ff": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+        sizes |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 1}
+        options |= {"dropout_rate": 0.0, "router_jitter_noise": 0.0}
+    else:
+        sizes |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes |= {"encoder_sparse_step": 1, "decoder_sparse_step": 1}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **options)
+    model: nn.Module = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    return model.train()
+
+
+def translated(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    logits = model(input_ids=batch[0], decoder_input_ids=batch[0], use_cache=False).logits
+    return F.cross_entropy(logits.transpose(1, 2), batch[0], reduction="none").mean(1)
+
+
+def test_a_capacity_that_is_counted_over_each_sequence_is_exact() -> None:
+    net, batch = translator("SwitchTransformers"), tokens(4)  # one token for each expert: others are dropped
+    found = explicit_sum(net, batch, loss=translated, policy=Flat(1e-2))
+    assert_exact(found, reference(net, batch, translated, Flat(1e-2)))
+
+
+def test_a_capacity_that_is_counted_over_the_batch_is_refused_by_the_word() -> None:
+    for options in ({}, {"expert_capacity": 2**31}):  # an evaluation sets the second one back
+        assert any("capacity counts" in str(issue) for issue in validate(translator("NllbMoe", **options)))
+    with pytest.raises(UnsupportedModelError, match=r"capacity counts the tokens of the whole batch.*expert_capacity"):
+        explicit_sum(translator("NllbMoe"), tokens(4), loss=translated, policy=Flat(1.0))
+    unbounded = translator("NllbMoe", expert_capacity=2**31, moe_eval_capacity_token_fraction=-1.0)
+    assert not validate(unbounded)

@@ -112,12 +112,30 @@ def _script(module: nn.Module) -> Iterator[Finding]:
         )
 
 
+_NO_CAPACITY = 2**31
+"""A capacity that no batch reaches."""
+
+
+def _router(module: nn.Module) -> Iterator[Finding]:
+    if type(module).__name__ != "NllbMoeTop2Router":  # of transformers, which is not imported for it
+        return
+    capacity = getattr(module, "expert_capacity", None)
+    counted = getattr(module, "moe_eval_capacity_token_fraction", 1.0) > 0  # an evaluation would set another one
+    if capacity is None or capacity < _NO_CAPACITY or counted:
+        yield (
+            "its capacity counts the tokens of the whole batch: whether a token is dropped depends on other examples.",
+            "expert_capacity=2**31 and moe_eval_capacity_token_fraction=-1.0 in the config, so that none is dropped; "
+            "or a mixture that counts over each sequence (SwitchTransformers) or not at all (Mixtral).",
+        )
+
+
 _RULES: tuple[Callable[[nn.Module], Iterator[Finding]], ...] = (
     _batch_norm,
     _instance_norm,
     _embedding,
     _observer,
     _script,
+    _router,
 )
 
 
