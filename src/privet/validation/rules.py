@@ -124,8 +124,7 @@ def _router(module: nn.Module) -> Iterator[Finding]:
     if capacity is None or capacity < _NO_CAPACITY or counted:
         yield (
             "its capacity counts the tokens of the whole batch: whether a token is dropped depends on other examples.",
-            "expert_capacity=2**31 and moe_eval_capacity_token_fraction=-1.0 in the config, so that none is dropped; "
-            "or a mixture that counts over each sequence (SwitchTransformers) or not at all (Mixtral).",
+            "a config with expert_capacity=2**31, moe_eval_capacity_token_fraction=-1.0 (none is dropped), or Mixtral.",
         )
 
 

@@ -111,9 +111,9 @@ def _groups(
     starts = sizes.cumsum(0) - sizes
     x, gradient = x.flatten(0, 1), gradient.flatten(0, 1)
     by_width: dict[int, list[int]] = {}
-    for group, size in enumerate(sizes.tolist()):
+    for number_of, size in enumerate(sizes.tolist()):
         if size:
-            by_width.setdefault(1 << (size - 1).bit_length(), []).append(group)
+            by_width.setdefault(1 << (size - 1).bit_length(), []).append(number_of)
     for width, of_width in by_width.items():
         step = max(1, _ENTRIES // (width * (x.shape[1] + gradient.shape[1])))
         places = torch.arange(width, device=expert.device)
