@@ -132,7 +132,10 @@ DRAWING = {
     "urandom",
 }
 PRIVILEGES = {
-    "intercepts operations": (INTERCEPTION, ("gradients/capture/watched.py", "gradients/capture/moved.py")),
+    "intercepts operations": (
+        INTERCEPTION,
+        ("gradients/capture/watched.py", "gradients/capture/moved.py", "gradients/capture/drawn.py"),  # a check's mode
+    ),
     "hooks modules and gradients": (
         HOOKS,
         ("gradients/capture/", "audit/"),  # an audit looks at a training from outside, as its user could
