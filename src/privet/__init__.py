@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Sampling,
         Stream,
         TruncatedPoisson,
+        Users,
     )
     from privet.schedules import Exponential, Listed, Plan, Schedule, Stepwise
     from privet.step import PrivateStep
@@ -117,6 +118,7 @@ __all__ = [
     "TruncatedPoisson",
     "Unit",
     "UnsupportedModelError",
+    "Users",
     "WeightAverage",
     "get_compatible_module",
     "norm_quantile",
@@ -179,6 +181,7 @@ _HOMES = {
     "TensorBoardLogger": "privet.training.loggers",
     "TruncatedPoisson": "privet.sampling",
     "Unit": "privet.accounting",
+    "Users": "privet.sampling",
     "WeightAverage": "privet.learning",
     "get_compatible_module": "privet.validation",
     "norm_quantile": "privet.learning",

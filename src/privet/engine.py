@@ -19,7 +19,7 @@ from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import Noise, noise_for, noise_key
 from privet.parallel import bare
-from privet.sampling import PrivateLoader, Sampling, privatize_loader
+from privet.sampling import PrivateLoader, Sampling, Users, privatize_loader
 from privet.training.accumulate import Accumulate, accumulate_for
 from privet.training.clip_count import refuse_adaptive
 from privet.training.criterion import PrivateCriterion
@@ -36,6 +36,7 @@ from privet.training.private_module import MODES_ELSEWHERE, GradSampleMode, Priv
 from privet.training.start import facts_of
 from privet.training.target import multiplier_for
 from privet.training.update import PrivateUpdate
+from privet.training.whose import mark_users, refuse_users
 from privet.validation import refuse_mixed_records, require_valid
 
 __all__ = ["PrivacyEngine"]
@@ -144,6 +145,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
         grad_scaler: torch.amp.GradScaler | None = None,
+        users: Users | None = None,
     ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
         """Makes the module and the optimizer private, in place, and returns them with a private loader.
 
@@ -174,6 +176,8 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             grad_sample_mode: `"auto"`, the fastest; `"hooks"`, which shows every example's gradient in `p.grad_sample`;
                 `"functorch"`, which does so by vmap and without any rule for a layer.
             grad_scaler: what the loop scales the loss with, for float16. Its scale becomes a constant, and cancels.
+            users: whose records are whose, to make a user the unit of privacy, with an engine of `unit="user"`: users
+                are drawn, `batch_size` and `dataset_size` count users, and each user's gradient is clipped as a whole.
 
         Raises:
             ConfigurationError: for an option that is out of range, or parameters that do not fit together.
@@ -182,6 +186,8 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         An error leaves everything as it was.
         """
         noise = noise_of(noise, noise_multiplier)
+        shown = None if grad_sample_mode == "auto" else f"grad_sample_mode={grad_sample_mode!r}"
+        refuse_users(users, self._ledger, without=shown)
         policy = policy_for(clipping, max_grad_norm)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_choice("grad_sample_mode", grad_sample_mode, modes(), elsewhere=MODES_ELSEWHERE)
@@ -209,6 +215,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
                 dataset_size=dataset_size,
                 share=ranks.share,
                 accumulate=parts.batches,
+                users=users,
             )
             mechanism = Mechanism(sampling=loader.sampling, clipping=policy, noise=noise)
             refuse_budget_without_noise(mechanism, has_budget=self.budget is not None)
@@ -253,6 +260,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             self.ledger.mark("reproducible key")
         watched.attach(optimizer)
         update.loaders.follow(loader)
+        mark_users(users, self._ledger)
         self._watched.append(watched)
         made_private(inner, optimizer, making)
         self._know_records(loader.dataset_size)
@@ -313,6 +321,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: GradSampleMode = "auto",
         grad_scaler: torch.amp.GradScaler | None = None,
+        users: Users | None = None,
     ) -> tuple[M, O, PrivateLoader] | tuple[M, O, PrivateLoader, PrivateCriterion]:
         """Does what `make_private` does, with the least noise whose `epochs` cost at most the target.
 
@@ -332,6 +341,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             sampling=sampling,
             dataset_size=dataset_size,
             accumulate=accumulate_for(accumulate, mode=grad_sample_mode).batches,
+            users=users,
         )
         self._know_records(planned.dataset_size)
         self._ask_about("target_delta", target_delta)
@@ -362,6 +372,7 @@ class PrivacyEngine(ModuleDoor, AboutModels):
             noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode,
             grad_scaler=grad_scaler,
+            users=users,
         )
         self.set_budget(epsilon=target_epsilon, delta=target_delta)
         return returned

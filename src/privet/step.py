@@ -30,13 +30,14 @@ from privet.gradients.layout import DoubtError
 from privet.gradients.passes.two_pass import refuse_several_weights
 from privet.gradients.rules.pool import free_idle
 from privet.gradients.spread import sum_of_nobody
+from privet.gradients.use import Owner
 from privet.gradients.weights import groups_of
 from privet.mechanism import Mechanism
 from privet.noise import NoiseKey, noise_for, noise_key
 from privet.parallel import bare
-from privet.sampling import PrivateLoader, loader_for
+from privet.sampling import PrivateLoader, Users, loader_for
 from privet.sampling.partition import with_batch_size
-from privet.sampling.physical import PhysicalSize
+from privet.sampling.physical import PhysicalSize, stop_of
 from privet.training.checkpoint import File, load, save
 from privet.training.clip_count import refuse_adaptive
 from privet.training.collective import refuse_options
@@ -52,6 +53,7 @@ from privet.training.start import facts_of
 from privet.training.thawed import admit
 from privet.training.update import PrivateUpdate
 from privet.training.way import Way
+from privet.training.whose import Whose, mark_users, refuse_small, refuse_users
 from privet.validation import refuse_mixed_records, refuse_mixing, require_valid
 
 __all__ = ["PrivateStep"]
@@ -243,13 +245,18 @@ class PrivateStep(Door):
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
+        users: Users | None = None,
     ) -> PrivateLoader:
         """Returns a loader of the planned batches, sampled as the mechanism says, whose steps are billed as such.
+
+        With `users` the sampling draws users, and the gradient of each user is clipped as a whole.
 
         Raises:
             ConfigurationError: if the expected batch size that was given contradicts the sampling and the dataset.
         """
         refuse_mixed_records(dataset, collate_fn)
+        refuse_users(users, self._ledger, without="fixed shapes" if self.performance.fixed_shapes else None)
+        refuse_small(users, self._size)
         self._update.refuse_detached("batches() was called")
         sampling = self.mechanism.sampling
         ranks, key = self._update.ranks, self._sampling_key()
@@ -262,6 +269,7 @@ class PrivateStep(Door):
                 collate_fn=collate_fn,
                 num_workers=num_workers,
                 share=ranks.share,
+                users=users,
             )
         ranks.compare({"loader": loader.facts})
         self._update.divisor.learn(loader.dataset_size)
@@ -269,6 +277,7 @@ class PrivateStep(Door):
         if self._size.most is None and not self._size.auto:
             self._size = PhysicalSize("physical_batch_size", self._physical_size())
         self._update.loaders.follow(loader)
+        mark_users(users, self._ledger)
         return loader
 
     def _physical_size(self) -> int | Literal["auto"] | None:
@@ -322,14 +331,15 @@ class PrivateStep(Door):
             self._first.trains(self._watch.trains())
             self._watch.tripwires.renew()
             self._update.recognize(tensors_in(batch), anew=True)
+            whose = Whose(self._update, examples)
         ranks.spread.require_alike(tensors_in(batch))
         parts = ranks.spread.most(-(-examples // (self._size.most or max(examples, 1))))
         with ranks.running():
-            losses, clipped = self._summed(batch, examples, parts)
+            losses, clipped = self._summed(batch, examples, parts, whose)
             self._update.receive(clipped, examples=examples)
         return losses
 
-    def _summed(self, batch: Any, examples: int, parts: int = 1) -> tuple[Tensor, ClippedSum]:
+    def _summed(self, batch: Any, examples: int, parts: int, whose: Whose) -> tuple[Tensor, ClippedSum]:
         """Returns the losses and the clipped sum of a logical batch, one physical batch after the other.
 
         There are at least so many parts: where every forward needs all ranks, a rank goes along with one that has more.
@@ -340,11 +350,11 @@ class PrivateStep(Door):
         total: ClippedSum | None = None
         start, taken = 0, 0
         while start < examples or taken < parts:
-            size = min(self._size.most or examples, examples - start)
-            done = None
+            stop = stop_of(start, examples, most=self._size.most or examples, owner=whose.rows)
+            size, done = stop - start, None
             try:
-                part = batch if size == examples else cut_rows(batch, start, start + size, examples=examples)
-                done = self._part(part, size)
+                part = batch if size == examples else cut_rows(batch, start, stop, examples=examples)
+                done = self._part(part, size, whose.owner(start, stop))
             except Exception as error:
                 if not self._size.auto or not is_out_of_memory(error):
                     raise
@@ -358,7 +368,7 @@ class PrivateStep(Door):
         assert total is not None
         return losses[0] if len(losses) == 1 else torch.cat(losses), total
 
-    def _part(self, batch: Any, examples: int) -> tuple[Tensor, ClippedSum]:
+    def _part(self, batch: Any, examples: int, owner: Owner | None) -> tuple[Tensor, ClippedSum]:
         parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None
         wanted = self._first.wanted(batch, examples)
         if wanted is not None:
@@ -384,6 +394,7 @@ class PrivateStep(Door):
                 parameters=parameters,
                 policy=policy,
                 absent=absent,
+                owner=owner,
             )
 
         self._anew.begins()

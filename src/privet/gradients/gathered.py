@@ -5,7 +5,7 @@ itself or through tensors derived from it. The gradient of an example is the sum
 norm of the sum. So norms of single uses must not simply be added. `squared_norms` asks, in order, for the first way
 that knows the norm of the sum; the last way always does.
 
-Axes: B units of privacy (examples, or their owners), R rows of a use.
+Axes: B units of privacy (examples, or their owners), R rows of a use, those of one unit next to each other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from privet.gradients.by_owner import by_owner
 from privet.gradients.derived import Derivation, disjoint, pull_back, pull_back_rows
+from privet.gradients.precision import product_error
 from privet.gradients.rows import padded, row_norms, summed, wide
 from privet.gradients.rules.gram import NARROW, gram_padding
 from privet.gradients.rules.strategy import row_chunks
@@ -33,12 +35,12 @@ class Gathered:
     parameter: Tensor
     direct: list[Uses]
     derived: list[tuple[Derivation, list[Uses]]]
-    owner: Owner
+    units: int  # B
     siblings: Siblings | None = None  # where a derived tensor that others come from, too, is all that there is
 
     def rows_are_units(self, uses: Uses) -> bool:
         """Returns whether row i of each use is the only row of unit i."""
-        return self.owner.index is None and all(use.rows == self.owner.units for use in uses)
+        return all(use.rows == self.units for use in uses)
 
     def squared_norms(self) -> Tensor:  # (B,)
         """Returns the squared norm of each unit's gradient."""
@@ -49,7 +51,7 @@ class Gathered:
         raise AssertionError("the last way knows all norms")
 
     def per_unit(self, units: slice) -> Tensor:  # (B', *shape)
-        """Returns the gradients of some units, instantiated. With a given owner, of all."""
+        """Returns the gradients of some units, instantiated."""
         terms = [self._unit_rows(uses, units) for uses in self.direct]
         for derivation, groups in self.derived:
             terms += pull_back_rows(derivation, [self.parameter], self.rows_of(groups, units))
@@ -65,7 +67,7 @@ class Gathered:
         return 4 * max([self.parameter.numel(), *(derivation.tensor.numel() for derivation, _ in self.derived)])
 
     def norms_of(self, units: slice) -> Tensor:  # (B',)
-        """Returns the squared norms of some units' gradients, instantiated. With a given owner, of all.
+        """Returns the squared norms of some units' gradients, instantiated.
 
         The weighted sum will be formed by the rules, from their own factors. So each norm is padded for what the two
         are rounded differently.
@@ -80,37 +82,32 @@ class Gathered:
         return padded(norms, summed(roundings)) if roundings else norms
 
     def _unit_rounding(self, uses: Uses, units: slice) -> Tensor | None:  # (B',)
-        """Returns the rounding errors of some units' gradients, if the rule of these uses says them."""
-        if self.owner.index is not None:
-            rounding = uses.rule.rounding(uses)
-            return None if rounding is None else self.owner_of(uses).scatter_sum(rounding)
-        repeat = uses.rows // self.owner.units
-        rounding = uses.rule.rounding(uses.narrowed(units.start * repeat, units.stop * repeat))
+        """Returns the rounding errors of some units' gradients, where there is something to say of them."""
+        repeat = uses.rows // self.units
+        part = uses.narrowed(units.start * repeat, units.stop * repeat)
+        rounding = uses.rule.rounding(part)
+        if repeat > 1:  # rows of one unit may cancel, and the weighted sum adds them up in another order
+            sizes = part.rule.squared_norms(part).sqrt()
+            added = sizes * product_error(repeat, sizes.dtype, sizes.device)
+            rounding = added if rounding is None else rounding + added
         return None if rounding is None else rounding.view(-1, repeat).sum(1)
 
     def _unit_rows(self, uses: Uses, units: slice) -> Tensor:
-        if self.owner.index is not None:
-            rows = uses.rule.per_example(uses)
-            return self.owner_of(uses).scatter_sum(rows)
-        repeat = uses.rows // self.owner.units
+        repeat = uses.rows // self.units
         part = uses.narrowed(units.start * repeat, units.stop * repeat)
         rows = uses.rule.per_example(part)
         return rows if repeat == 1 else rows.view(-1, repeat, *rows.shape[1:]).sum(1)
 
-    def owner_of(self, uses: Uses) -> Owner:
-        """Returns the owner of each row of the uses: several rows of one example lie together."""
-        examples = self.owner.units if self.owner.index is None else len(self.owner.index)
-        repeat = uses.rows // examples if examples else 1
-        if repeat == 1:
-            return self.owner
-        index = torch.arange(examples, device=uses[0].gradient.device) if self.owner.index is None else self.owner.index
-        return Owner(self.owner.units, index.repeat_interleave(repeat))
+    def _of_rows(self, uses: Uses, values: Tensor) -> Tensor:  # (B,) -> (R,)
+        """Returns the value of each row's unit: several rows of one unit lie together."""
+        repeat = uses.rows // self.units if self.units else 1
+        return values if repeat == 1 else values.repeat_interleave(repeat)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # (B,) -> shape
         """Returns the weighted sum of the units' gradients."""
         total: Tensor | None = None
         for uses in self.direct:
-            value = uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights))
+            value = uses.rule.weighted_sum(uses, self._of_rows(uses, weights))
             total = value if total is None else total + value
         if self.siblings is not None:
             return self.siblings.weighted_sum(self, weights)
@@ -123,16 +120,16 @@ class Gathered:
 
     def sum_of(self, groups: Sequence[Uses], weights: Tensor) -> Tensor:  # (B,) -> derived shape
         """Returns the weighted sum of the units' gradients with respect to what these uses are of."""
-        return summed([uses.rule.weighted_sum(uses, self.owner_of(uses).gather(weights)) for uses in groups])
+        return summed([uses.rule.weighted_sum(uses, self._of_rows(uses, weights)) for uses in groups])
 
     def masked(self, dropped: Tensor) -> Gathered:  # (B,) bool
         """Returns the same without any value of the dropped units."""
 
         def without(uses: Uses) -> Uses:
-            return uses.masked(self.owner_of(uses).gather(dropped))
+            return uses.masked(self._of_rows(uses, dropped))
 
         derived = [(d, [without(uses) for uses in groups]) for d, groups in self.derived]
-        return Gathered(self.parameter, [without(uses) for uses in self.direct], derived, self.owner)
+        return Gathered(self.parameter, [without(uses) for uses in self.direct], derived, self.units)
 
 
 class Siblings:
@@ -165,7 +162,7 @@ class Siblings:
         if not self._norms:
             size = 4 * (self._derivation.tensor.numel() + sum(p.numel() for p in self._parameters))
             parts = []
-            for chunk in row_chunks(mine.owner.units, size):
+            for chunk in row_chunks(mine.units, size):
                 rows = pull_back_rows(self._derivation, self._parameters, mine.rows_of(self._groups, chunk))
                 parts.append([mine.padded_norms(each, chunk) for each in rows])
             self._norms = {id(m): torch.cat(n) for m, n in zip(self._members, zip(*parts, strict=True), strict=True)}
@@ -203,13 +200,6 @@ def _of_the_parts(mine: Gathered) -> Tensor | None:
     return torch.stack([uses.rule.squared_norms(uses) for uses in parts]).sum(0)
 
 
-def _of_owners(mine: Gathered) -> Tensor | None:
-    """Rows of one unit lie anywhere in the batch: they have to be added up before any norm is taken."""
-    if mine.owner.index is None:
-        return None
-    return mine.norms_of(slice(0, mine.owner.units))
-
-
 def _of_a_pair(mine: Gathered) -> Tensor | None:
     """Two rules know a part each, and their inner product: `|a + b|^2 = |a|^2 + 2 a.b + |b|^2`.
 
@@ -235,17 +225,16 @@ def _of_a_pair(mine: Gathered) -> Tensor | None:
 
 def _of_the_gradients(mine: Gathered) -> Tensor:
     """Every gradient can be formed, a few units at a time: slow, and always right."""
-    if not mine.owner.units:
+    if not mine.units:
         return wide(mine.parameter).new_zeros(0)
     if mine.siblings is not None:
         return mine.siblings.squared_norms(mine)
-    return torch.cat([mine.norms_of(chunk) for chunk in row_chunks(mine.owner.units, mine.bytes_per_unit)])
+    return torch.cat([mine.norms_of(chunk) for chunk in row_chunks(mine.units, mine.bytes_per_unit)])
 
 
 _WAYS: tuple[Callable[[Gathered], Tensor | None], ...] = (
     _of_the_rule,
     _of_the_parts,
-    _of_owners,
     _of_a_pair,
     _of_the_gradients,
 )
@@ -268,10 +257,10 @@ def gathered(
     Args:
         recorded: the uses.
         parameters: by name.
-        owner: the unit of privacy of each example.
+        owner: the unit of privacy of each example. Its share is not applied here.
         allowance: what all parameters together may keep from their norms to their sums; by default a fresh one.
     """
-    allowance = allowance or Allowance()
+    allowance, recorded = allowance or Allowance(), by_owner(recorded, owner)
     found: dict[str, Gathered] = {}
     derived: dict[str, list[tuple[Derivation, list[Uses]]]] = {}
     for derivation, uses in recorded.derived.items():
@@ -281,7 +270,7 @@ def gathered(
     for name, parameter in parameters.items():
         direct = _by_rule(recorded.direct.get(name, ()), allowance)
         if direct or name in derived:
-            found[name] = Gathered(parameter, direct, derived.get(name, []), owner)
+            found[name] = Gathered(parameter, direct, derived.get(name, []), owner.units)
     if not tracing():
         _bring_together(found)
     return found
@@ -291,7 +280,7 @@ def _bring_together(found: Mapping[str, Gathered]) -> None:
     """Finds the parameters that a derived tensor has for itself alone, where there are several of them."""
     alone: dict[Derivation, list[Gathered]] = {}
     for mine in found.values():
-        if not mine.direct and len(mine.derived) == 1 and mine.owner.index is None:
+        if not mine.direct and len(mine.derived) == 1:
             alone.setdefault(mine.derived[0][0], []).append(mine)
     for derivation, members in alone.items():
         if len(members) > 1:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.summation import DictSink, LocalNorms, NormReducer, SumSink, clipped_sum
-from privet.gradients.use import Recorded
+from privet.gradients.use import Owner, Recorded
 from privet.gradients.weights import Policy
 
 __all__ = ["HERE", "Here", "LocalCalls", "Parts", "Spread", "is_part", "put_into_parts", "spread_sum", "sum_of_nobody"]
@@ -173,6 +173,7 @@ def spread_sum(
     spread: Spread,
     *,
     scale: float = 1.0,
+    owner: Owner | None = None,
     absent: Tensor | None = None,  # (B,) bool
 ) -> ClippedSum:
     """Returns the clipped sum of what one backward recorded here and elsewhere; see `summation.clipped_sum`."""
@@ -181,6 +182,7 @@ def spread_sum(
         spread.counted(parameters),
         policy,
         scale=scale,
+        owner=owner,
         absent=absent,
         reducer=spread.norms,
         sink=spread.sink(list(parameters)),

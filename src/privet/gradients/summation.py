@@ -143,10 +143,10 @@ def clipped_sum(
     members: list[list[tuple[Tensor, nn.Parameter]]] = [[] for _ in set(group_of.values())]
     for name, mine in found.items():
         members[group_of[name]].append((mine.squared_norms(), parameters[name]))
-    squared = reducer.sum(total_norms(members, owner.units, parameters) * scale**2)
+    squared = owner.weighted(reducer.sum(total_norms(members, owner.units, parameters) * scale**2), 2)
     weights, left_out = weights_of(policy, squared, absent)
     magnified = magnification_of(sensitivity)
-    weights = weights * (scale * magnified)  # the recorded gradients are those of the loss over `scale`
+    weights = owner.weighted(weights * (scale * magnified))  # the recorded gradients are those of the loss over `scale`
     for name, parameter in parameters.items():
         if name in found:
             # Taken out of the dict, so that its memory is free before the next parameter's sum is formed.
@@ -194,11 +194,12 @@ def statistics_of(squared: Tensor, left_out: Tensor | None, absent: Tensor | Non
 
 
 @_in_full
-def squared_norms(recorded: Recorded, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:  # name -> (B,)
-    """Returns the squared norms of the examples' gradients of every parameter that has a use, in little memory."""
-    found = gathered(
-        recorded, parameters, Owner(recorded.examples or 0), allowance=Allowance(0)
-    )  # no weighted sum follows
+def squared_norms(
+    recorded: Recorded, parameters: Mapping[str, nn.Parameter], owner: Owner | None = None
+) -> dict[str, Tensor]:  # name -> (B,)
+    """Returns the squared norms of the units' summed gradients of every parameter that has a use, in little memory."""
+    owner = Owner(recorded.examples or 0) if owner is None else owner
+    found = gathered(recorded, parameters, owner, allowance=Allowance(0))  # no weighted sum follows
     return {name: mine.squared_norms() for name, mine in found.items()}
 
 
@@ -208,9 +209,10 @@ def masked_sums(
     parameters: Mapping[str, nn.Parameter],
     weights: Tensor,  # (B,)
     dropped: Tensor | None,  # (B,) bool
+    owner: Owner,
 ) -> dict[str, Tensor]:
-    """Returns the weighted sums of the examples' gradients, no value of a dropped one having a part in them."""
-    found = gathered(recorded, parameters, Owner(recorded.examples or 0))
+    """Returns the weighted sums of the units' summed gradients, no value of a dropped one having a part in them."""
+    found = gathered(recorded, parameters, owner)
     if dropped is not None:
         found = {name: mine.masked(dropped) for name, mine in found.items()}
     return {name: mine.weighted_sum(weights) for name, mine in found.items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, overload
 
+import torch
 from torch import Tensor
 
 from privet.gradients.derived import Derivation
@@ -23,23 +24,26 @@ __all__ = ["Allowance", "Operation", "Owner", "Recorded", "Rule", "Use", "UseSin
 
 @dataclass(frozen=True, eq=False)
 class Owner:
-    """Maps the R rows of an activation to the B units whose privacy is protected.
+    """Maps the R rows of a batch to the B units whose privacy is protected.
 
-    `index` is None where row i belongs to unit i; else it is a `(R,)` integer tensor.
+    `index` is None where row i belongs to unit i; else it is a `(R,)` integer tensor. `share` is what the sum over the
+    rows of each unit is multiplied by, such as one over their number for an average; 1 where it is None.
     """
 
     units: int
     index: Tensor | None = None
+    share: Tensor | None = None  # (B,)
 
-    def gather(self, weights: Tensor) -> Tensor:  # (B,) -> (R,)
-        """Returns the weight of each row's owner."""
-        return weights if self.index is None else weights[self.index]
+    @staticmethod
+    def of_rows(index: Tensor, *, average: bool, device: torch.device) -> Owner:  # (R,), from 0, ascending, on the CPU
+        """Returns the owner of rows that are added up for each unit, or averaged."""
+        rows = torch.bincount(index)
+        share = rows.double().reciprocal().to(device) if average else None
+        return Owner(len(rows), index.to(device), share)
 
-    def scatter_sum(self, rows: Tensor) -> Tensor:  # (R, *shape) -> (B, *shape)
-        """Returns the sum of each owner's rows."""
-        if self.index is None:
-            return rows
-        return rows.new_zeros(self.units, *rows.shape[1:]).index_add_(0, self.index, rows)
+    def weighted(self, values: Tensor, power: int = 1) -> Tensor:  # (..., B)
+        """Returns values of the units, such as their norms, times a power of the share of each."""
+        return values if self.share is None else values * self.share.to(values.dtype) ** power
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,6 +283,8 @@ class Operation(ABC):
     positionwise: ClassVar[bool] = False
     bilinear: ClassVar[bool] = False
     """Whether it is linear in its one tensor of data, and in its parameter "weight", but for a bias that is added."""
+    sequences: ClassVar[bool] = False
+    """Whether its rules take positions on any number of axes, so that rows of one owner may be further positions."""
     repeatable: ClassVar[bool] = True
     """Whether `forward` may be run again, under autograd, and is all there is of the operation."""
     rules: Mapping[str, Rule]

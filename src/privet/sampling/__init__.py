@@ -14,6 +14,7 @@ from privet.sampling.schedule import DrawnSchedule
 from privet.sampling.shards import ShardedDataset
 from privet.sampling.stream import Stream
 from privet.sampling.truncated import TruncatedPoisson
+from privet.sampling.users import Users
 
 __all__ = [
     "BatchTicket",
@@ -30,6 +31,7 @@ __all__ = [
     "ShardedStream",
     "Stream",
     "TruncatedPoisson",
+    "Users",
     "draw_schedule",
     "loader_for",
     "memberships",

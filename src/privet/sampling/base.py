@@ -10,6 +10,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 from privet.accounting.event import Event
 from privet.errors import ConfigurationError
 from privet.noise.keystream import Keystream
@@ -140,6 +143,9 @@ class BatchTicket:
         default=0, compare=False
     )  # which loader it is of; a loader that was set back has another number than before
     ends_pass: bool = field(default=False, compare=False)  # whether no logical batch of its pass comes after it
+    owner: npt.NDArray[np.int64] | None = field(
+        default=None, compare=False, repr=False
+    )  # SECRET (size,), ascending: which of its users each record belongs to, where a user is the unit of privacy
     leaves: Leaves | None = field(default=None, compare=False, repr=False)  # by which its tensors are recognized
 
     @property

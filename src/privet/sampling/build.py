@@ -32,15 +32,16 @@ from torch.utils.data import (
 from privet._checks import check_count
 from privet.errors import ConfigurationError
 from privet.noise.key import NoiseKey
-from privet.sampling.base import Sampling
+from privet.sampling.base import Planned, Sampling, SpentOnce
 from privet.sampling.loader import PrivateLoader
 from privet.sampling.partition import Partition
 from privet.sampling.poisson import Poisson
 from privet.sampling.reading import in_order
 from privet.sampling.sampler import LogicalBatches
-from privet.sampling.shards import share_of
+from privet.sampling.shards import ShardedDataset, share_of
 from privet.sampling.share import WHOLE, Share
 from privet.sampling.stream import Stream
+from privet.sampling.users import Users, UsersRecords
 
 __all__ = ["loader_for", "privatize_loader"]
 
@@ -54,6 +55,7 @@ def privatize_loader(
     dataset_size: int | None = None,
     share: Share = WHOLE,
     accumulate: int = 1,
+    users: Users | None = None,
 ) -> PrivateLoader:
     """Returns a private loader with the options of the user's own.
 
@@ -66,6 +68,7 @@ def privatize_loader(
         dataset_size: a public number in place of the dataset's length, which then stays secret and may differ by one.
         share: the part of each batch that the loader hands over, where several ranks train together.
         accumulate: how many of the user's batches make a logical one, which is handed over in as many parts.
+        users: whose records are whose, where users are drawn: then sizes and rates count users.
 
     Raises:
         ConfigurationError: for a loader whose batches have no known law, or for options that contradict each other.
@@ -78,7 +81,7 @@ def privatize_loader(
     if not getattr(loader, "in_order", True):  # torch 2.6 has no other order
         raise ConfigurationError("in_order=False lets batches overtake each other: use in_order=True, torch's default.")
     dataset = in_order(loader.dataset, sampling, workers=loader.num_workers, share=share)
-    size = _length(dataset)
+    size, records = _units(dataset, users, sampling, share)
     if sampling is not None and not poisson:
         raise ConfigurationError("sampling= and poisson_sampling=False both say how batches are formed: give one.")
     if dataset_size is not None and not (poisson if sampling is None else sampling.random_size):
@@ -125,6 +128,7 @@ def privatize_loader(
         steps=steps,
         share=share_of(dataset, share),
         parts=accumulate,
+        users=records,
     )
     return PrivateLoader(
         dataset,
@@ -147,6 +151,7 @@ def loader_for(
     num_workers: int = 0,
     drop_last: bool = False,
     share: Share = WHOLE,
+    users: Users | None = None,
 ) -> PrivateLoader:
     """Returns a private loader of a dataset.
 
@@ -160,12 +165,13 @@ def loader_for(
         num_workers: as in torch's DataLoader.
         drop_last: of a partition that does not say its own.
         share: the part of each batch that the loader hands over, where several ranks train together.
+        users: whose records are whose, where users are drawn: then sizes and rates count users.
 
     Raises:
         ConfigurationError: for options that contradict the sampling.
     """
     dataset = in_order(dataset, sampling, workers=num_workers, share=share)
-    size = _length(dataset)
+    size, records = _units(dataset, users, sampling, share)
     if isinstance(sampling, Partition) and (batch_size is not None or drop_last):
         if sampling.batch_size not in (None, batch_size):
             raise ConfigurationError(f"batch_size is {batch_size}, and {sampling} has its own: give one of the two.")
@@ -182,6 +188,7 @@ def loader_for(
         size=size,
         steps=sampling.steps_per_pass(size) if steps is None else check_count("steps", steps, least=1),
         share=share_of(dataset, share),
+        users=records,
     )
     return PrivateLoader(
         dataset,
@@ -191,6 +198,32 @@ def loader_for(
         collate_fn=collate_fn or default_collate,
         options={"num_workers": num_workers},
     )
+
+
+def _units(
+    dataset: Any, users: Users | None, sampling: Sampling | None, share: Share
+) -> tuple[int, UsersRecords | None]:
+    """Returns how many units of privacy there are to draw from, examples or users, and the records of the users."""
+    size = _length(dataset)
+    if users is None:
+        return size, None
+    given: object = users
+    if not isinstance(given, Users):
+        raise ConfigurationError(f"users must be a description, Users(ids, most=k), got {type(users).__name__}.")
+    if isinstance(sampling, Planned | SpentOnce):
+        raise ConfigurationError(
+            f"users= was given with {type(sampling).__name__}, which reads records one by one in an order of its own. "
+            "Expected a sampling that can draw users, such as Poisson, and a data set whose records can be asked for by "
+            "number. Leave users= away, or change the sampling."
+        )
+    if share.together or (share.ranks > 1 and isinstance(dataset, ShardedDataset)):
+        raise ConfigurationError(
+            "users= was given on ranks that hold parts of one model, or that read shards of their own. Expected each "
+            "user's records on one rank, with the whole model there. Train with DistributedDataParallel, over a "
+            "dataset that every rank can read."
+        )
+    records = UsersRecords(users, size)
+    return len(records), records
 
 
 def _length(dataset: Any) -> int:

@@ -24,6 +24,7 @@ from privet.sampling.base import BatchTicket, Sampling, SpentOnce, refuse_change
 from privet.sampling.empty import EmptyBatch
 from privet.sampling.recognition import Leaves
 from privet.sampling.sampler import Drawn, LogicalBatches
+from privet.sampling.users import Users
 
 __all__ = ["PrivateLoader"]
 
@@ -81,6 +82,11 @@ class PrivateLoader(DataLoader[Any]):
     def predictable(self) -> bool:
         """Returns whether the batches are reproducible, and so not secret."""
         return self._batches.predictable
+
+    @property
+    def users(self) -> Users | None:
+        """Returns whose records are whose, where a user is the unit of privacy, and is drawn as a whole."""
+        return None if self._batches.users is None else self._batches.users.users
 
     @property
     def steps_per_pass(self) -> int:
@@ -156,6 +162,7 @@ class PrivateLoader(DataLoader[Any]):
             index=found.place,
             passes=number,
             size=found.size,
+            owner=found.owner,
             first=found.first,
             last=found.last,
             sampling=found.sampling,
@@ -168,7 +175,7 @@ class PrivateLoader(DataLoader[Any]):
     def announce(self, ticket: BatchTicket, batch: Any) -> None:
         """Tells the listeners of a batch that is handed over now, and counts it if it ends a logical batch."""
         self._spend(ticket)
-        ticket = replace(ticket, leaves=Leaves(batch))
+        ticket = replace(ticket, leaves=Leaves(batch, rows=None if self.users is None else ticket.size))
         if ticket.last:
             self._steps_done = max(self._steps_done, ticket.step + 1)
             if (

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from privet._checks import check_count
 from privet.errors import ConfigurationError, OutOfMemoryError
 from privet.sampling.base import BatchTicket
 
-__all__ = ["PhysicalSize", "tickets_of"]
+__all__ = ["PhysicalSize", "begin_of", "stop_of", "tickets_of"]
 
 
 class PhysicalSize:
@@ -54,12 +56,38 @@ class PhysicalSize:
 
 def tickets_of(ticket: BatchTicket, most: int) -> Iterator[tuple[int, int, BatchTicket]]:
     """Yields (start, stop, ticket) of the parts, of at most `most` examples, into which a batch is cut."""
-    for start in range(0, ticket.size, most):
-        stop = min(start + most, ticket.size)
+    start = 0
+    while start < ticket.size:
+        stop = stop_of(start, ticket.size, most=most, owner=ticket.owner)
         part = replace(
             ticket,
             size=stop - start,
             first=ticket.first and start == 0,
             last=ticket.last and stop == ticket.size,
+            owner=None if ticket.owner is None else ticket.owner[start:stop] - ticket.owner[start],
         )
         yield start, stop, part
+        start = stop
+
+
+def begin_of(cut: int, owner: npt.NDArray[np.int64] | None) -> int:  # (R,), ascending
+    """Returns the place of the first record of the user whose records a cut would part; the cut itself without users.
+
+    The records of a user are clipped together, and so are in one physical batch.
+    """
+    return cut if owner is None or cut >= len(owner) else int(np.searchsorted(owner, owner[cut]))
+
+
+def stop_of(start: int, size: int, *, most: int, owner: npt.NDArray[np.int64] | None = None) -> int:
+    """Returns where the physical batch ends that begins at `start`: it has at most `most` examples of `size`.
+
+    Raises:
+        ConfigurationError: if a user has more records in the batch than that.
+    """
+    stop = begin_of(min(start + most, size), owner)
+    if stop <= start < size:
+        raise ConfigurationError(
+            f"a user has more records in the batch than a physical batch of {most} takes, and they are clipped "
+            "together. Expected physical batches that hold at least the contribution bound of Users(most=...)."
+        )
+    return stop

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, final
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from privet._checks import check_count
@@ -13,8 +15,10 @@ from privet.errors import ConfigurationError, ProtocolError
 from privet.noise.key import NoiseKey
 from privet.noise.keystream import Keystream
 from privet.sampling.base import Planned, Sampling, SpentOnce
-from privet.sampling.draw import MOST_STEPS
+from privet.sampling.draw import MOST_STEPS, address
+from privet.sampling.physical import begin_of, stop_of
 from privet.sampling.share import WHOLE, Share
+from privet.sampling.users import RecordsOf, UsersRecords
 
 __all__ = ["Drawn", "LogicalBatches", "Pass"]
 
@@ -30,6 +34,7 @@ class Drawn(NamedTuple):
     last: bool  # whether it ends it
     sampling: Sampling  # the law that it was drawn under
     digest: int = 0  # of the whole logical batch, where ranks share it
+    owner: npt.NDArray[np.int64] | None = None  # (size,): which of its users each record belongs to
     loaded: bool = True  # whether the loader loads something for it: if it is empty, an example to be thrown away
 
 
@@ -53,26 +58,32 @@ class Pass:
             sampling = self._batches.sampling
             whole = self._batches.examples(self.number, index)
             share, evenly = self._batches.share, self._batches.evenly
-            digest, examples = share.digest(whole), share.of(whole)
+            if self._batches.users is None:
+                digest, examples, owner = share.digest(whole), share.of(whole), None
+            else:
+                (everybody, _), (examples, owner) = self._batches.records(whole, self.number, index)
+                digest = share.digest(everybody)
             size = share.largest(whole) if share.together else len(examples)
             first = True
-            for start, stop, last in self._cuts(size):
-                part = examples[start:stop]
+            for start, stop, last in self._cuts(size, owner):
+                part, whose = examples[start:stop], None if owner is None else owner[start:stop] - owner[start:stop][:1]
                 loaded = bool(part) or evenly
-                self.drawn.append(Drawn(index, len(part), first, last, sampling, digest, loaded=loaded))
+                self.drawn.append(Drawn(index, len(part), first, last, sampling, digest, whose, loaded=loaded))
                 if loaded:
                     yield part or [share.readable]
                 first = False
 
-    def _cuts(self, size: int) -> Iterator[tuple[int, int, bool]]:
+    def _cuts(self, size: int, owner: npt.NDArray[np.int64] | None) -> Iterator[tuple[int, int, bool]]:
         """Yields where each part of a batch begins and ends, and whether it is the last."""
         parts = self._batches.parts
         if parts > 1:  # so many, whatever the size, which is secret
-            yield from ((size * i // parts, size * (i + 1) // parts, i == parts - 1) for i in range(parts))
+            cuts = [begin_of(size * i // parts, owner) for i in range(parts + 1)]
+            yield from ((cuts[i], cuts[i + 1], i == parts - 1) for i in range(parts))
             return
         start, last = 0, False
         while not last:
-            stop = start + ((self.most() if self.most else None) or size)
+            most = (self.most() if self.most else None) or size
+            stop = stop_of(start, size, most=most, owner=owner)
             last = stop >= size
             yield start, stop, last
             start = stop
@@ -90,10 +101,11 @@ class LogicalBatches(Sampler[list[int]]):
         sampling: Sampling,
         *,
         key: NoiseKey,
-        size: int,  # examples to draw from
+        size: int,  # examples to draw from, or users
         steps: int,  # batches in a pass
         share: Share = WHOLE,  # the part of each batch that is handed over here
         parts: int = 1,  # physical batches that each is handed over in; 1: in one, or cut to a size
+        users: UsersRecords | None = None,  # the records of those who are drawn, where they are not examples
     ) -> None:
         key.claim("sampling")
         self._key = key
@@ -105,6 +117,7 @@ class LogicalBatches(Sampler[list[int]]):
             raise ConfigurationError(f"A pass has at most 2**32 batches, got {steps}: give a number of steps.")
         self.sampling = sampling
         self.share = share
+        self.users = users
         # How far ahead of the training batches are drawn must not depend on which are empty once the law may change: a
         # rate that holds from one step on or the next, depending on who was sampled, would tell who was.
         self.evenly = False
@@ -161,6 +174,16 @@ class LogicalBatches(Sampler[list[int]]):
             )
         return drawn
 
+    def records(self, whole: list[int], number: int, index: int) -> tuple[RecordsOf, RecordsOf]:
+        """Returns the records of the users of a batch: of all of them, and of those of this share."""
+        assert self.users is not None
+        records, owner = found = self.users.drawn(self._stream, whole, step=address(number, index))
+        if self.share.ranks == 1:
+            return found, found
+        own = np.asarray(self.share.of(list(range(len(whole)))), dtype=np.int64)  # whole users: each has one rank
+        mine = np.isin(owner, own)
+        return found, RecordsOf(np.asarray(records)[mine].tolist(), np.searchsorted(own, owner[mine]))
+
     def state_dict(self, *, handed_over: int) -> dict[str, Any]:
         """Returns what a resumed run needs, never the key; `handed_over` batches of the current pass are done."""
         return {
@@ -170,15 +193,16 @@ class LogicalBatches(Sampler[list[int]]):
             "size": self._size,
             "steps": self.steps,
             "sampling": repr(self.sampling),
+            **({} if self.users is None else {"users": repr(self.users)}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes: the reproducible run exactly; any other with a fresh key, and a new pass where its order is lost."""
-        for name, own in self.state_dict(handed_over=0).items():
-            if name not in {"passes", "handed_over"} and state[name] != own:
+        for name, own in {"users": None, **self.state_dict(handed_over=0)}.items():
+            if name not in {"passes", "handed_over"} and state.get(name) != own:
                 raise ConfigurationError(
-                    f"The state of this loader was saved with {name} = {state[name]!r}, and the loader has {own!r}: "
-                    "build it with the same dataset, batch size and sampling, and the same kind of key."
+                    f"The state of this loader was saved with {name} = {state.get(name)!r}, and the loader has "
+                    f"{own!r}: build it with the same dataset, batch size and sampling, and the same kind of key."
                 )
         self.passes = check_count("passes", state["passes"])
         handed_over = check_count("handed_over", state["handed_over"])

@@ -22,7 +22,7 @@ from torch import Tensor
 from privet.accounting.event import Event
 from privet.errors import ProtocolError
 from privet.sampling.base import BatchTicket
-from privet.sampling.recognition import places_of
+from privet.sampling.recognition import places_of, signatures_of
 
 __all__ = ["HandedOver", "Match", "Waiting"]
 
@@ -61,15 +61,16 @@ class HandedOver:
     def __init__(self) -> None:
         self._passes: dict[tuple[int, int], list[Waiting]] = {}
         self._pass: tuple[int, int] | None = None  # of the batch that was handed over last
+        self.latest: BatchTicket | None = None  # the batch, or part of one, that was handed over last
         self._ended: tuple[int, int] | None = None  # the last pass that was handed over to its end
         self._places: dict[object, list[BatchTicket]] = {}  # where the tensors lie of batches that may be read ahead
 
     def announce(self, ticket: BatchTicket) -> None:
         """Takes note of a batch, or of a further part of one, that is about to be handed over."""
-        self._pass = ticket.pass_key
+        self._pass, self.latest = ticket.pass_key, ticket
         if ticket.ends_pass:
             self._ended = ticket.pass_key
-        if (ticket.whole or ticket.parts > 1) and ticket.leaves is not None:
+        if (ticket.whole or ticket.parts > 1 or ticket.owner is not None) and ticket.leaves is not None:
             self._index(ticket)
         waiting = self._passes.setdefault(self._pass, [])
         if waiting and waiting[-1].ticket.of_same_batch(ticket):
@@ -93,8 +94,17 @@ class HandedOver:
 
     def recognized(self, tensors: Iterable[Tensor]) -> BatchTicket | None:
         """Returns the ticket of the one batch that the tensors are of, whether it waits or was taken, or None."""
+        tensors = list(tensors)
         found = {id(ticket): ticket for place in places_of(tensors) for ticket in self._at(place)}
+        if not found:
+            found = {id(ticket): ticket for ticket in self._alike(tensors)}
         return next(iter(found.values())) if len(found) == 1 else None
+
+    def _alike(self, tensors: list[Tensor]) -> list[BatchTicket]:
+        """Returns the batches that wait and have the same contents, of those whose contents are known."""
+        waiting = [one.ticket for passed in self._passes.values() for one in passed]
+        signed = [ticket for ticket in waiting if ticket.leaves is not None and ticket.leaves.signatures]
+        return [t for t in signed if t.leaves and not t.leaves.signatures.isdisjoint(signatures_of(tensors, t.size))]
 
     def match(self, examples: int, known: BatchTicket | None) -> Match | None:
         """Returns which batch a backward on `examples` rows is on, or None for a batch of the user's own.

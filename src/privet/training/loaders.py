@@ -5,8 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 
+from privet.errors import ConfigurationError
 from privet.sampling.base import BatchTicket, Sampling
 from privet.sampling.loader import PrivateLoader
+from privet.sampling.users import Users
 
 __all__ = ["Loaders"]
 
@@ -21,10 +23,22 @@ class Loaders:
     def __init__(self, announce: Callable[[BatchTicket], None]) -> None:
         self._announce = announce
         self._resampled = False
+        self._any = False
+        self.users: Users | None = None  # who is drawn, where the rows of batches are records of users
         self._kept: list[weakref.ref[PrivateLoader]] = []
 
     def follow(self, loader: PrivateLoader) -> None:
-        """Hears of every batch of a loader, which follows changes of the sampling rate in turn."""
+        """Hears of every batch of a loader, which follows changes of the sampling rate in turn.
+
+        Raises:
+            ConfigurationError: if one loader draws users, and another examples.
+        """
+        if self._any and repr(loader.users) != repr(self.users):
+            raise ConfigurationError(
+                f"a loader of {loader.users or 'examples'} follows one of {self.users or 'examples'} in one training, "
+                "whose gradients are clipped by one rule. Expected the same users= for all of its loaders."
+            )
+        self._any, self.users = True, loader.users
         loader.on_batch(self._announce)
         if self._resampled:
             loader.expect_resampling()

@@ -10,7 +10,7 @@ from privet._checks import check_at_least
 from privet.clipping import ClippingPolicy
 from privet.errors import ConfigurationError
 from privet.noise import Gaussian, Noise
-from privet.sampling import Sampling
+from privet.sampling import Sampling, Users
 from privet.training.accumulate import Accumulate
 from privet.training.private_module import GradSampleMode
 from privet.training.several import refuse_several
@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     noise_generator: torch.Generator | None
     grad_sample_mode: GradSampleMode
     grad_scaler: torch.amp.GradScaler | None
+    users: Users | None
 
 
 def noise_of(noise: Noise | None, multiplier: float) -> Noise:

@@ -21,6 +21,7 @@ from privet.training.once import Making
 from privet.training.thawed import admit
 from privet.training.update import PrivateUpdate
 from privet.training.virtual_steps import in_virtual_steps
+from privet.training.whose import Whose
 from privet.validation import refuse_mixing
 
 __all__ = ["MODES_ELSEWHERE", "GradSampleMode", "PrivateModule", "modes"]
@@ -163,7 +164,8 @@ class PrivateModule:
             return
         trainable = [name for name, p in self.update.parameters.items() if p.requires_grad]
         met, spread = self.instrument.capture.standing_for(trainable), self.update.ranks.spread
-        clipped = spread_sum(recorded, met, self.update.mechanism.clipping, spread, scale=scale)
+        owner = Whose(self.update, examples).owner(0, examples)
+        clipped = spread_sum(recorded, met, self.update.mechanism.clipping, spread, scale=scale, owner=owner)
         self.update.receive(clipped, examples=examples)
 
 

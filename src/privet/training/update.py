@@ -81,7 +81,7 @@ class PrivateUpdate:
         self.parts = parts
         self._sum = LogicalSum() if parts == 1 else AccumulatedSum(parts)
         self.loaders = Loaders(self.announce)
-        self._known: BatchTicket | None = None  # the batch whose tensors the model was given
+        self.known: BatchTicket | None = None  # the batch whose tensors the model was given
         self._on_forget: list[Callable[[], None]] = []
         self._late: LateSum | None = None
         self.watcher: Callable[[ClippedSum, Mechanism, int], None] | None = None  # of statistics, without noise
@@ -204,7 +204,7 @@ class PrivateUpdate:
         if anew:
             self.guard.hides()  # the forward has dropped what was in p.grad
         found = self.billing.handed_over.recognized(tensors)
-        known, self._known = self._known, found if anew or self._known is None else self._known
+        known, self.known = self.known, found if anew or self.known is None else self.known
         if not anew and None not in (known, found) and found is not known:
             raise ProtocolError(
                 "two forwards that share a backward were given two batches of the private loader, and an example may "
@@ -231,7 +231,7 @@ class PrivateUpdate:
                 was handed over.
         """
         self._sum.refuse_second()
-        known, self._known = self._known, None
+        known, self.known = self.known, None
         if isinstance(self._sum, AccumulatedSum):
             self._sum.receive(clipped, examples=examples, known=known)
         else:

@@ -37,6 +37,7 @@ from privet.sampling.physical import PhysicalSize, tickets_of
 from privet.training.chained import with_parts
 from privet.training.collective import refuse_search
 from privet.training.update import PrivateUpdate, update_of
+from privet.training.whose import refuse_small
 
 __all__ = ["BatchMemoryManager", "PhysicalLoader", "in_virtual_steps"]
 
@@ -86,6 +87,7 @@ class BatchMemoryManager:
                 "batch over in that many parts already. Expected one of the two. For smaller parts raise accumulate; "
                 "for parts of at most a given size leave it away."
             )
+        refuse_small(data_loader.users, self._size)
         refuse_search("max_physical_batch_size", self._update.ranks.spread, search=self._size.auto)
         self._optimizer = optimizer
         self._loader = PhysicalLoader(

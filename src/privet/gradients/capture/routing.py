@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from privet.errors import ConfigurationError, UnsupportedModelError
+from privet.gradients.by_owner import ranks_among
 from privet.gradients.layout import Site
 from privet.gradients.rules.free import EXPANSIONS
 from privet.gradients.tracing import tracing
@@ -152,12 +153,7 @@ class Routed:
         if self.packing is not None:
             steps = torch.tensor(self.packing.sizes, device=self.owner.device)
             return torch.arange(len(steps), device=self.owner.device).repeat_interleave(steps), len(steps)
-        order = self.owner.argsort(stable=True)
-        counts = torch.bincount(self.owner)
-        starts = counts.cumsum(0) - counts
-        ranks = torch.empty_like(self.owner)
-        ranks[order] = torch.arange(self.rows, device=self.owner.device) - starts[self.owner[order]]
-        return ranks, int(counts.max()) if self.rows else 0
+        return ranks_among(self.owner)
 
     def examples_first(self, t: Tensor, examples: int) -> Tensor:  # (R, ...) -> (B, L, ...)
         """Returns the rows by example, filled up with zeros."""

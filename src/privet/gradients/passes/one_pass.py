@@ -16,7 +16,7 @@ from privet.gradients.capture.capture import Capture
 from privet.gradients.clipped_sum import ClippedSum
 from privet.gradients.passes.role import Losses
 from privet.gradients.spread import HERE, Spread, spread_sum
-from privet.gradients.use import Recorded
+from privet.gradients.use import Owner, Recorded
 from privet.gradients.weights import Policy
 
 __all__ = ["OnePass"]
@@ -43,6 +43,7 @@ class OnePass:
         parameters: Mapping[str, nn.Parameter],
         policy: Policy,
         absent: Tensor | None = None,  # (B,) bool
+        owner: Owner | None = None,
     ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
         """Returns the clipped sum and the losses; see `SumOfBatch`."""
         capture, recorded = self._capture, Recorded(examples=examples)
@@ -57,4 +58,4 @@ class OnePass:
             capture.release()
             raise
         met = capture.standing_for(parameters)
-        return spread_sum(recorded, met, policy, self._spread, absent=absent), found.detach()
+        return spread_sum(recorded, met, policy, self._spread, owner=owner, absent=absent), found.detach()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from privet.gradients.clipped_sum import ClippedSum
+from privet.gradients.use import Owner
 from privet.gradients.weights import Policy
 
 __all__ = ["Losses", "SumOfBatch"]
@@ -31,6 +32,7 @@ class SumOfBatch(Protocol):
         parameters: Mapping[str, nn.Parameter],
         policy: Policy,
         absent: Tensor | None = None,  # (B,) bool
+        owner: Owner | None = None,
     ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
         """Returns the clipped sum of the gradients of the examples' losses, and the losses, detached.
 
@@ -41,6 +43,7 @@ class SumOfBatch(Protocol):
             parameters: the trainable parameters by name.
             policy: how much each may weigh.
             absent: which examples only fill up: they add exactly zero, and are not counted as dropped.
+            owner: the unit of privacy of each example, such as its user; by default each example is one.
 
         Guarantees:
             As `summation.clipped_sum`: an example whose norm is not finite adds exactly zero, and is counted.

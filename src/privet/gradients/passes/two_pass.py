@@ -6,7 +6,7 @@ forward, so that dropout masks, buffers and the side of zero on which every acti
 construction: the gradients that are summed are those whose norms were taken. Activation checkpointing recomputes in
 each of the two backwards what it would recompute in one, with the random numbers of the forward.
 
-Axes: B examples.
+Axes: B units of privacy: examples, or their owners.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from privet.gradients.derived import Derivation
 from privet.gradients.passes.role import Losses
 from privet.gradients.spread import HERE, Spread
 from privet.gradients.summation import SumSink, masked_sums, squared_norms, statistics_of, total_norms
-from privet.gradients.use import Recorded, Use
+from privet.gradients.use import Owner, Recorded, Use
 from privet.gradients.weights import Policy, groups_of, magnification_of, sensitivity_of, weights_of
 
 __all__ = ["TwoPass", "refuse_several_weights"]
@@ -69,11 +69,12 @@ class TwoPass:
         parameters: Mapping[str, nn.Parameter],
         policy: Policy,
         absent: Tensor | None = None,  # (B,) bool
+        owner: Owner | None = None,
     ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
         """Returns the clipped sum and the losses; see `SumOfBatch`. The policy has one group."""
         refuse_several_weights(policy, list(parameters))
         sensitivity = sensitivity_of(policy)
-        capture = self._capture
+        capture, owner = self._capture, Owner(examples) if owner is None else owner
         try:
             with torch.enable_grad():
                 capture.begin(examples, Recorded(examples=examples), last=False, inputs=batch)
@@ -83,13 +84,14 @@ class TwoPass:
                 total = found.sum()
             standing = capture.standing_for(parameters)  # gathered parameters are known now
             met, names = self._spread.counted(standing), [*reversed(standing)]
-            norms = _Norms(met, examples, self._uses)
+            norms = _Norms(met, owner, self._uses)
             capture.turn_to(norms, last=False)
             norms = self._through_norms(total, norms)
-            squared = self._spread.norms.sum(norms.total())
+            squared = owner.weighted(self._spread.norms.sum(norms.total()), 2)
             weights, left_out = weights_of(policy, squared, absent)
             sink, magnified = self._spread.sink(names), magnification_of(sensitivity)
-            sums = _Sums(met, examples, weights[0], left_out, magnified, counts=norms.counts, sink=sink)
+            weight = owner.weighted(weights[0])
+            sums = _Sums(met, owner, weight, left_out, magnified, counts=norms.counts, sink=sink)
             capture.turn_to(sums, last=True)
             total.backward()  # type: ignore[no-untyped-call]
         finally:
@@ -115,18 +117,18 @@ class TwoPass:
 class _Norms:
     """The sink of the first backward: takes the squared norms of a parameter when as many uses came as are expected."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int, expected: Mapping[str, int]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], owner: Owner, expected: Mapping[str, int]) -> None:
         self.counts: dict[str, int] = {}
         self.late: set[str] = set()  # parameters of which a use came after their norm was taken
         self._parameters = parameters
-        self._examples = examples
+        self._owner = owner
         self._expected = expected
         self._held: dict[str, Recorded] = {}
         self._norms: dict[str, Tensor] = {}
 
     def anew(self) -> _Norms:
         """Returns the same before any use has come."""
-        return _Norms(self._parameters, self._examples, self._expected)
+        return _Norms(self._parameters, self._owner, self._expected)
 
     @torch.no_grad()
     def put(self, target: str | Derivation, use: Use) -> None:
@@ -136,13 +138,13 @@ class _Norms:
             if name in self._norms:
                 self.late.add(name)
                 continue
-            self._held.setdefault(name, Recorded(examples=self._examples)).put(target, use)
+            self._held.setdefault(name, Recorded()).put(target, use)
             if self.counts[name] >= self._expected.get(name, 1):
                 self._reduce(name)
 
     def _reduce(self, name: str) -> None:
         recorded = self._held.pop(name)
-        self._norms[name] = squared_norms(recorded, {name: self._parameters[name]})[name]
+        self._norms[name] = squared_norms(recorded, {name: self._parameters[name]}, self._owner)[name]
 
     def done(self) -> None:
         """Takes the norms of the parameters of which fewer uses came than were expected."""
@@ -152,7 +154,7 @@ class _Norms:
     def total(self) -> Tensor:  # (1, B)
         """Returns the squared norms over all parameters."""
         norms = [(norm, self._parameters[name]) for name, norm in self._norms.items()]
-        return total_norms([norms], self._examples, self._parameters)
+        return total_norms([norms], self._owner.units, self._parameters)
 
 
 class _Sums:
@@ -164,7 +166,7 @@ class _Sums:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        examples: int,
+        owner: Owner,
         weights: Tensor,  # (B,)
         dropped: Tensor | None,  # (B,) bool
         magnified: float,
@@ -173,7 +175,7 @@ class _Sums:
         sink: SumSink,
     ) -> None:
         self._parameters = parameters
-        self._examples = examples
+        self._owner = owner
         self._weights = weights * magnified
         self._magnified = magnified
         self._dropped = dropped
@@ -191,9 +193,10 @@ class _Sums:
                     "the same in both: a checkpointed part has to recompute what it computed. Use passes=1."
                 )
             parameter = self._parameters[name]
-            single = Recorded(examples=self._examples)
+            single = Recorded()
             single.put(target, use)
-            value = masked_sums(single, {name: parameter}, self._weights, self._dropped)[name].view(parameter.shape)
+            sums = masked_sums(single, {name: parameter}, self._weights, self._dropped, self._owner)
+            value = sums[name].view(parameter.shape)
             self._values[name] = self._values[name] + value if name in self._values else value
             self._left[name] -= 1
             if not self._left[name]:

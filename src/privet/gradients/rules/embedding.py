@@ -161,6 +161,7 @@ class Lookup(Operation):
     """Rows of a table, by ids of any shape (B, ...)."""
 
     positionwise = True
+    sequences = True
     rules: Mapping[str, Rule] = {"table": _Table()}
 
     def __init__(self, *, padding: int | None = None, counts_from_end: bool = False) -> None:

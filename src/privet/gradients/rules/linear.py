@@ -177,6 +177,7 @@ class Linear(Operation):
     """`x @ W.T + b`, or `x @ W + b` where `transposed`."""
 
     positionwise = True
+    sequences = True
     bilinear = True
     _RULES: ClassVar[Mapping[bool, Mapping[str, Rule]]] = {
         kind: {"weight": _Weight(transposed=kind), "bias": _Bias()} for kind in (False, True)

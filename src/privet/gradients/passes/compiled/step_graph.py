@@ -46,6 +46,7 @@ from privet.gradients.passes.compiled.situation import (
 from privet.gradients.passes.one_pass import OnePass
 from privet.gradients.passes.role import Losses
 from privet.gradients.tracing import traced
+from privet.gradients.use import Owner
 from privet.gradients.weights import Policy, sensitivity_of, weights_of
 
 __all__ = ["CompiledSum"]
@@ -96,12 +97,17 @@ class CompiledSum:
         parameters: Mapping[str, nn.Parameter],
         policy: Policy,
         absent: Tensor | None = None,  # (B,) bool
+        owner: Owner | None = None,
     ) -> tuple[ClippedSum, Tensor]:  # and the losses, (B,)
         """Returns the clipped sum and the losses; see `SumOfBatch`.
 
         Raises:
             UnsupportedModelError: if the model or the loss cannot be a graph, with the reason.
         """
+        if owner is not None:
+            raise UnsupportedModelError(
+                "the step is compiled, and the rows of the batch belong to users. Expected compile=False with them."
+            )
         form = form_of(batch)
         tensors, rebuild = taken_apart(batch, lambda leaf: isinstance(leaf, Tensor))
         if absent is None:
