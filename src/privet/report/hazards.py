@@ -15,13 +15,19 @@ from privet.report.declared import TOPICS
 from privet.report.described import holds_selection
 from privet.report.facts import Facts
 
-__all__ = ["COLLECTED", "REPRODUCIBLE", "Hazard", "Status", "hazards"]
+__all__ = ["BY_USER", "COLLECTED", "REPRODUCIBLE", "ROWS_TOO", "Hazard", "Status", "hazards"]
 
 REPRODUCIBLE = "reproducible key"
 """The mark of a run whose noise another person can draw again."""
 
 COLLECTED = "statistics without noise were collected"
 """The mark of a run that showed clip fractions and norms of gradients."""
+
+BY_USER = "users were drawn, and the gradient of each was clipped as a whole"
+"""The mark of a run with steps of users who have several records."""
+
+ROWS_TOO = "beside users who were drawn, rows were taken for one user each"
+"""The mark of a run with both kinds of steps: the second rests on how the data set was built."""
 
 
 class Status(enum.Enum):
@@ -76,6 +82,9 @@ def _unit(facts: Facts) -> Hazard:
     said = facts.declarations.get("contribution")
     if said is not None:
         return Hazard(name, Status.USER, f"The unit is one {facts.unit}. Declared: {said}")
+    if BY_USER in facts.marks and ROWS_TOO not in facts.marks:
+        text = f"The unit is one {facts.unit}: users were drawn, and all that one of them added was clipped together."
+        return Hazard(name, Status.LIBRARY, text)
     if facts.unit in ("user", "group"):
         text = f"The ledger says that one unit is one {facts.unit}. That sums are bounded for it is the user's claim."
         return Hazard(name, Status.USER, text)

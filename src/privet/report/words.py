@@ -6,7 +6,7 @@ import math
 
 from privet.accounting.decimals import rounded_text
 from privet.report.facts import Facts
-from privet.report.hazards import COLLECTED, REPRODUCIBLE
+from privet.report.hazards import BY_USER, COLLECTED, REPRODUCIBLE, ROWS_TOO
 
 __all__ = ["in_plain_words", "mark_in_words", "number", "relation_in_words", "unit_in_words", "warnings"]
 
@@ -34,6 +34,8 @@ _MARKS = {
         "batches were drawn that no step was seen to take, and they were billed; if they were left out because of "
         "what was in them, ε does not cover it"
     ),
+    BY_USER: "ε of these steps is for all records of one user, whatever their number",
+    ROWS_TOO: "ε of those steps is for one row; it is for a user only if nobody has two rows",
     COLLECTED: "clip fractions and norms of gradients were shown to those who trained; ε does not cover them",
     "a parameter changed while p.grad was not private": (
         "a parameter changed by hand while a gradient without noise could be seen; the ledger counts it as a release "
