@@ -88,12 +88,12 @@ def test_records_that_point_apart_tell_less(size: int) -> None:
         assert added < worst[1]
 
 
-@pytest.mark.parametrize(("size", "share"), [(2, 0.95), (4, 0.75), (8, 0.15)])
+@pytest.mark.parametrize(("size", "share"), [(2, 0.95), (4, 0.75)])
 def test_the_mixture_is_below_what_any_mechanism_has_for_groups(size: int, share: float) -> None:
     """(ε, δ) for one is (kε, δ (e^kε - 1) / (e^ε - 1)) for k: Vadhan, The Complexity of Differential Privacy, 2017."""
     run, delta = SelfComposedEvent(PoissonEvent(0.01, GaussianEvent(1.0)), 1000), 1e-5
     allowed = []  # the ε of a group of all pairs (ε, δ) of one record, where they say something
-    for log_delta in range(-70, -10, 4):
+    for log_delta in range(-34, -10, 4):
         epsilon = get_epsilon(run, math.exp(log_delta))
         grown = log_delta + math.log(math.expm1(size * epsilon) / math.expm1(epsilon))
         allowed += [size * epsilon] if grown <= math.log(delta) else []
