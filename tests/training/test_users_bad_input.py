@@ -181,7 +181,8 @@ def test_rows_in_another_order_are_refused_and_copies_are_known(door: str) -> No
                 train(changed)
     else:
         batch = next(iterator)
-        for changed in ([t.flip(0) for t in batch], [t[:-1] for t in batch]):
+        apart = [batch[0], batch[1].flip(0), batch[2].flip(0)]  # one tensor is as it was
+        for changed in ([t.flip(0) for t in batch], [t[:-1] for t in batch], apart):
             with pytest.raises(ProtocolError, match="not certain whose records"):
                 train(changed)
     assert run.ledger.steps == len(seen) == 1

@@ -326,7 +326,8 @@ class _Reduction:
     def poisson(self, rate: float, multiplier: float) -> Part:
         """Returns the dominating pair of a Poisson batch.
 
-        A group of k: Charles et al., arXiv 2407.07737, and Ganesh, arXiv 2401.10294, in both directions; replace-one: both laws are mixtures over the same batch.
+        A group of k: Charles et al., arXiv 2407.07737, and Ganesh, arXiv 2401.10294, in both directions; replace-one:
+        both laws are mixtures over the same batch.
         """
         if self.relation is Relation.REPLACE_ONE:
             return Part(Pair.REPLACE, rate, multiplier)

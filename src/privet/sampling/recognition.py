@@ -37,6 +37,7 @@ class Leaves:
     Attributes:
         places: where their memory lies.
         signatures: of their contents.
+        kinds: their types and shapes, where their contents are known.
     """
 
     def __init__(self, batch: Any, *, rows: int | None = None) -> None:
@@ -44,11 +45,17 @@ class Leaves:
         self._tensors = [weakref.ref(t) for t in tensors]
         self.places = frozenset(places_of(tensors))
         self.signatures = frozenset() if rows is None else signatures_of(tensors, rows)
+        self.kinds = frozenset() if rows is None else frozenset((t.dtype, t.shape) for t in tensors)
 
     @property
     def places_now(self) -> set[Place]:
         """Returns where the memory lies of those tensors that still live. Of the others it may be another's by now."""
         return set(places_of(t for t in (reference() for reference in self._tensors) if t is not None))
+
+    def changed(self, tensors: Iterable[Tensor], rows: int) -> bool:
+        """Returns whether a tensor stands in the place of one of the batch, with other contents or another order."""
+        alike = [t for t in tensors if (t.dtype, t.shape) in self.kinds and self.places_now.isdisjoint(places_of([t]))]
+        return not signatures_of(alike, rows) <= self.signatures
 
 
 def places_of(tensors: Iterable[Tensor]) -> list[Place]:

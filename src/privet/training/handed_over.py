@@ -98,7 +98,11 @@ class HandedOver:
         found = {id(ticket): ticket for place in places_of(tensors) for ticket in self._at(place)}
         if not found:
             found = {id(ticket): ticket for ticket in self._alike(tensors)}
-        return next(iter(found.values())) if len(found) == 1 else None
+        ticket = next(iter(found.values())) if len(found) == 1 else None
+        if ticket is not None and ticket.owner is not None and ticket.leaves is not None:
+            # A table of users is by place: that one of the tensors is as it was does not say so of the others.
+            return None if ticket.leaves.changed(tensors, ticket.size) else ticket
+        return ticket
 
     def _alike(self, tensors: list[Tensor]) -> list[BatchTicket]:
         """Returns the batches that wait and have the same contents, of those whose contents are known."""
