@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from privet import Partition, Poisson, RandomAllocation, Sampling, Users
+from privet import ConfigurationError, Partition, Poisson, RandomAllocation, Sampling, Users
 from privet.noise import NoiseKey
-from privet.sampling import loader_for
+from privet.sampling import Stream, loader_for
 from privet.sampling.sampler import LogicalBatches
 from privet.sampling.share import Share
 from privet.sampling.users import UsersRecords
@@ -78,3 +78,8 @@ def test_ranks_share_users_and_not_their_records() -> None:
         assert sorted(part for rank in parts for part in rank) == sorted(all_of_them)
         users = [set(IDS[part].tolist()) for part in parts]
         assert sum(map(len, users)) == len(set().union(*users)), "each user is on one rank"
+
+
+def test_a_stream_has_no_users_to_draw() -> None:
+    with pytest.raises(ConfigurationError, match="reads records one by one"):
+        batches_of(Users(IDS, most=MOST), Stream(batch_size=4, records=RECORDS))

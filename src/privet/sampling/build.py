@@ -213,8 +213,8 @@ def _units(
     if isinstance(sampling, Planned | SpentOnce):
         raise ConfigurationError(
             f"users= was given with {type(sampling).__name__}, which reads records one by one in an order of its own. "
-            "Expected a sampling that can draw users, such as Poisson, and a data set whose records can be asked for by "
-            "number. Leave users= away, or change the sampling."
+            "Expected a sampling that can draw users, such as Poisson, and a data set of which any record can be read. "
+            "Leave users= away, or change the sampling."
         )
     if share.together or (share.ranks > 1 and isinstance(dataset, ShardedDataset)):
         raise ConfigurationError(
