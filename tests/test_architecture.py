@@ -77,7 +77,7 @@ LAYERS = {
         ("accumulated_sum", "billing", "continuity", "criterion", "loggers", "logical_sum", "once"),
         ("collective", "update"),
         ("whose",),
-        ("checkpoint", "loss_scale", "materialised", "several", "thawed", "virtual_steps", "way"),
+        ("by_parts", "checkpoint", "loss_scale", "materialised", "several", "thawed", "virtual_steps", "way"),
         ("door", "private_module"),
         ("module_door",),
         ("options",),

@@ -15,11 +15,9 @@ from privet.accounting.budget import Budget
 from privet.accounting.event import Relation, Unit
 from privet.accounting.role import LedgerLike
 from privet.batches.count import count_examples
-from privet.batches.cut import cut_rows
 from privet.batches.fill import fill_rows
 from privet.batches.grow import one_of_zeros
 from privet.batches.kept import opening
-from privet.batches.out_of_memory import is_out_of_memory
 from privet.batches.tree import tensors_in
 from privet.errors import ConfigurationError
 from privet.gradients.capture.anew import Anew
@@ -37,7 +35,8 @@ from privet.noise import NoiseKey, noise_for, noise_key
 from privet.parallel import bare
 from privet.sampling import PrivateLoader, Users, loader_for
 from privet.sampling.partition import with_batch_size
-from privet.sampling.physical import PhysicalSize, stop_of
+from privet.sampling.physical import PhysicalSize
+from privet.training.by_parts import summed_by_parts
 from privet.training.checkpoint import File, load, save
 from privet.training.clip_count import refuse_adaptive
 from privet.training.collective import refuse_options
@@ -340,33 +339,14 @@ class PrivateStep(Door):
         return losses
 
     def _summed(self, batch: Any, examples: int, parts: int, whose: Whose) -> tuple[Tensor, ClippedSum]:
-        """Returns the losses and the clipped sum of a logical batch, one physical batch after the other.
-
-        There are at least so many parts: where every forward needs all ranks, a rank goes along with one that has more.
-        """
+        """Returns the losses and the clipped sum of a logical batch, of at least so many physical ones."""
         if parts == 0:
             return torch.zeros(0), sum_of_nobody(self._private(), self.mechanism.clipping, self._update.ranks.spread)
-        losses: list[Tensor] = []
-        total: ClippedSum | None = None
-        start, taken = 0, 0
-        while start < examples or taken < parts:
-            stop = stop_of(start, examples, most=self._size.most or examples, owner=whose.rows)
-            size, done = stop - start, None
-            try:
-                part = batch if size == examples else cut_rows(batch, start, stop, examples=examples)
-                done = self._part(part, size, whose.owner(start, stop))
-            except Exception as error:
-                if not self._size.auto or not is_out_of_memory(error):
-                    raise
-                self._size.halve(size, error)
-            if done is None:  # tried again out here, where the failed attempt is let go of
-                self._size.free()
-                continue
-            losses.append(done[0])
-            total = done[1] if total is None else total.add(done[1])
-            start, taken = start + size, taken + 1
-        assert total is not None
-        return losses[0] if len(losses) == 1 else torch.cat(losses), total
+
+        def part(rows: Any, start: int, stop: int) -> tuple[Tensor, ClippedSum]:
+            return self._part(rows, stop - start, whose.owner(start, stop))
+
+        return summed_by_parts(batch, examples, part, least=parts, size=self._size, owner=whose.rows)
 
     def _part(self, batch: Any, examples: int, owner: Owner | None) -> tuple[Tensor, ClippedSum]:
         parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None
