@@ -165,6 +165,50 @@ class ODE(nn.Module):
         return found
 
 
+class CellLoop(nn.Module):
+    """A recurrent cell of torch in a loop over the positions."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.cell = kind(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, WIDTH)
+        """Returns (B, 10)."""
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        found: Tensor = self.head(state[0] if isinstance(state, tuple) else state)
+        return found
+
+
+class Packed(nn.Module):
+    """A recurrent layer of torch over sequences of different lengths, packed."""
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.layer = kind(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # (B, T, WIDTH), (B,)
+        """Returns (B, 10)."""
+        rnn = nn.utils.rnn
+        packed = rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        outputs, _ = rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True, total_length=x.shape[1])
+        found: Tensor = self.head(outputs.sum(1) / lengths.unsqueeze(1))
+        return found
+
+
+def sequences(count: int) -> Inputs:
+    """Returns positions, (B, T, WIDTH)."""
+    return (torch.randn(count, LENGTH, WIDTH),)
+
+
+def with_lengths(count: int) -> Inputs:
+    """Returns positions and how many of them count, half of them or more."""
+    return (*sequences(count), torch.randint(LENGTH // 2, LENGTH + 1, (count,)))
+
+
 def by_hand(make: Callable[[], nn.Module], inputs: Callable[[int], Inputs]) -> Callable[[], Built]:
     """Returns the maker of a module of this file."""
     return lambda: (make(), inputs)
@@ -203,5 +247,11 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         depths=[1, 1, 2], num_stages=3),
     "DLRM": by_hand(DLRM, lambda count: (torch.randn(count, 13), torch.randint(0, 10_000, (count, 8, 4)))),
     "TCN, weight norm": by_hand(TCN, lambda count: (torch.randn(count, 16, LENGTH),)),
-    "ODE loop": by_hand(ODE, lambda count: (torch.randn(count, LENGTH, WIDTH),)),
+    "ODE loop": by_hand(ODE, sequences),
+    "LSTMCell loop": by_hand(lambda: CellLoop(nn.LSTMCell), sequences),
+    "GRUCell loop": by_hand(lambda: CellLoop(nn.GRUCell), sequences),
+    "RNNCell loop": by_hand(lambda: CellLoop(nn.RNNCell), sequences),
+    "LSTM, packed": by_hand(lambda: Packed(nn.LSTM), with_lengths),
+    "GRU, packed": by_hand(lambda: Packed(nn.GRU), with_lengths),
+    "RNN, packed": by_hand(lambda: Packed(nn.RNN), with_lengths),
 }  # fmt: skip

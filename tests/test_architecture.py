@@ -44,9 +44,12 @@ LAYERS = {
     "gradients": (
         ("derived", "layout", "precision", "tracing"),
         ("isometries", "rows"),
+        ("weight_norm",),
         ("use",),
         ("by_owner", "given", "rules"),
         ("clipped_sum", "weights"),
+        ("units",),
+        ("branch",),
         ("gathered",),
         ("reference", "summation"),
         ("spread",),

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from privet.gradients.tracing import tracing
 
-__all__ = ["factor_norms", "lost", "of_type", "padded", "raised", "row_norms", "summed", "weighted_rows", "wide"]
+__all__ = [
+    "factor_norms",
+    "lost",
+    "of_type",
+    "padded",
+    "raised",
+    "row_norms",
+    "summed",
+    "weighted_rows",
+    "wide",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
 _TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
@@ -91,7 +101,7 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
     One long float32 reduction errs by up to 3e-3 on rows of 3 million entries; chunks stay at about 1e-7. Underflow may
     take up to `lost`: `total_norms` adds that for the entries of a parameter, `factor_norms` for those of a factor.
     """
-    flat = wide(_matrix(rows))
+    flat = wide(_matrix(_in_memory_order(rows)))
     length = flat.shape[1]
     whole = length - length % 1024
     if whole == 0 or flat.shape[0] == 0:
@@ -105,10 +115,26 @@ def row_norms(rows: Tensor) -> Tensor:  # (R, *shape) -> (R,)
 
 
 def weighted_rows(rows: Tensor, weights: Tensor) -> Tensor:  # (R, *shape), (R,) -> shape
-    """Returns the weighted sum of rows."""
-    flat = _matrix(rows)
+    """Returns the weighted sum of rows, contiguous: noise and optimizer go through it in that order."""
+    ordered = _in_memory_order(rows)
+    flat = _matrix(ordered)
     total = torch.mv(flat.t(), of_type(weights, flat.dtype))
-    return total if flat is rows else total.view(rows.shape[1:])
+    if ordered is rows:
+        return total if flat is rows else total.view(rows.shape[1:])
+    order = _memory_order(rows)
+    back = [order.index(axis) - 1 for axis in range(1, len(order))]
+    return total.view(ordered.shape[1:]).permute(back).contiguous()
+
+
+def _in_memory_order(rows: Tensor) -> Tensor:  # (R, *shape) -> (R, ...)
+    """Returns the rows with their axes in the order of memory, so that going through them copies nothing."""
+    return rows if rows.dim() < 3 or rows.is_contiguous() else rows.permute(_memory_order(rows))
+
+
+def _memory_order(rows: Tensor) -> list[int]:
+    """Returns the axes in the order of memory, the rows first."""
+    strides = rows.stride()
+    return [0, *sorted(range(1, rows.dim()), key=lambda axis: -strides[axis])]
 
 
 def _matrix(rows: Tensor) -> Tensor:  # (R, *shape) -> (R, N)

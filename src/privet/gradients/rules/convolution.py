@@ -67,15 +67,6 @@ def _pairing(use: Use) -> Pairing:
     return Pairing(*pair, kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
-def _memory_order(rows: Tensor) -> list[int]:
-    """Returns the axes of `rows` in the order of memory, the rows first."""
-    return [0, *sorted(range(1, rows.dim()), key=lambda axis: -rows.stride()[axis])]
-
-
-def _flat(rows: Tensor) -> Tensor:  # (R, O, C, *kernel) -> (R, ...), in the order of memory
-    return rows if rows.is_contiguous() else rows.permute(_memory_order(rows))
-
-
 class _Weight(Rule):
     """The kernel: `sum_t field_t patch_t^T` for each row."""
 
@@ -97,7 +88,7 @@ class _Weight(Rule):
         """Returns the squared norms, found in a given way."""
         match strategy:
             case ConvolutionStrategy.ROWS:
-                return row_norms(_flat(uses.remembered(lambda: self.per_example(uses))))
+                return row_norms(uses.remembered(lambda: self.per_example(uses)))
             case ConvolutionStrategy.PIXELS if len(uses) == 1:
                 return _gram_norms(_pairing(uses[0]), again=lambda rows: self._tile_norms(uses.selected(rows)))
             case _:
@@ -105,7 +96,7 @@ class _Weight(Rule):
 
     def _tile_norms(self, uses: Uses) -> Tensor:
         chunks = row_chunks(uses.rows, uses[0].gradient.element_size() * _entries(uses.shape))
-        norms = [row_norms(_flat(self.per_example(uses.narrowed(c.start, c.stop)))) for c in chunks]
+        norms = [row_norms(self.per_example(uses.narrowed(c.start, c.stop))) for c in chunks]
         if not norms:
             return row_norms(self.per_example(uses))
         # The weighted sum will be an ordinary weight gradient, and not of these rows.
@@ -117,20 +108,15 @@ class _Weight(Rule):
         A pixel is in at most as many patches as the kernel has places.
         """
         pairings = [_pairing(use) for use in uses]
-        patches = summed([factor_norms(_flat(p.source)) * math.prod(p.kernel) for p in pairings])
-        field = summed([factor_norms(_flat(p.field)) for p in pairings])
+        patches = summed([factor_norms(p.source) * math.prod(p.kernel) for p in pairings])
+        field = summed([factor_norms(p.field) for p in pairings])
         # Its own places: how far other rows are filled up with zeros must not matter.
         places = summed([(p.field != 0.0).any(1).flatten(1).sum(1, dtype=field.dtype) for p in pairings])
         return patches.sqrt() * field.sqrt() * product_errors(places, field.device, kind="convolution")
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
-            order = _memory_order(uses.rows_memo)
-            total = weighted_rows(_flat(uses.rows_memo), weights)
-            if uses.rows_memo.is_contiguous():
-                return total
-            back = [order.index(axis) - 1 for axis in range(1, len(order))]
-            return total.permute(back).contiguous()
+            return weighted_rows(uses.rows_memo, weights)
         return summed([_weighted(use, weights) for use in uses])
 
 

@@ -85,14 +85,14 @@ class _Weight(Rule):
             case Strategy.GRAM:
                 return _gram_norms(left, right, again=lambda rows: self._tile_norms(uses.selected(rows)))
             case Strategy.ROWS:
-                return row_norms(_in_memory_order(uses.remembered(lambda: _products(left, right))))
+                return row_norms(uses.remembered(lambda: _products(left, right)))
             case Strategy.TILES:
                 return self._tile_norms(uses)
 
     def _tile_norms(self, uses: Uses) -> Tensor:
         left, right = self._oriented(uses)
         chunks = row_chunks(left.shape[0], left.shape[2] * right.shape[2] * left.element_size())
-        norms = torch.cat([row_norms(_in_memory_order(_products(left[c], right[c]))) for c in chunks])
+        norms = torch.cat([row_norms(_products(left[c], right[c])) for c in chunks])
         # The weighted sum will be one product over all rows, and not of these.
         return padded(norms, self.rounding(uses))
 
@@ -104,9 +104,7 @@ class _Weight(Rule):
 
     def weighted_sum(self, uses: Uses, weights: Tensor) -> Tensor:
         if uses.rows_memo is not None:
-            rows = _in_memory_order(uses.rows_memo)
-            total = weighted_rows(rows, weights)
-            return total if rows is uses.rows_memo else total.t().contiguous()  # as noise and optimizer want it
+            return weighted_rows(uses.rows_memo, weights)
         if (pair := _single(uses)) is not None:
             a, g = pair
             weights = of_type(weights, g.dtype).unsqueeze(1)
@@ -138,17 +136,13 @@ def outer_norms(left: Tensor, right: Tensor) -> Tensor:  # (R, T, I), (R, T, O) 
     def tiled(rows: Tensor | slice) -> Tensor:
         a, g = left[rows], right[rows]
         chunks = row_chunks(a.shape[0], a.shape[2] * g.shape[2] * a.element_size())
-        norms = torch.cat([row_norms(_in_memory_order(_products(a[c], g[c]))) for c in chunks])
+        norms = torch.cat([row_norms(_products(a[c], g[c])) for c in chunks])
         terms = (g != 0.0).any(2).sum(1, dtype=a.dtype)
         return padded(norms, factor_norms(a).sqrt() * factor_norms(g).sqrt() * product_errors(terms, a.device))
 
     if linear_strategy(left[:1], right[:1], budget=0) is Strategy.GRAM:
         return _gram_norms(left, right, again=tiled)
     return tiled(slice(None))
-
-
-def _in_memory_order(rows: Tensor) -> Tensor:
-    return rows if rows.is_contiguous() else rows.mT
 
 
 def _gram_norms(left: Tensor, right: Tensor, *, again: Callable[[Tensor], Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ A convolution's weight gradient pairs its input (the *source*, looked at through
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from privet.gradients.rules.pool import scratch
+from privet.gradients.tracing import tracing
 
 __all__ = ["Pairing"]
 
 _CHUNK = {"pixels": 2**20, "planes": 2**18}  # elements of one chunk of patches: what stays in cache
 _SMALL = 2**16  # elements
+_ALONE = 2**12, 2**16  # elements of gradients of single channels: what outweighs a call, and what stays in cache
+_WINDOW = 16  # elements of a kernel from which on windows are faster than patches copied out
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,17 @@ class Pairing:
         runs = channels > 4 or (self.stride[-1] > 1 and self.dilation[-1] == 1 and channels * self.kernel[-1] >= 8)
         return self.groups == 1 and runs and not single
 
+    @property
+    def place_by_place(self) -> bool:
+        """Returns whether each channel is alone, so that its gradient is no matrix product, and best added up as it is.
+
+        A product of one row for each channel of each example would be a call for some hundred multiplications.
+        """
+        alone = self.groups == self.source.shape[1] == self.field.shape[1]
+        window = math.prod(self.kernel)
+        large = window >= _WINDOW and self.rows * self.groups * window >= _ALONE[0]
+        return alone and large and self.source.is_cpu and not tracing()
+
     def narrowed(self, start: int, stop: int) -> Pairing:
         """Returns the pairing of some rows alone."""
         return Pairing(
@@ -78,6 +93,9 @@ class Pairing:
     def instantiated(self) -> Tensor:  # (R, O, C/G, *kernel)
         """Returns every row's gradient, as a view whose order in memory is that in which it was cheapest to form."""
         rows, channels, outputs = self.rows, self.source.shape[1], self.field.shape[1]
+        if self.place_by_place:
+            step = max(1, _ALONE[1] // (channels * math.prod(self.kernel)))
+            return torch.cat([_added_up(self.narrowed(start, start + step)) for start in range(0, rows, step)])
         turned = self.groups == 1 and self.depth < outputs  # a product is faster with its longer side last
         sides = (self.depth, outputs) if turned else (outputs, self.depth)
         gradients = scratch((rows, *sides), self.source)
@@ -192,3 +210,31 @@ class Pairing:
 
 def _strided(t: Tensor, axis: int, start: int, span: int, step: int) -> Tensor:
     return t[(slice(None),) * axis + (slice(start, start + span, step),)]
+
+
+def _added_up(pairing: Pairing) -> Tensor:  # (R, C, 1, *kernel)
+    """Returns every row's gradient where channels are alone: for each place, all channels of all rows at once."""
+    count, axes = pairing.rows * pairing.groups, len(pairing.kernel)
+    whole = scratch((*pairing.padded, count), pairing.source).zero_()
+    inner = whole
+    for axis, (pad, size) in enumerate(zip(pairing.padding, pairing.source.shape[2:], strict=True)):
+        inner = inner.narrow(axis, pad, size)
+    inner.copy_(pairing.source.flatten(0, 1).movedim(0, -1))
+    field = pairing.field.reshape(count, pairing.places).t().contiguous()
+    pitches = whole.stride()[:-1]
+    steps = [p * s for p, s in zip(pitches, pairing.stride, strict=True)]
+    hops = [p * d for p, d in zip(pitches, pairing.dilation, strict=True)]
+    windows = whole.as_strided((*pairing.field.shape[2:], *pairing.kernel, count), (*steps, *hops, 1))
+    sums = scratch((*pairing.kernel, count), whole).zero_()
+    for window, values in zip(_leaves(windows, axes), field.unbind(0), strict=True):
+        sums.addcmul_(window, values)
+    return sums.movedim(-1, 0).reshape(pairing.rows, pairing.groups, 1, *pairing.kernel)
+
+
+def _leaves(t: Tensor, axes: int) -> Iterator[Tensor]:
+    """Yields the tensors at each index of the first axes."""
+    if not axes:
+        yield t
+        return
+    for part in t.unbind(0):
+        yield from _leaves(part, axes - 1)
