@@ -1,6 +1,6 @@
 """The rows of one group of uses, brought to units of privacy: their gradients, their rounding errors, their weights.
 
-Axes: B units (examples, or their owners), R rows of a use, of which several, next to each other, may belong to one unit.
+Axes: B units (examples, or their owners), R rows of a use: several, next to each other, may belong to one unit.
 """
 
 from __future__ import annotations
