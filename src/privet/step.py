@@ -338,15 +338,19 @@ class PrivateStep(Door):
             self._update.receive(clipped, examples=examples)
         return losses
 
-    def _summed(self, batch: Any, examples: int, parts: int, whose: Whose) -> tuple[Tensor, ClippedSum]:
+    def _summed(
+        self, batch: Any, examples: int, parts: int = 1, whose: Whose | None = None
+    ) -> tuple[Tensor, ClippedSum]:
         """Returns the losses and the clipped sum of a logical batch, of at least so many physical ones."""
         if parts == 0:
             return torch.zeros(0), sum_of_nobody(self._private(), self.mechanism.clipping, self._update.ranks.spread)
 
-        def part(rows: Any, start: int, stop: int) -> tuple[Tensor, ClippedSum]:
-            return self._part(rows, stop - start, whose.owner(start, stop))
+        users = Whose(self._update, examples) if whose is None else whose
 
-        return summed_by_parts(batch, examples, part, least=parts, size=self._size, owner=whose.rows)
+        def part(rows: Any, start: int, stop: int) -> tuple[Tensor, ClippedSum]:
+            return self._part(rows, stop - start, users.owner(start, stop))
+
+        return summed_by_parts(batch, examples, part, least=parts, size=self._size, owner=users.rows)
 
     def _part(self, batch: Any, examples: int, owner: Owner | None) -> tuple[Tensor, ClippedSum]:
         parameters, policy, size, absent = self._private(), self.mechanism.clipping, max(examples, 1), None
