@@ -42,7 +42,8 @@ LAYERS = {
         ("opacus",),
     ),
     "gradients": (
-        ("derived", "layout", "precision", "tracing"),
+        ("derived", "precision", "tracing", "turned"),
+        ("layout",),
         ("isometries", "rows"),
         ("weight_norm",),
         ("use",),

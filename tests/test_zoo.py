@@ -58,16 +58,14 @@ def test_the_rule_on_the_page_makes_a_function_of_a_parameter_exact():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_recomputed_activations_of_t5_are_exact_or_name_the_way_on():
+def test_recomputed_activations_of_t5_are_exact():
     pytest.importorskip("transformers")
     cases = {case.name: case for case in of_all("checkpointing") if case.name.startswith("T5, ")}
     model = cases["T5, not reentrant"].build(TINY)
     cases["T5, not reentrant"].prepare(model)
     assert model.is_gradient_checkpointing
     assert verdict(examine(replace(cases["T5, not reentrant"], way=(("passes", 1),)))) == "exact"
-    refused = examine(replace(cases["T5, reentrant"], way=(("passes", 1),)))["explicit"]
-    assert refused["verdict"] == "refused"
-    assert "use_reentrant=False" in refused["message"]
+    assert verdict(examine(replace(cases["T5, reentrant"], way=(("passes", 1),)))) == "exact"
 
 
 @pytest.mark.parametrize("planted", ["a factor", "a step too far"])

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from privet import UnsupportedModelError
 from privet.gradients.layout import DoubtError, Layout, Layouts, Site, Told
+from privet.gradients.turned import Turned
 
 small = st.integers(1, 6)
+TOLD_BY_SIZES = [Layout.CONSTANT, Layout.ROWS, Layout.MERGED, Layout.SECOND, Layout.SECOND_MERGED]
 
 
 def site(axes: int) -> Site:
@@ -43,7 +45,7 @@ def learned(layout: Layout, b: int, t: int, d: int) -> Layouts:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.sampled_from([layout for layout in Layout if layout is not Layout.ROUTED]), small, small, small, small)
+@given(st.sampled_from(TOLD_BY_SIZES), small, small, small, small)
 def test_what_was_learned_from_one_batch_holds_for_every_other(
     layout: Layout, b: int, t: int, d: int, other: int
 ) -> None:
@@ -52,6 +54,29 @@ def test_what_was_learned_from_one_batch_holds_for_every_other(
     found = layouts.of(site(len(shape)), torch.zeros(shape), other)
     alone = {Layout.MERGED: Layout.ROWS, Layout.SECOND_MERGED: Layout.SECOND}
     assert found is (alone.get(layout, layout) if t == 1 else layout)
+
+
+def test_layouts_that_sizes_do_not_tell_are_those_that_are_found_out_otherwise() -> None:
+    assert set(Layout) - set(TOLD_BY_SIZES) == {Layout.ROUTED, Layout.TURNED, Layout.SECOND_TURNED}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("other", [1, 2, 5])
+def test_an_order_that_was_found_out_holds_for_every_batch_unless_the_usual_one_was_seen_too(
+    other: int, axis: int
+) -> None:
+    layout, order = (Layout.SECOND_MERGED, Layout.MERGED)[axis == 0], Turned(3, 1, axis)
+    shape = shape_of(layout, other, 3, 7)
+    t, where = torch.zeros(shape), site(len(shape))
+    of_one, of_two = learned(layout, 1, 3, 7), learned(layout, 2, 3, 7)
+    of_one.turn(where, order)  # one example lies in any order, so none was seen before
+    assert of_one.of(where, t, other) == order
+    of_two.turn(where, order)
+    if other == 1:
+        assert of_two.of(where, t, other) is layout
+        return
+    with pytest.raises(DoubtError, match="axis"):
+        of_two.of(where, t, other)
 
 
 @settings(deadline=None, max_examples=200)

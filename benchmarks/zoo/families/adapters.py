@@ -11,8 +11,6 @@ from benchmarks.zoo.case import Case, Size, ids, pair, tokens
 from benchmarks.zoo.families import hugging
 from benchmarks.zoo.families.hugging import built, text
 
-OWN = "PEFT computes it by an autograd Function of its own; LoRA, DoRA, IA3, VeRA and the prompts are exact"
-
 
 def _llama(s: Size) -> nn.Module:
     return built("LlamaConfig", "LlamaForCausalLM", lambda s: text(s, num_key_value_heads=2))(s)
@@ -90,8 +88,8 @@ def cases() -> list[Case]:
         _adapted("Vera", r=4),
         _adapted("FourierFT", n_frequency=10),
         _adapted("LoKr", r=4),
-        _adapted("LoHa", r=4, refused="custom autograd Function", note=OWN),
-        _adapted("OFT", r=0, oft_block_size=4, refused="custom autograd Function", note=OWN),
+        _adapted("LoHa", r=4),
+        _adapted("OFT", r=0, oft_block_size=4),
         _adapted("BOFT", boft_block_size=4),
         _adapted("HRA", r=4),
         _adapted("LNTuning", target_modules=["input_layernorm"]),

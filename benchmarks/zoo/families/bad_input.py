@@ -34,16 +34,18 @@ class Words(nn.Module):
         return found
 
 
-class Sign(torch.autograd.Function):
-    """Rounds a weight to its sign, and lets the gradient through."""
+class BySigns(torch.autograd.Function):
+    """A linear map by the signs of a weight, which lets the weight's gradient through."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:  # noqa: ARG004 - torch gives it
-        return weight.sign()
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.sign().T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight.sign(), gradient.T @ x
 
 
 class BinaryLinear(nn.Module):
@@ -54,7 +56,8 @@ class BinaryLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, Sign.apply(self.weight))
+        found: Tensor = BySigns.apply(x, self.weight)
+        return found
 
 
 class Pairs(nn.Module):
@@ -106,7 +109,7 @@ def cases() -> list[Case]:
         ),
         Case("quantization-aware training", lambda s: _quantized(), flat, by_class, refused="calibrate", double=False),
         Case(
-            "autograd Function of a parameter",
+            "autograd Function of data and a parameter",
             lambda s: BinaryLinear(8, CLASSES),
             flat,
             by_class,

@@ -141,7 +141,7 @@ def cases() -> list[Case]:
             "RegNet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4, refused=NORM, note=FIXED
         ),
         _image("Levit", refused=NORM, note=FIXED),
-        _image("Cvt", embed_dim=[8, 16, 16], num_heads=[1, 2, 4], depth=[1, 1, 2], refused=NORM, note=FIXED),
+        _image("Cvt", embed_dim=[8, 16, 16], num_heads=[1, 2, 4], depth=[1, 2, 3], refused=NORM, note=FIXED),
         Case(
             "ViT MAE",
             built(

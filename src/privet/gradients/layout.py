@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from privet.errors import UnsupportedModelError
+from privet.gradients.turned import Turned, same_order
 
-__all__ = ["DoubtError", "Layout", "Layouts", "Site", "Told", "Trace"]
+__all__ = ["DoubtError", "Layout", "Layouts", "Lies", "Site", "Told", "Trace"]
 
 
 class Layout(Enum):
@@ -31,12 +32,14 @@ class Layout(Enum):
     MERGED = "axis 0 is batch and positions, batch first"
     SECOND = "axis 1 is the batch"
     SECOND_MERGED = "axis 1 is batch and positions, batch first"
+    TURNED = "axis 0 is batch and positions, in another order"
+    SECOND_TURNED = "axis 1 is batch and positions, in another order"
     ROUTED = "rows have owners of their own"
 
     @property
     def axis(self) -> int:
         """Returns the axis on which the examples lie, alone or with positions."""
-        return 1 if self in (Layout.SECOND, Layout.SECOND_MERGED) else 0
+        return 1 if self in (Layout.SECOND, Layout.SECOND_MERGED, Layout.SECOND_TURNED) else 0
 
     def examples_first(self, t: Tensor, examples: int, *, batch_first: bool) -> Tensor:  # -> (B, ...)
         """Returns a view of `t` with the examples on axis 0 and all else behind."""
@@ -51,8 +54,14 @@ class Layout(Enum):
                 return t.reshape(t.shape[0] // max(examples, 1), examples, *t.shape[1:]).movedim(1, 0)
             case Layout.SECOND_MERGED:
                 return Layout.MERGED.examples_first(t.movedim(1, 0), examples, batch_first=batch_first)
-            case Layout.CONSTANT | Layout.ROUTED:
+            case _:
                 raise AssertionError(f"where the examples are is not told by a layout: {self.value}")
+
+
+_USUAL = (Layout.MERGED, Layout.SECOND_MERGED)
+"""How merged axes lie as a rule, on axis 0 and on axis 1."""
+Lies = Layout | Turned
+"""How examples lie; where axis 0 is batch and positions in another order, the order (and not `Layout.TURNED`)."""
 
 
 class Site(NamedTuple):
@@ -68,7 +77,7 @@ class Site(NamedTuple):
         return f"argument {self.argument} of {name} with parameter {', '.join(self.roots)}"
 
 
-Trace = list[tuple[Site, tuple[int, ...], Layout]]
+Trace = list[tuple[Site, tuple[int, ...], Lies]]
 """The sites that one forward met while layouts are learned, in order: their shapes, and how they were decided."""
 
 
@@ -121,10 +130,10 @@ class Told:
     """The layouts that one forward meets, as they were learned of this very batch."""
 
     def __init__(self) -> None:
-        self._layouts: dict[tuple[Site, tuple[int, ...]], list[Layout]] = {}
+        self._layouts: dict[tuple[Site, tuple[int, ...]], list[Lies]] = {}
         self._met: dict[tuple[Site, tuple[int, ...]], int] = {}
 
-    def add(self, site: Site, shape: tuple[int, ...], layout: Layout) -> None:
+    def add(self, site: Site, shape: tuple[int, ...], layout: Lies) -> None:
         """Adds what is met next."""
         self._layouts.setdefault((site, shape), []).append(layout)
 
@@ -132,14 +141,14 @@ class Told:
         """Begins a forward, which meets everything in the order in which it was added."""
         self._met.clear()
 
-    def next(self, site: Site, t: Tensor) -> Layout | None:
+    def next(self, site: Site, t: Tensor) -> Lies | None:
         """Returns the layout of `t`, which is met now in a forward, or None if nothing like it was added."""
         key = (site, tuple(t.shape))
         layouts = self._layouts.get(key, ())
         met = self._met[key] = self._met.get(key, 0) + 1
         return layouts[met - 1] if met <= len(layouts) else None
 
-    def all(self, site: Site, t: Tensor) -> set[Layout]:
+    def all(self, site: Site, t: Tensor) -> set[Lies]:
         """Returns all layouts of tensors of the shape of `t` at the site, where no order is known."""
         return set(self._layouts.get((site, tuple(t.shape)), ()))
 
@@ -158,7 +167,9 @@ def _packed(site: Site) -> str:
 class Layouts:
     """What has been learned of every site."""
 
-    known: dict[Site, set[Layout]] = field(default_factory=dict)
+    known: dict[Site, set[Lies]] = field(default_factory=dict)
+    alone: set[Site] = field(default_factory=set)
+    """Where rows were taken to lie example by example in batches of one example, in which every order is that one."""
 
     @property
     def learned(self) -> int:
@@ -167,13 +178,21 @@ class Layouts:
 
     def copy(self) -> Layouts:
         """Returns the same knowledge, which what is learned later does not change."""
-        return Layouts({site: set(layouts) for site, layouts in self.known.items()})
+        return Layouts({site: set(layouts) for site, layouts in self.known.items()}, set(self.alone))
 
     def restore(self, earlier: Layouts) -> None:
         """Forgets what was learned since a copy was taken."""
-        self.known = earlier.copy().known
+        again = earlier.copy()
+        self.known, self.alone = again.known, again.alone
 
-    def of(self, site: Site, t: Tensor, examples: int) -> Layout:
+    def turn(self, site: Site, order: Turned) -> None:
+        """Takes note of the order of the rows at a site, as it was found out."""
+        known = self.known.setdefault(site, set())
+        if site in self.alone:
+            known.discard(_USUAL[order.axis])
+        known.add(order)
+
+    def of(self, site: Site, t: Tensor, examples: int) -> Lies:
         """Returns the layout of `t` at `site`, in a batch of `examples`.
 
         Args:
@@ -207,7 +226,7 @@ class Layouts:
         """Takes note of a site at which rows have owners of their own: others are not taken for a constant there."""
         self.known.setdefault(site, set()).add(Layout.ROUTED)
 
-    def guessed(self, site: Site, t: Tensor, examples: int, told: Told | None) -> Layout:
+    def guessed(self, site: Site, t: Tensor, examples: int, told: Told | None) -> Lies:
         """Returns the likely layout of `t` while layouts are learned: a wrong guess is found out and mended.
 
         Args:
@@ -220,8 +239,9 @@ class Layouts:
         if layout is not None:
             return layout
         fits = _fitting(self.known.get(site, ()), t, examples)
-        if len(fits) == 1:
-            return fits[0]
+        turned = [each for each in fits if isinstance(each, Turned)]
+        if len(fits) == 1 or turned:
+            return (turned or fits)[0]
         if t.dim() and t.shape[0] == examples:
             return Layout.ROWS
         if t.dim() == 0 or (not t.requires_grad and t.shape[0] % examples):
@@ -240,17 +260,35 @@ class Layouts:
         for (site, shape, decided), (other, other_shape, other_decided) in zip(first, second, strict=False):
             if site != other or len(shape) != len(other_shape):
                 return False, told, other_told
-            layout = _compared(site, shape, other_shape, small, large)
+            layout: Lies = _compared(site, shape, other_shape, small, large)
+            if layout in _USUAL:
+                if isinstance(decided, Turned) and decided == other_decided and decided.axis == layout.axis:
+                    layout = decided
+                if small > 1:
+                    self.alone.discard(site)
+                elif layout not in self.known.get(site, ()):
+                    self.alone.add(site)
             self.known.setdefault(site, set()).add(layout)
             told.add(site, shape, layout)
             other_told.add(site, other_shape, layout)
-            settled = settled and decided is layout and other_decided is layout
+            settled = settled and decided == layout == other_decided
         return settled and len(first) == len(second), told, other_told
 
 
-def _fitting(known: Iterable[Layout], t: Tensor, examples: int) -> list[Layout]:
+def _fitting(known: Iterable[Lies], t: Tensor, examples: int) -> list[Lies]:
     """Returns those of the known layouts that `t` may have, without those that say the same of it."""
-    fits = [layout for layout in known if _fits(layout, t, examples)]
+    fits: list[Lies] = []
+    turned = []
+    for layout in known:
+        if isinstance(layout, Turned):
+            turned.append(layout)
+        elif _fits(layout, t, examples):
+            fits.append(layout)
+    for axis, usual in enumerate(_USUAL):
+        here = [order for order in turned if order.axis == axis]
+        order = same_order(here, t.shape[axis], examples) if here and t.dim() > axis else None
+        if order is not None and not (examples == 1 and usual in fits):
+            fits.append(order)
     for alone, merged in ((Layout.ROWS, Layout.MERGED), (Layout.SECOND, Layout.SECOND_MERGED)):
         if alone in fits and merged in fits:
             fits.remove(merged)  # with one position it is the same
@@ -271,5 +309,5 @@ def _fits(layout: Layout, t: Tensor, examples: int) -> bool:
             return t.dim() > 1 and t.shape[1] == examples
         case Layout.SECOND_MERGED:
             return t.dim() > 1 and t.shape[1] % max(examples, 1) == 0
-        case Layout.ROUTED:
+        case _:
             return False  # said of the tensor itself, and not of its shape

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.cycle import Cycle
+from privet.gradients.capture.functions import APPLY
 from privet.gradients.capture.routing import Routed
 from privet.gradients.derived import Derivation
 from privet.gradients.given import added_up
 from privet.gradients.layout import Layout
 from privet.gradients.rules.adjoint import adjoint_of
 from privet.gradients.tracing import tracing
+from privet.gradients.turned import Turned
 from privet.gradients.use import Operation, Use
 
 __all__ = ["CapturedCall", "CapturedOperation", "Recorder", "refuse_second_derivative", "tensors_among"]
@@ -58,6 +60,7 @@ class CapturedCall:
     layout: Layout
     routed: Routed | None  # the owners of the rows, where the layout is ROUTED
     batch_first: bool  # whether axes merged with the batch have the batch outside
+    order: Turned | None  # of the rows, where the layout is TURNED
     roles: tuple[str, ...]  # of the values, in order
     targets: dict[str, str | Derivation]  # role -> the parameter, or derived tensor, whose use is recorded
     data_count: int
@@ -69,6 +72,9 @@ class CapturedCall:
         """Returns data, or a gradient, with the examples on axis 0 as the operation's rules expect them."""
         if self.routed is not None:
             return self.routed.examples_first(t, self.cycle.examples)
+        if self.order is not None:
+            found = self.order.examples_first(t, self.cycle.examples)
+            return found if self.operation.positionwise else found.flatten(0, 1)
         if self.operation.positionwise:
             return self.layout.examples_first(t, self.cycle.examples, batch_first=self.batch_first)
         # Other operations keep their rows as rows. Several rows of one example have to lie together.
@@ -96,6 +102,8 @@ class CapturedOperation(torch.autograd.Function):
 
     The last argument is a parameter of the model. It gets no gradient; it makes the output a part of the graph.
     """
+
+    apply = APPLY  # torch's own, also while Functions are looked at
 
     @staticmethod
     def forward(ctx: Any, call: CapturedCall, *tensors: Tensor) -> Any:
@@ -195,7 +203,7 @@ def _captured_again(
         targets={role: target for role, target in call.targets.items() if role in roles},
         data_count=len(met),
     )
-    found = CapturedOperation.apply(again, *met, *(by_role[role] for role in roles), call.edge)  # type: ignore[no-untyped-call]
+    found = CapturedOperation.apply(again, *met, *(by_role[role] for role in roles), call.edge)
     for k, gradient in zip(wanted, found if isinstance(found, tuple) else (found,), strict=True):
         results[k] = gradient
     return results

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map
 from privet.batches.tree import rows_told_in
 from privet.errors import UnsupportedModelError
 from privet.gradients.capture.call import CapturedCall, tensors_among
+from privet.gradients.capture.checkpoints import not_reentrant
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.handled import HandledCall, in_backward
 from privet.gradients.capture.known_moves import KnownMoves, MovesMet
@@ -102,11 +103,6 @@ class Capture:
         """Returns whether operations are looked at: inside a private forward, or a backward that may recompute it."""
         cycle = self._cycle
         return cycle is not None and cycle.doubt is None and (cycle.running > 0 or in_backward())
-
-    @property
-    def learning(self) -> bool:
-        """Returns whether layouts are learned from the forward that runs now."""
-        return self._cycle is not None and self._cycle.trace is not None
 
     @property
     def channels_last(self) -> bool:
@@ -238,6 +234,7 @@ class Capture:
 
     def _unwatch(self) -> None:
         self.moved.stop()
+        not_reentrant(self.moved, None)
         self.roots.unwatch()
 
     # -- one operation -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ of the batch are looked at, so the check needs little time, and less memory than
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,21 +21,24 @@ from privet.batches.flat import Bags, rearranged_bags
 from privet.batches.grow import detached, grown, left_out, refuse_read_once
 from privet.batches.kept import opened
 from privet.batches.structure import REGISTER
-from privet.errors import PrivetError, UnsupportedModelError
+from privet.errors import CoverageError, PrivetError, UnsupportedModelError
 from privet.gradients.capture.capture import Capture
 from privet.gradients.capture.comparison import Comparison
-from privet.gradients.capture.known_moves import MovesMet
+from privet.gradients.capture.known_moves import KnownMoves, MovesMet
+from privet.gradients.capture.orders import learn_orders
 from privet.gradients.capture.other_values import perturbed
 from privet.gradients.capture.tripwire import Tripwires
 from privet.gradients.capture.undisturbed import undisturbed
-from privet.gradients.layout import Told, Trace
+from privet.gradients.layout import Layouts, Told, Trace
 from privet.gradients.rules.strategy import prefers_channels_last
 from privet.gradients.spread import HERE, Spread
 from privet.gradients.use import Recorded
 
-__all__ = ["FlatError", "GrowthError", "check_coverage", "learn_layouts"]
+__all__ = ["FlatError", "GrowthError", "UnsettledError", "check_coverage", "learn_layouts"]
 
 _ATTEMPTS = 8
+_ORDERS = 3
+"""How often orders of rows are looked for: those of what comes after a wrong one are seen when it is right."""
 _EXAMPLES = 16
 """How many examples are looked at. They are enough to reach parts that see few examples, such as experts."""
 
@@ -50,6 +53,10 @@ class FlatError(UnsupportedModelError):
         )
         self.given = given
         self.bags = bags
+
+
+class UnsettledError(UnsupportedModelError):
+    """What was learned of one size of the batch does not go with what was learned of the other one."""
 
 
 class GrowthError(UnsupportedModelError):
@@ -105,19 +112,11 @@ def check_coverage(
         try:
             with moved(module), undisturbed(module) as restore, torch.enable_grad():
                 capture.prefer_channels_last(prefers_channels_last(module))
-                try:
-                    told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
-                except RuntimeError:
-                    if not capture.channels_last:
-                        raise
-                    # The model may use `view` where it needs the channels outside, for example.
-                    capture.prefer_channels_last(False)
-                    told = learn_layouts(capture, run, some, examples=count, batch_axis=batch_axis, restore=restore)
-                capture.tell(told)
+                how: dict[str, Any] = {"examples": count, "batch_axis": batch_axis, "restore": restore}
                 comparison = Comparison(
                     module, capture, run, tripwires=tripwires, restore=restore, batch_axis=batch_axis, spread=spread
                 )
-                conclusive = comparison.check(some, count)
+                conclusive = _compared(comparison, capture, run, some, known, how)
                 on_held(comparison.held)
                 return conclusive
         except PrivetError:
@@ -134,6 +133,47 @@ def check_coverage(
             if not whole:
                 capture.tell(None)
     raise AssertionError("the last way returns or raises")
+
+
+def _learned(capture: Capture, run: Callable[[Any], Sequence[Tensor]], inputs: Any, **how: Any) -> Told:
+    """Returns what was learned of the inputs; see `learn_layouts`."""
+    try:
+        return learn_layouts(capture, run, inputs, **how)
+    except RuntimeError:
+        if not capture.channels_last:
+            raise
+        # The model may use `view` where it needs the channels outside, for example.
+        capture.prefer_channels_last(False)
+        return learn_layouts(capture, run, inputs, **how)
+
+
+def _compared(  # noqa: PLR0917 - what a check needs
+    comparison: Comparison,
+    capture: Capture,
+    run: Callable[[Any], Sequence[Tensor]],
+    inputs: Any,
+    known: tuple[Layouts, KnownMoves],
+    how: Mapping[str, Any],
+) -> bool:
+    """Learns the layouts, tells them to the capture, and returns whether all gradients could be compared.
+
+    Where that fails, it is done anew once the order of the rows was looked at.
+    """
+    taught: list[Callable[[], None]] = []
+    while True:
+        try:
+            capture.tell(_learned(capture, run, inputs, **how))
+            return comparison.check(inputs, how["examples"])
+        except (CoverageError, UnsettledError):
+            capture.release()
+            capture.tell(None)
+            found = learn_orders(capture, run, inputs, **how) if len(taught) < _ORDERS else None
+            if found is None:
+                raise
+            taught.append(found)
+            capture.forget_since(known)
+            for teach in taught:
+                teach()
 
 
 @contextmanager
@@ -201,7 +241,7 @@ def learn_layouts(
             failures and placed and capture.layouts.learned == before
         ):  # nothing new was learned: the failure is not a guess's
             raise _explained(*failures[0], inputs=inputs, examples=examples, axis=batch_axis)
-    raise UnsupportedModelError(
+    raise UnsettledError(
         f"the model uses its parameters differently for {examples} and for {examples + 1} examples, so that the batch "
         "axis cannot be told. Expected the same operations whatever the size of the batch."
     )

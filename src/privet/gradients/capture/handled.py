@@ -15,8 +15,10 @@ from privet.gradients.capture.moved import MovedRows
 from privet.gradients.capture.packing import RECURRENT
 from privet.gradients.capture.packing import require_alike as require_first_states_alike
 from privet.gradients.capture.routing import Routed, require_alike, routed_now
+from privet.gradients.capture.rows_seen import RowsSeen
 from privet.gradients.capture.watched import Roots
-from privet.gradients.layout import DoubtError, Layout, Layouts, Site
+from privet.gradients.layout import DoubtError, Layout, Layouts, Lies, Site
+from privet.gradients.turned import Turned
 from privet.gradients.use import Operation
 
 __all__ = ["AddsUp", "Capturing", "HandledCall", "in_backward"]
@@ -61,7 +63,7 @@ class HandledCall:
     Each interception has its own: handlers run in several threads, and call operations that are intercepted in turn.
     """
 
-    __slots__ = ("_capture", "_cycle", "_routed", "is_root", "layouts")
+    __slots__ = ("_capture", "_cycle", "_order", "_routed", "_traced", "is_root", "layouts")
 
     def __init__(self, capture: Capturing, cycle: Cycle) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - there is no public way to ask
@@ -73,6 +75,8 @@ class HandledCall:
         self._capture = capture
         self._cycle = cycle
         self._routed: Routed | None = None  # the owners of the rows that it met
+        self._order: Turned | None = None  # in which they lie, where it is not example by example
+        self._traced: list[int] = []  # the places of its arguments in a trace
         self.layouts: dict[int, Layout] = {}  # of the operation's tensor arguments, by their ids
         self.is_root = capture.roots.is_root
 
@@ -107,9 +111,21 @@ class HandledCall:
         if cycle.trace is not None:
             told = cycle.told[-1] if cycle.telling else None
             layout = layouts.guessed(site, t, cycle.examples, told)
+            self._traced.append(len(cycle.trace))
             cycle.trace.append((site, tuple(t.shape), layout))
-            return layout
-        return self._told(site, t) if cycle.told else layouts.of(site, t, cycle.examples)
+        else:
+            layout = self._told(site, t) if cycle.told else layouts.of(site, t, cycle.examples)
+        return self._ordered(site, layout) if isinstance(layout, Turned) else layout
+
+    def _ordered(self, site: Site, order: Turned) -> Layout:
+        """Takes note of the order of one argument's rows, and raises unless it is that of all arguments."""
+        if self._order not in (None, order) and self._cycle.trace is None:
+            raise DoubtError(
+                f"{site} met rows in another order than another argument has: {order.value}",
+                "Give an operation rows in one order.",
+            )
+        self._order = order
+        return Layout.SECOND_TURNED if order.axis else Layout.TURNED
 
     def _owners(self, site: Site, t: Tensor) -> Routed | None:
         """Returns the owners of the rows of `t` where they are known one by one, also in a part computed again."""
@@ -137,7 +153,7 @@ class HandledCall:
             )
         return met[0] if met else None
 
-    def _told(self, site: Site, t: Tensor) -> Layout:
+    def _told(self, site: Site, t: Tensor) -> Lies:
         """Returns the layout of `t` in a cycle of which a forward was told the layouts of its batch."""
         cycle, layouts = self._cycle, self._capture.layouts
         if cycle.telling and not in_backward():
@@ -214,6 +230,7 @@ class HandledCall:
                 f"{type(operation).__name__} of {', '.join(map(self.label, watched.values()))} met a batch on axis 1. "
                 "Expected axis 0 there. Move the batch to axis 0."
             )
+        order = self._order if layout in (Layout.TURNED, Layout.SECOND_TURNED) else None
         edge = known.parameters[known.sources(next(iter(watched.values())))[0]]
         call = CapturedCall(
             capture,
@@ -222,6 +239,7 @@ class HandledCall:
             layout,
             routed,
             capture.batch_first,
+            order,
             roles=tuple(values),
             targets={role: known.target(root) for role, root in watched.items()},
             data_count=len(data),
@@ -230,7 +248,10 @@ class HandledCall:
             add_up=capture.on_parts.add_up,
         )
         plain = [self._plain(value) if role in watched else value for role, value in values.items()]
-        return CapturedOperation.apply(call, *data, *plain, edge)  # type: ignore[no-untyped-call]
+        result = CapturedOperation.apply(call, *data, *plain, edge)
+        if self._traced and isinstance(cycle.trace, RowsSeen):
+            cycle.trace.watch(result, self._traced)
+        return result
 
     def _require_rows(self, data: Sequence[Tensor]) -> None:
         """Raises if rows with owners meet data of another kind in one operation."""

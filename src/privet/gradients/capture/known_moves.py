@@ -6,7 +6,7 @@ Each move is known by its place in the code.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from privet.batches.flat import Bags
 from privet.gradients.capture.moves import Move
 from privet.gradients.rules.arguments import named
 from privet.gradients.tracing import tracing
+from privet.gradients.turned import Turned
 
 __all__ = ["KnownMoves", "MovesMet"]
 
@@ -72,6 +73,7 @@ class _Known:
     axes: set[int] = field(default_factory=set)  # which of its sizes grow
     static: set[Hashable] = field(default_factory=set)  # the moves that are the same on every batch
     by_place: bool | None = None  # whether axis 0, along which it moves, has as many rows for each example
+    order: Turned | None = None  # in which axis 0 lies, along which it moves, if it was found not to lie as a rule
     whole: bool = True  # whether these were B and B + 1: the axis is the batch, and not merged with another one
 
     @property
@@ -88,9 +90,7 @@ class KnownMoves:
 
     def copy(self) -> KnownMoves:
         """Returns the same knowledge, which what is learned later does not change."""
-        return KnownMoves(
-            {key: _Known(k.grew, set(k.axes), set(k.static), k.by_place, k.whole) for key, k in self.known.items()}
-        )
+        return KnownMoves({key: replace(k, axes=set(k.axes), static=set(k.static)) for key, k in self.known.items()})
 
     def learn(self, first: MovesMet, second: MovesMet, examples: tuple[int, int], *, whole: bool = True) -> bool:
         """Learns from the moves of the same model with B and with B + 1 examples.
@@ -140,6 +140,16 @@ class KnownMoves:
             return False
         (place,) = known.axes
         return move.axes is not None and place < len(move.axes) and move.axes[place] == axis
+
+    def order(self, key: Hashable) -> Turned | None:
+        """Returns the order of the rows that are taken here, if they were found not to lie as a rule."""
+        known = self.known.get(key)
+        return None if known is None else known.order
+
+    def turn(self, key: Hashable, order: Turned) -> None:
+        """Takes note of the order of the rows that are taken here."""
+        known = self.known.setdefault(key, _Known())
+        known.order, known.grew = order, True
 
     def harmless(self, key: Hashable, move: Move) -> bool:
         """Returns whether the move leaves every row of the batch in its place, or is the same on every batch."""

@@ -43,6 +43,7 @@ from torch.utils._device import DeviceContext
 from privet.batches.graphs import RowsTold
 from privet.errors import PrivetError
 from privet.gradients.capture.call import tensors_among
+from privet.gradients.capture.checkpoints import not_reentrant
 from privet.gradients.capture.cycle import Cycle
 from privet.gradients.capture.eager import set_stance
 from privet.gradients.capture.kept import ALIKE, base_name
@@ -124,6 +125,7 @@ class MovedRows(TorchFunctionMode):
             self.owned.begin(cycle.examples, told)
         self._follows = met is not None or bool(self.owned)
         self._thread = threading.get_ident()
+        not_reentrant(self, self._thread)
         # At the bottom: if the forward is interrupted, a user's own mode around it still takes itself off.
         if not torch._C._len_torch_function_stack():  # noqa: SLF001 - torch's own modes ask it
             _push_mode(self)  # type: ignore[no-untyped-call]
@@ -136,6 +138,7 @@ class MovedRows(TorchFunctionMode):
         """Forgets the forward, and looks at nothing any more."""
         if self._cycle is None and not self._thread:
             return
+        not_reentrant(self, 0)
         self._cycle = self._met = None
         self._follows = False
         self.owned.clear()
@@ -200,7 +203,8 @@ class MovedRows(TorchFunctionMode):
             self._sources.add(move.sizes)
         if owned or by_place is not None:
             table = self._is_table(args, move is not None and not moved)
-            if self._owns(func, args, kwargs, result, by_place=by_place, table=table):
+            order = self.known.order(key) if by_place == 0 else None
+            if self._owns(func, args, kwargs, result, by_place=by_place, table=table, order=order):
                 return result
             self.owned.forget_written(tensors_among((result,)), tensors)
         # What this batch is told, or what is only listed, leaves no doubt.
@@ -229,6 +233,9 @@ class MovedRows(TorchFunctionMode):
             return None
         axis = self.owned.takes_along(func, args, kwargs, move)
         if axis is None or tracing() or self.owned.of(args[0]) is not None or self._tagged(args[0]):
+            return None
+        order = self.known.order(key) if axis == 0 else None
+        if order is not None and self._cycle is not None and not order.fits(len(args[0]), self._cycle.examples):
             return None
         lies = self.known.lies(key, move, axis)
         return axis if lies or (lies is None and self._met is not None) else None

@@ -33,6 +33,7 @@ from privet.gradients.capture.other_axes import kept_behind, viewed
 from privet.gradients.capture.packing import PACKS, axis_packed, through_packing
 from privet.gradients.capture.routing import Routed
 from privet.gradients.capture.taken import ADDS, TAKES, index_of_rows, taken
+from privet.gradients.turned import Turned
 
 __all__ = ["OwnedRows"]
 
@@ -42,6 +43,8 @@ _MOVES_ENTRIES = frozenset(
 )
 _TAKES_BEHIND = frozenset({"__getitem__", "index_select"})
 """Functions whose rows are followed on other axes than axis 0, too."""
+
+_CUTS = frozenset({"__getitem__", "split", "chunk", "narrow"})
 
 
 class OwnedRows:
@@ -56,7 +59,7 @@ class OwnedRows:
         self._found: dict[int, tuple[weakref.ref[Tensor], Routed]] = {}
         self._told: dict[int, list[Routed]] = {}  # by their number of rows
         self._numbers: dict[int, tuple[weakref.ref[Tensor], Routed]] = {}  # whose entries number known rows
-        self._by_place: dict[tuple[int, torch.device, int], Routed] = {}
+        self._by_place: dict[tuple[int, torch.device, int, Turned | None], Routed] = {}
         self._examples = 0
 
     def __bool__(self) -> bool:
@@ -143,6 +146,7 @@ class OwnedRows:
         *,
         by_place: int | None,
         table: bool = False,
+        order: Turned | None = None,
     ) -> bool:
         """Takes note of the owners of the rows of a result, and returns whether they are known, or are no matter.
 
@@ -153,6 +157,7 @@ class OwnedRows:
             result: what it returned.
             by_place: the axis of the first argument whose rows lie as the batch does, of which some are taken, or None.
             table: whether the rows of the first argument are nobody's, such as those of a parameter.
+            order: of the rows that lie as the batch does, if it is not the usual one.
         """
         name = base_name(func)
         if name in FRESH:
@@ -162,7 +167,7 @@ class OwnedRows:
         source = self.of(args[0]) if args else None
         starts = source is None and by_place is not None
         if source is None and by_place is not None:
-            source = self._in_order(args[0].shape[by_place], args[0].device, axis=by_place)
+            source = self._in_order(args[0].shape[by_place], args[0].device, axis=by_place, order=order)
         if source is None and table and name in {"__getitem__", "index_select"}:
             index = args[1] if name == "__getitem__" else named(args, kwargs, 2, "index")
             looked_up = self.of(index)
@@ -173,7 +178,10 @@ class OwnedRows:
             if found is None and name in TAKES:
                 found = taken(name, args, kwargs, source, result)
             if found is not None:
-                return self._owned(found, taken_out=True)
+                known = self._owned(found, taken_out=True)
+                if order is not None and name in _CUTS and next(tensors_among(args[1:]), None) is None:
+                    self._forget_in_place(t for t, _ in found)
+                return known
         if starts:
             return False
         if any((mine := self.of(t)) is not None and mine.axis for t in tensors_among((*args, *kwargs.values()))):
@@ -200,12 +208,20 @@ class OwnedRows:
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
-    def _in_order(self, rows: int, device: torch.device, *, axis: int = 0) -> Routed:
-        key = (rows, device, axis)
+    def _in_order(self, rows: int, device: torch.device, *, axis: int = 0, order: Turned | None = None) -> Routed:
+        key = (rows, device, axis, order)
         if key not in self._by_place:
             first = self._batch_first
-            self._by_place[key] = Routed.in_order(rows, self._examples, device=device, batch_first=first, axis=axis)
+            usual = Routed.in_order(rows, self._examples, device=device, batch_first=first, axis=axis)
+            self._by_place[key] = usual if order is None else Routed(order.owner(self._examples, device))
         return self._by_place[key]
+
+    def _forget_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Forgets the owners of pieces in which every example has its place, such as the first of two views."""
+        for t in tensors:
+            mine = self.of(t)
+            if mine is not None and mine.same(self._in_order(mine.rows, t.device)):
+                self.forget(t)
 
     def _number(self, t: object) -> Routed | None:
         """Returns the rows that the entries of a tensor are numbers of, if that is known."""

@@ -8,25 +8,24 @@ references never notice.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointFunction
 
 from privet.errors import ProtocolError
 from privet.gradients.capture.fixed_lookups import fixed_lookup
+from privet.gradients.capture.functions import look_at_functions
 from privet.gradients.derived import Derivation
 from privet.gradients.isometries import is_isometry
 from privet.gradients.tracing import tracing
 
 __all__ = ["Interceptor", "Roots", "asks_only"]
 
+_LONGEST = 240
 _TENSOR_GETTERS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
@@ -36,10 +35,6 @@ class Interceptor(Protocol):
     @property
     def watching(self) -> bool:
         """Returns whether operations are looked at now."""
-
-    @property
-    def learning(self) -> bool:
-        """Returns whether the forward is one that is only looked at, and has no backward."""
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records one operation, and returns its result."""
@@ -54,19 +49,6 @@ def asks_only(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _TENSOR_GETTERS  # type: ignore[attr-defined]
 
 
-def _is_computed_again() -> bool:
-    """Returns whether this is the forward, without gradients, of a part that a reentrant checkpoint computes again.
-
-    In training the part is captured when the backward computes it again. A forward that has no backward sees it now.
-    """
-    frame: FrameType | None = sys._getframe()  # noqa: SLF001
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
 class _Watched:
     """Answers for torch functions on behalf of a tensor. Each capture makes subclasses of its own that point to it."""
 
@@ -78,12 +60,8 @@ class _Watched:
     ) -> Any:
         # Handlers compute with the same tensors: what they call must not be intercepted again.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
-            if cls.interceptor.watching:
-                if torch.is_grad_enabled():
-                    return cls._intercepted(func, args, kwargs or {})
-                if cls.interceptor.learning and _is_computed_again():
-                    with torch.enable_grad():
-                        return cls._intercepted(func, args, kwargs or {})
+            if cls.interceptor.watching and torch.is_grad_enabled():
+                return cls._intercepted(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -157,6 +135,8 @@ class Roots:
         """
         if self._parts:
             self._follow_parts()
+        if not (self._parts or self.transient):
+            look_at_functions(self, (self.is_root, self._function))
         for name, parameter in self.parameters.items():
             if parameter.requires_grad and type(parameter) is not self._parameter_class:
                 if isinstance(parameter, _WatchedParameter):
@@ -220,12 +200,18 @@ class Roots:
 
     def unwatch(self) -> None:
         """Makes all parameters ordinary ones again."""
+        look_at_functions(self, None)
         for part in self._parts.values():
             if isinstance(part.shown, _WatchedPart):
                 cast("Any", part.shown).__class__ = part.plain
         for parameter in self.parameters.values():
             if type(parameter) is self._parameter_class:  # another capture may watch what two networks share
                 parameter.__class__ = nn.Parameter
+
+    def _function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the result of an autograd Function of roots alone."""
+        watching = self._interceptor.watching
+        return self._interceptor.intercept(func, args, kwargs) if watching else func(*args, **kwargs)
 
     # -- what a root is ----------------------------------------------------------------------------------------------
 
@@ -254,14 +240,18 @@ class Roots:
 
     def derive(self, func: Callable[..., Any], args: Any, kwargs: Any, roots: Sequence[Tensor]) -> Any:
         """Runs `func` on roots and constants alone, and returns its result: derived tensors, which are roots again."""
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        written = None if target is None else target._version  # noqa: SLF001 - there is no public way to ask
         with _kept(copied=self.transient):
             result = fixed_lookup(func, roots[0], args, kwargs) if len(roots) == 1 else None
             result = func(*args, **kwargs) if result is None else result
         isometric = len(roots) == 1 and _isometric(roots[0]) and is_isometry(func, roots[0], args, kwargs, result)
         sources = tuple(dict.fromkeys(s for root in roots for s in self.sources(root)))
-        label = f"{getattr(func, '__name__', func)}({', '.join(map(self.label, roots))})"
+        label = _label(getattr(func, "__name__", str(func)), list(map(self.label, roots)), sources)
         call = next(self._calls)
         pieces = result if isinstance(result, list | tuple) else (result,)
+        if target is not None and target._version != written:  # noqa: SLF001
+            self._take_written(label, target, sources)
 
         def wrapped(t: Any, part: tuple[int, int] | None) -> Any:
             if not isinstance(t, Tensor) or not t.requires_grad:
@@ -282,6 +272,13 @@ class Roots:
         whole = isinstance(roots[0], _WatchedParameter)
         return type(result)(wrapped(t, (call, i) if whole else None) for i, t in enumerate(pieces))
 
+    def _take_written(self, label: str, target: Tensor, sources: tuple[str, ...]) -> None:
+        """Makes a constant that a parameter was written into a derived tensor; the same object is one from now on."""
+        if type(target) is Tensor and target.requires_grad:
+            target.__class__ = self._derived_class
+        if isinstance(target, _DerivedTensor):
+            target.derivation = Derivation(label, target.as_subclass(Tensor), sources, isometric=False)
+
     def _watched(self, t: Tensor) -> Any:
         """Returns a tensor like `t` that answers for torch functions."""
         if not tracing():
@@ -289,6 +286,12 @@ class Roots:
         alias = t.view_as(t)
         alias.__class__ = self._derived_class  # a graph knows a tensor as the object that it is
         return alias
+
+
+def _label(function: str, of: Sequence[str], sources: Sequence[str]) -> str:
+    """Returns how a derived tensor is called in messages: what was done, or only of which parameters if it is much."""
+    label = f"{function}({', '.join(of)})"
+    return label if len(label) <= _LONGEST else f"{function}(... of {', '.join(sources)})"
 
 
 def _held_by_another(name: str) -> ProtocolError:

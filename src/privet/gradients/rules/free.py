@@ -165,3 +165,12 @@ def _assigned(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         return NotImplemented
     view.copy_(expanded(call, value, view.shape, layout))
     return None
+
+
+@handles(_T.to, _T.type_as, structural=True)
+def _typed(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A parameter in the format of data, and on their device: nothing is taken of their values."""
+    like = args[1] if len(args) > 1 else None
+    if not call.is_root(args[0]) or not isinstance(like, Tensor):
+        return NotImplemented
+    return call.again(_T.to, args[0], like.device, like.dtype, *args[2:], **kwargs)

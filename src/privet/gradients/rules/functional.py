@@ -142,9 +142,9 @@ class Mapped(Operation):
 
     def _alone(self, example: Tensor) -> Tensor:
         """Returns one example as the function sees a batch of it alone."""
-        if self.layout is Layout.MERGED:
+        if self.layout in (Layout.MERGED, Layout.TURNED):
             return example
-        if self.layout is Layout.SECOND_MERGED:
+        if self.layout in (Layout.SECOND_MERGED, Layout.SECOND_TURNED):
             return example.movedim(0, 1)
         return example.unsqueeze(self.layout.axis)
 

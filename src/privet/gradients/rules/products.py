@@ -112,7 +112,7 @@ def product(call: Call, first: Tensor, second: Tensor) -> Any:
 def _headwise(call: Call, x: Tensor, matrices: Tensor, layout: Layout) -> Any:
     while matrices.dim() > 3 and matrices.shape[0] == 1 and x.dim() >= matrices.dim():
         matrices = call.again(Tensor.squeeze, matrices, 0)
-    if matrices.dim() != 3 or x.dim() < 3 or layout in (Layout.CONSTANT, Layout.ROUTED):
+    if matrices.dim() != 3 or x.dim() < 3 or layout in (Layout.CONSTANT, Layout.ROUTED, Layout.SECOND_TURNED):
         return NotImplemented
     heads = matrices.shape[0]
     if heads == 1 and layout.axis < x.dim() - 2:
