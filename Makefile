@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs attack zoo test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated bench-better_learning clean
+.PHONY: help venv demo docs attack zoo test test-cpus test-kernels explore check crosscheck bench bench-spine bench-modes bench-layers bench-compiled bench-accounting bench-distributed bench-choosing bench-models bench-correlated bench-better_learning bench-fashion clean
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -43,6 +43,7 @@ help:
 	@echo '     bench-distributed steps on one process and on two, beside DistributedDataParallel (ten minutes)'
 	@echo '     bench-choosing    what clip norm, learning rate, batch size and epochs do to accuracy (ten minutes)'
 	@echo '     bench-models      models that people train, beside the same without privacy (a quarter of an hour)'
+	@echo '     bench-fashion     Fashion-MNIST by sampling, noise, views and averages (two hours; wants the data set)'
 	@echo '     bench-correlated  a step with correlated noise beside independent noise, time and memory (two minutes)'
 	@echo '     bench-better_learning  what views, averages and the like bring at one epsilon (half an hour)'
 	@echo 'make venv        only set up $(VENV)'
@@ -145,6 +146,10 @@ bench-choosing: $(STAMP)
 bench-models: $(STAMP)
 	@echo '==> Timing private steps of known architectures (benchmarks/models.py)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models --out benchmarks/results --threads 1
+
+bench-fashion: $(STAMP)
+	@echo '==> Training on Fashion-MNIST by several mechanisms (benchmarks/fashion.py)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fashion --out benchmarks/results
 
 bench-correlated: $(STAMP)
 	@echo '==> Timing steps with correlated noise (benchmarks/correlated.py)'
