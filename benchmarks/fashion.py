@@ -255,10 +255,10 @@ def page(found: dict[str, Any]) -> str:
     dates = sorted({run["date"] for run in found.values()})
     written = f"{dates[-1]}; torch {torch.__version__}, {platform.machine()}, one thread."
     what = (
-        "Accuracy on the 10,000 test pictures in percent: mean and standard deviation over seeds (of the order; what is "
-        f"drawn has none). δ = {DELTA:g}. A linear model on 3,969 scattering features (nothing of them is learned), clip "
-        f"norm {CLIP_NORM}, SGD with momentum {MOMENTUM} and learning rate 8, batches of 2,048 on average, 10 passes. "
-        "The noise is calibrated to each row."
+        "Accuracy on the 10,000 test pictures in percent: mean and standard deviation over seeds (of the order; what "
+        f"is drawn has none). δ = {DELTA:g}. A linear model on 3,969 scattering features (nothing of them is learned), "
+        f"clip norm {CLIP_NORM}, SGD with momentum {MOMENTUM} and learning rate 8, batches of 2,048 on average, 10 "
+        "passes. The noise is calibrated to each row."
     )
     lines = ["# Fashion-MNIST by sampling, noise, views and averages", ""]
     lines += [f"{written} Written by `python -m benchmarks.fashion`; do not edit.", "", what]
