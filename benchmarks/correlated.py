@@ -1,10 +1,11 @@
-"""What correlated noise costs in a step, in time and in memory, beside independent Gaussian noise.
+"""What other noise costs in a step, in time and in memory, beside independent Gaussian noise.
 
-    python -m benchmarks.correlated --out benchmarks/results            # a minute or two
+    python -m benchmarks.correlated --out benchmarks/results            # some minutes
 
-One release of a clipped sum is timed: noise for every element, and nothing of the model. Each correlated noise takes
-turns with Gaussian noise in the same process, so that a busy machine slows both; the figure is the median of the ratios
-of such pairs. Buffers are full before the first pair. Memory is that of the buffers kept between steps.
+Two things are timed: one release of a clipped sum, which is noise for every element and nothing of the model, and a
+whole step of a small network with the same parameters. Each noise takes turns with Gaussian noise in the same process,
+so that a busy machine slows both; the figure is the median of the ratios of such pairs. Buffers are full before the
+first pair. Memory is that of the buffers kept between steps.
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from benchmarks.spine import machine
+from privet import Flat, Mechanism, Partition, PrivateStep
 from privet.gradients.clipped_sum import ClippedSum
 from privet.noise import (
     BandMF,
+    DiscreteGaussian,
     Gaussian,
     Noise,
     NoiseKey,
@@ -36,6 +42,7 @@ from privet.noise import (
 SHAPES = {"embedding": (4000, 128), "in": (512, 512), "out": (512, 512), "bias": (512,)}
 STEPS, WARM, SEED = 1024, 64, 7
 BANDS, DECAYS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 5)
+BATCH, TOKENS = 256, 4
 
 
 def noises() -> dict[str, tuple[Noise, float | None]]:
@@ -49,6 +56,7 @@ def noises() -> dict[str, tuple[Noise, float | None]]:
         found[f"BLT, {count} decays"] = decaying.noise, decaying.loss
     single = optimized_decay(steps=STEPS)
     found["LambdaCGD"] = single.noise, single.loss
+    found["DiscreteGaussian"] = DiscreteGaussian(1.0), None
     again = BandMF(1.0, optimized_bands(4, steps=STEPS).noise.coefficients, most_bytes=0)
     found[f"BandMF, 4 bands, drawn again, step {WARM}"] = again, None
     return found
@@ -65,6 +73,59 @@ def seconds(mechanism: NoiseMechanism, step: int) -> float:
     begun = time.perf_counter()
     mechanism.release(sums, multiplier=1.0, step=step)
     return time.perf_counter() - begun
+
+
+class Ids(Dataset[tuple[Tensor]]):
+    """Rows of made-up words, in batches that never end."""
+
+    def __len__(self) -> int:
+        return BATCH * STEPS
+
+    def __getitem__(self, index: int) -> tuple[Tensor]:
+        return (torch.arange(index, index + TOKENS) % SHAPES["embedding"][0],)
+
+
+def stepping(noise: Noise) -> Callable[[], float]:
+    """Returns a function that takes a whole step with this noise, and returns how long it took."""
+    width = SHAPES["in"][0]
+    torch.manual_seed(SEED)
+    model = nn.Sequential(
+        nn.Embedding(*SHAPES["embedding"]), nn.Flatten(), nn.Linear(width, width, bias=False), nn.Tanh(),
+        nn.Linear(width, width),
+    )  # fmt: skip
+    step = PrivateStep(
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        mechanism=Mechanism(
+            sampling=Partition(batch_size=BATCH, dataset_size=BATCH * STEPS), clipping=Flat(1.0), noise=noise
+        ),
+        loss_per_example=lambda model, batch: model(batch[0]).square().mean(1),
+    )
+    batches = iter(step.batches(Ids()))
+
+    def taken() -> float:
+        batch = next(batches)
+        begun = time.perf_counter()
+        step(batch)
+        return time.perf_counter() - begun
+
+    return taken
+
+
+def whole_step(noise: Noise, rounds: int) -> dict[str, Any]:
+    """Returns the ratio of a whole step to one with Gaussian noise."""
+    ours, gaussian = stepping(noise), stepping(Gaussian(1.0))
+    for _ in range(max(3, len(getattr(noise, "coefficients", ())))):
+        ours()
+    for _ in range(3):
+        gaussian()
+    pairs = [(gaussian(), ours()) for _ in range(rounds)]
+    ratios = [mine / other for other, mine in pairs]
+    return {
+        "step over Gaussian": round(statistics.median(ratios), 3),
+        "step, quartiles": [round(each, 3) for each in statistics.quantiles(ratios, n=4)[::2]],
+        "step with Gaussian, ms": round(1e3 * statistics.median(other for other, _ in pairs), 1),
+    }
 
 
 def measured(noise: Noise, loss: float | None, rounds: int) -> dict[str, Any]:
@@ -96,29 +157,39 @@ def measured(noise: Noise, loss: float | None, rounds: int) -> dict[str, Any]:
         "bytes per parameter": 4 * buffers,
         "Gaussian, ns per element": round(1e9 * statistics.median(own) / elements, 2),
         "loss": None if loss is None else round(loss, 4),
+        **({} if drawn_again else whole_step(noise, rounds)),
     }
 
 
 def table(results: dict[str, Any]) -> str:
     """Returns the results as Markdown."""
     where = results["where"]
+    timed = [
+        each["step with Gaussian, ms"] for each in results["measured"].values() if "step with Gaussian, ms" in each
+    ]
+    ordinary = statistics.median(timed)
     about = (
         f"{where['date']}, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}, Python "
         f"{where['python']}, seed {where['seed']}. One release of {where['elements']:,} float32 elements, noise from "
-        f"AES on the host; the median of {where['rounds']} pairs with Gaussian noise, the quartiles in brackets. Other "
-        "programs shared the machine."
+        f"AES on the host; the median of {where['rounds']} pairs with Gaussian noise, quartiles in brackets. A step "
+        f"is of an embedding and two linear layers with as many parameters, at a batch of {BATCH} (it takes "
+        f"{ordinary:.0f} ms with Gaussian noise). Other programs shared the machine."
     )
     loss = (
         f"The loss is sens(C) x root mean square error of prefix sums over {STEPS} steps, one participation; "
         "independent noise has 22.64."
     )
-    head = "| noise | time over Gaussian | buffers | bytes a parameter | loss |"
-    lines = ["# What correlated noise costs in a step", "", about, "", loss, "", head, "|---|---|---|---|---|"]
+    head = "| noise | release over Gaussian | step over Gaussian | buffers | bytes a parameter | loss |"
+    lines = ["# What other noise costs in a step", "", about, "", loss, "", head, "|---|---|---|---|---|---|"]
     for name, found in results["measured"].items():
         low, high = found["quartiles"]
         own = "" if found["loss"] is None else f"{found['loss']:.3f}"
+        step = ""
+        if "step over Gaussian" in found:
+            least, most = found["step, quartiles"]
+            step = f"{found['step over Gaussian']:.2f} ({least:.2f}, {most:.2f})"
         lines.append(
-            f"| {name} | {found['time over Gaussian']:.2f} ({low:.2f}, {high:.2f}) | {found['buffers']} | "
+            f"| {name} | {found['time over Gaussian']:.2f} ({low:.2f}, {high:.2f}) | {step} | {found['buffers']} | "
             f"{found['bytes per parameter']} | {own} |"
         )
     return "\n".join([*lines, ""])

@@ -216,7 +216,6 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "BandMF, fixed order": {},
     "BLT, fixed order": {},
     f"Poisson + {VIEWS} views": {},
-    f"random allocation + {VIEWS} views": {},
 }
 WEIGHTS = ("last weights", "moving average", "mean of the last half")
 
