@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.accounting.event import Event, GaussianEvent, NonPrivateEvent, PartitionEvent, PoissonEvent
+from privet.accounting.phases import Phase
 from privet.clipping import ClippingPolicy
 from privet.errors import AccountingError
 from privet.mechanism import Gaussian, Mechanism
@@ -41,6 +42,7 @@ class HistoryLedger:
     """
 
     budget: Any = None
+    phases: tuple[Phase, ...] = ()  # none that billing could read back
 
     def __init__(self, accountant: Callable[[], IAccountant]) -> None:
         self._accountant = accountant

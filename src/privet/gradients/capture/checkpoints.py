@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from privet.gradients.tracing import tracing
 __all__ = ["not_reentrant"]
 
 _REENTRANT: Any = checkpoints.CheckpointFunction
-_threads: dict[object, int] = {}
+_threads: WeakKeyDictionary[object, int] = WeakKeyDictionary()
 """In which thread each private forward runs; 0 where its backward is still to come."""
 
 
@@ -33,7 +34,7 @@ class _Checkpoint(checkpoints.CheckpointFunction):
     def apply(cls, function: Any, preserve_rng_state: Any, *args: Any) -> Any:
         """Returns what the function returns, and has it computed again in the backward."""
         again = torch._C._current_graph_task_id() != -1  # noqa: SLF001 - there is no public way to ask
-        here = threading.get_ident() in _threads.values() or (again and 0 in _threads.values())
+        here = threading.get_ident() in list(_threads.values()) or (again and 0 in list(_threads.values()))
         needed = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         if not (here and needed and torch.is_grad_enabled()) or tracing():
             return _REENTRANT.apply(function, preserve_rng_state, *args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ IsRoot = Callable[[object], bool]
 
 APPLY: Any = torch.autograd.Function.__dict__["apply"]
 """Torch's own, for Functions that are nobody else's matter."""
-_looking: dict[object, tuple[IsRoot, Intercept]] = {}
+_looking: WeakKeyDictionary[object, tuple[WeakMethod[IsRoot], WeakMethod[Intercept]]] = WeakKeyDictionary()
+"""What watches parameters now. A model that was left in its middle is let go of with its last reference."""
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -31,8 +33,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     roots = [t for t in tensors if t.dim() or t.requires_grad]
     if not roots or issubclass(cls, CheckpointFunction) or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
-    for is_root, intercept in list(_looking.values()):
-        if all(map(is_root, roots)):
+    for of_root, of_intercept in list(_looking.values()):
+        is_root, intercept = of_root(), of_intercept()
+        if is_root is not None and intercept is not None and all(map(is_root, roots)):
 
             def named(*args: Any, **kwargs: Any) -> Any:
                 return plain(*args, **kwargs)
@@ -48,11 +51,11 @@ def look_at_functions(who: object, what: tuple[IsRoot, Intercept] | None) -> Non
 
     Args:
         who: watches parameters.
-        what: says what is watched, and takes a call.
+        what: its methods that say what is watched, and take a call.
     """
     if what is None:
         _looking.pop(who, None)
     else:
-        _looking[who] = what
+        _looking[who] = WeakMethod(what[0]), WeakMethod(what[1])
     found: Any = classmethod(_apply) if _looking else APPLY
     torch.autograd.Function.apply = found  # type: ignore[method-assign]
