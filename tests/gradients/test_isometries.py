@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from privet.gradients.isometries import is_isometry
+from privet.gradients.isometries import INDEX_SELECT, is_isometry
 from privet.gradients.tracing import traced
 
 C = torch.linspace(-1.0, 1.0, 4, dtype=torch.float64)
@@ -24,7 +24,7 @@ KEPT: dict[str, Call] = {
     "w - c": (torch.sub, lambda w: (w, C), {}),
     "places": (Tensor.__getitem__, lambda w: (w, ONCE), {}),
     "places in a tuple": (Tensor.__getitem__, lambda w: (w, (ONCE.view(1, 3),)), {}),
-    "index_select": (torch.index_select, lambda w: (w, 1, ONCE % 4), {}),
+    "index_select": (INDEX_SELECT, lambda w: (w, 1, ONCE % 4), {}),
     "embedding": (F.embedding, lambda w: (ONCE % 4, w), {}),
     "embedding, all said": (F.embedding, lambda w: (ONCE % 4, w, None, None, 2.0, False, False), {}),
     "embedding, as the module asks": (F.embedding, lambda w: (ONCE % 4, w), {"padding_idx": None, "sparse": False}),
@@ -76,3 +76,14 @@ def test_a_traced_graph_does_not_look_at_places() -> None:
     w = torch.randn(4, 4)
     with traced():
         assert not is_isometry(Tensor.__getitem__, w, (w, ONCE), {}, w[ONCE])
+
+
+def test_a_library_may_put_its_own_index_select_in_the_place_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(*args: Any) -> Tensor:  # as PyTorch Geometric has it
+        found: Tensor = INDEX_SELECT(*args)
+        return found
+
+    monkeypatch.setattr(torch, "index_select", another)
+    said, before, after = norms(KEPT["index_select"])
+    assert said
+    assert after == pytest.approx(before, rel=1e-12)

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from privet.gradients.tracing import tracing
 
-__all__ = ["is_isometry", "looked_up"]
+__all__ = ["INDEX_SELECT", "is_isometry", "looked_up"]
+
+INDEX_SELECT: Any = torch._C._VariableFunctions.index_select  # noqa: SLF001
+"""Torch's own: PyTorch Geometric puts a function of its own in the place of `torch.index_select`, which calls it."""
 
 _T = Tensor
 _MOVES = frozenset(
@@ -57,7 +60,7 @@ def is_isometry(
         return not kwargs and len(args) == 2 and (result.shape, result.dtype) == (root.shape, root.dtype)
     if function is Tensor.__getitem__:
         return _takes_once(root, args[1])
-    if function in (torch.index_select, Tensor.index_select) and len(args) == 3 and not kwargs:
+    if function in (INDEX_SELECT, Tensor.index_select) and len(args) == 3 and not kwargs:
         return _distinct(args[2], root.shape[args[1]] if root.dim() else 0)
     if function is F.embedding:
         return _distinct(looked_up(args, kwargs), root.shape[0])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from privet.gradients.isometries import INDEX_SELECT
 from privet.gradients.layout import Layout
 from privet.gradients.rules.arguments import named
 from privet.gradients.rules.embedding import Lookup
@@ -58,7 +59,7 @@ def _getitem(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return _indexed(call, table, ids)
 
 
-@handles(torch.index_select, Tensor.index_select)
+@handles(INDEX_SELECT, Tensor.index_select)
 def _index_select(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     a = named(args, kwargs, input=None, dim=None, index=None)
     if a is None or a.dim not in (0, -a.input.dim()):
