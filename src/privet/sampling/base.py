@@ -76,13 +76,15 @@ class Sampling(ABC):
     def resumable(self) -> bool:
         """Returns whether a pass may go on under a fresh key: no example of its first part may come again for it."""
 
-    @abstractmethod
     def scaled(self, factor: float) -> Sampling:
         """Returns the same sampling with `factor` times the expected batch size, for a schedule.
 
         Raises:
-            ConfigurationError: if there is no such sampling.
+            ConfigurationError: if there is no such sampling, which is so unless a sampling says otherwise.
         """
+        raise ConfigurationError(
+            f"{self} has no rate to schedule. Expected Poisson sampling. Leave the rate of another sampling alone."
+        )
 
 
 @runtime_checkable

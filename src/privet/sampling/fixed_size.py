@@ -81,12 +81,6 @@ class FixedSize(Sampling):
         """Returns True: batches are independent, so that a pass may go on with batches drawn afresh."""
         return True
 
-    def scaled(self, factor: float) -> FixedSize:
-        """Raises ConfigurationError: the size of a batch is fixed."""
-        raise ConfigurationError(
-            f"{self} has no rate to schedule. Expected Poisson sampling. Leave the rate of batches of fixed size alone."
-        )
-
     def _check_size(self, size: int) -> None:
         if size != self.dataset_size:
             raise ConfigurationError(

@@ -101,12 +101,6 @@ class Partition(Sampling):
         """Returns whether the order is fixed: under a fresh key, examples of a shuffled pass could come again."""
         return not self.shuffled
 
-    def scaled(self, factor: float) -> Partition:
-        """Raises ConfigurationError: a partition has no rate."""
-        raise ConfigurationError(
-            f"{self} has no rate to schedule. Expected Poisson sampling. Leave the rate of a partition alone."
-        )
-
     def _separation(self) -> int:
         """Returns how many steps lie between two participations of an example."""
         if self.shuffled:

@@ -94,12 +94,6 @@ class Stream(Sampling):
         """Returns True: the order is fixed, so that no record of the first part of a pass comes again."""
         return True
 
-    def scaled(self, factor: float) -> Stream:
-        """Raises ConfigurationError: a stream has no rate."""
-        raise ConfigurationError(
-            f"{self} has no rate to schedule. Expected Poisson sampling. Leave the rate of a stream alone."
-        )
-
     @property
     def _order(self) -> Partition:
         return Partition(batch_size=self.batch_size, dataset_size=self.records)
