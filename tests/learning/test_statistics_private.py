@@ -47,12 +47,14 @@ def released(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, float, float
 def test_without_noise_it_is_the_quantile() -> None:
     values = torch.rand(1001).exp()
     for quantile in (0.1, 0.5, 0.9):
-        found = private_quantile(values, quantile, **RANGE, noise_multiplier=0.0, ledger=Ledger(), queries=30)
+        found = private_quantile(
+            values, quantile, **RANGE, noise_multiplier=0.0, ledger=Ledger(relation="zero_out"), queries=30
+        )
         assert found == pytest.approx(float(values.quantile(quantile)), rel=0.01)
 
 
 def test_with_noise_it_is_near_the_quantile_and_billed_once() -> None:
-    ledger, values = Ledger(), torch.rand(20_000)
+    ledger, values = Ledger(relation="zero_out"), torch.rand(20_000)
     found = private_quantile(values, 0.3, **RANGE, noise_multiplier=10.0, ledger=ledger)
     assert found == pytest.approx(0.3, abs=0.03)
     assert [(phase.event, phase.count) for phase in ledger.phases] == [(GaussianEvent(10.0), 1)]
@@ -62,7 +64,9 @@ def test_with_noise_it_is_near_the_quantile_and_billed_once() -> None:
 def test_one_value_moves_each_count_by_a_half_and_all_cost_one_gaussian(released: Any, last: float) -> None:
     values, queries, multiplier = torch.rand(50), 8, 3.0
     values[-1] = last
-    private_quantile(values, 0.5, **RANGE, noise_multiplier=multiplier, ledger=Ledger(), queries=queries)
+    private_quantile(
+        values, 0.5, **RANGE, noise_multiplier=multiplier, ledger=Ledger(relation="zero_out"), queries=queries
+    )
     assert len(released) == queries
     # The squared loss of each count is (1 / multiplier)^2; together they are that of what is billed, and no more.
     assert sum(z**-2 for *_, z in released) == pytest.approx(multiplier**-2, rel=1e-9)
@@ -84,19 +88,19 @@ def pictures(n: int = 60) -> Tensor:
 def test_without_noise_they_are_the_moments() -> None:
     x = torch.stack([torch.rand(500) * 0.2, torch.rand(500) + 3.0, torch.full((500,), 9.0)], 1)
     bounds: dict[str, Any] = {"low": torch.tensor([0.0, 0.0, 0.0]), "high": torch.tensor([1.0, 10.0, 5.0])}
-    found = private_moments(x, **bounds, noise_multiplier=0.0, ledger=Ledger())
+    found = private_moments(x, **bounds, noise_multiplier=0.0, ledger=Ledger(relation="zero_out"))
     clamped = x.clamp(max=torch.tensor([1.0, 10.0, 5.0]))
     assert torch.allclose(found.mean, clamped.mean(0), atol=1e-5)
     assert torch.allclose(found.deviation[:2], clamped.std(0, correction=0)[:2], rtol=1e-3)
     assert 0.0 < float(found.deviation[2]) <= 0.01
-    parts = private_moments(x.split(7), **bounds, noise_multiplier=0.0, ledger=Ledger())
+    parts = private_moments(x.split(7), **bounds, noise_multiplier=0.0, ledger=Ledger(relation="zero_out"))
     assert torch.allclose(parts.mean, found.mean, atol=1e-6)
     assert found.normalize(x)[:, :2].std() == pytest.approx(1.0, rel=0.05)
 
 
 def test_channels_are_averaged_over_pixels_and_normalized() -> None:
     x = pictures()
-    found = private_moments(x, low=0.0, high=1.0, noise_multiplier=0.0, ledger=Ledger())
+    found = private_moments(x, low=0.0, high=1.0, noise_multiplier=0.0, ledger=Ledger(relation="zero_out"))
     assert torch.allclose(found.mean, x.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(found.deviation, x.transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-3)
     assert found.normalize(x).shape == x.shape
@@ -104,7 +108,7 @@ def test_channels_are_averaged_over_pixels_and_normalized() -> None:
 
 @pytest.mark.parametrize("last", [0.0, 1.0, 1e30, -1e30, math.nan, math.inf])
 def test_one_example_moves_the_sum_by_the_sensitivity_at_most(released: Any, last: float) -> None:
-    x, ledger = pictures(), Ledger()
+    x, ledger = pictures(), Ledger(relation="zero_out")
     x[-1] = last
     for rows in (x, x[:-1]):
         private_moments(rows, low=0.0, high=1.0, noise_multiplier=2.0, ledger=ledger)
@@ -122,7 +126,7 @@ def test_a_contribution_that_is_not_bounded_is_found(released: Any, monkeypatch:
     x = pictures()
     x[-1] = 100.0
     for rows in (x, x[:-1]):
-        private_moments(rows, low=0.0, high=1.0, noise_multiplier=1.0, ledger=Ledger())
+        private_moments(rows, low=0.0, high=1.0, noise_multiplier=1.0, ledger=Ledger(relation="zero_out"))
     assert float((released[0][0] - released[1][0]).norm()) > 10 * released[0][1]
 
 
@@ -130,7 +134,7 @@ def test_the_noise_is_of_the_size_that_is_billed() -> None:
     x = torch.full((1, 4000), 0.5)  # u = 0: an example adds 0 and -1/2
     half, middle = statistics._range(0.0, 1.0, 4000)
     exact = statistics._contributions(x, half, middle).sum(0)
-    release = statistics._Release(Ledger(), 2.0, None)
+    release = statistics._Release(Ledger(relation="zero_out"), 2.0, None)
     noise = (release(exact, sensitivity=3.0) - exact).flatten()
     assert abs(float(noise.square().mean()) / 36.0 - 1.0) < 6 * (2 / len(noise)) ** 0.5
 
@@ -148,7 +152,9 @@ def test_the_quantile_of_norms_is_that_of_one_example_at_a_time_and_joins_the_bi
     gradients = example_gradients(net, rows, lambda m, b: loss(m, b).sum())
     norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
     loader = DataLoader(labelled, batch_size=16)
-    exact = norm_quantile(net, loss, loader, quantile=0.7, noise_multiplier=0.0, ledger=Ledger(), queries=30)
+    exact = norm_quantile(
+        net, loss, loader, quantile=0.7, noise_multiplier=0.0, ledger=Ledger(relation="zero_out"), queries=30
+    )
     assert float((norms <= exact).float().mean()) == pytest.approx(0.7, abs=1 / 40)
     clip = norm_quantile(net, loss, loader, noise_multiplier=5.0, ledger=engine.ledger)
     assert all(p.grad is None for p in net.parameters())
@@ -183,12 +189,12 @@ def test_nothing_that_a_forward_writes_stays_in_the_model() -> None:
     net = Remembers()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     data = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))]
-    norm_quantile(net, loss, data, noise_multiplier=5.0, ledger=Ledger())
+    norm_quantile(net, loss, data, noise_multiplier=5.0, ledger=Ledger(relation="zero_out"))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_what_cannot_be_right_is_refused_and_nothing_is_billed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Ledger(budget=Budget(epsilon=0.1, delta=1e-5))
+    ledger = Ledger(relation="zero_out", budget=Budget(epsilon=0.1, delta=1e-5))
     good: dict[str, Any] = {**RANGE, "noise_multiplier": 1.0, "ledger": ledger}
     with pytest.raises(BudgetExceededError):
         private_quantile(torch.rand(9), 0.5, **good)
@@ -211,4 +217,11 @@ def test_what_cannot_be_right_is_refused_and_nothing_is_billed(monkeypatch: pyte
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ConfigurationError, match="on 2 ranks"):
         private_quantile(torch.rand(9), 0.5, **good)
+    assert ledger.steps == 0
+
+
+def test_neighbors_of_another_number_are_refused_before_anything_is_billed() -> None:
+    ledger = Ledger(relation="add_or_remove_one")
+    with pytest.raises(ConfigurationError, match="takes the number of examples as public"):
+        private_quantile(torch.rand(9), 0.9, low=0.1, high=1.0, noise_multiplier=1.0, ledger=ledger)
     assert ledger.steps == 0

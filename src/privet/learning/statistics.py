@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from privet._checks import check_at_least, check_count, check_positive, check_probability
-from privet.accounting.event import GaussianEvent
+from privet.accounting.event import GaussianEvent, Relation
 from privet.accounting.role import LedgerLike, check_ledger
 from privet.batches.count import count_examples
 from privet.batches.cut import cut_rows
@@ -267,6 +267,12 @@ class _Release:
         multiplier = check_at_least("noise_multiplier", multiplier)
         ledger = check_ledger(ledger)
         refuse_ranks("a private statistic")
+        if getattr(ledger, "relation", Relation.ADD_OR_REMOVE_ONE) is Relation.ADD_OR_REMOVE_ONE:
+            raise ConfigurationError(
+                "a private statistic takes the number of examples as public, and the ledger is about neighbors of "
+                "another number (add_or_remove_one). Expected relation='zero_out' or 'replace_one'. Nothing was "
+                "released."
+            )
         key = noise_key(secure_mode=False, generator=generator)
         if key.predictable:
             ledger.mark("reproducible key")
