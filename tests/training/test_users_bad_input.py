@@ -24,6 +24,7 @@ from privet import (
     Users,
 )
 from privet.accounting import Ledger, Relation, Unit, get_epsilon
+from privet.report.hazards import BY_USER, ROWS_TOO
 from privet.training.whose import ROWS_MARK, USERS_MARK
 from tests.contracts.doors import assert_exact, taken
 from tests.training.users import IDS, MOST, USERS, data_of, explicit, loss, model_of, reference
@@ -188,3 +189,7 @@ def test_rows_in_another_order_are_refused_and_copies_are_known(door: str) -> No
     assert run.ledger.steps == len(seen) == 1
     train(batch)
     assert run.ledger.steps == len(seen) == 2
+
+
+def test_the_report_knows_the_marks_by_the_words_that_training_writes() -> None:
+    assert (USERS_MARK, ROWS_MARK) == (BY_USER, ROWS_TOO)
